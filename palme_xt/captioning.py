@@ -1,0 +1,55 @@
+"""Images to captions, with a model that was trained on bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from palme_xt import tokens
+from palme_xt.config import PalmEConfig
+from palme_xt.model import PalmE
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for images of so many channels
+
+
+class ImageError(ValueError):
+    """A file that cannot be read as an image."""
+
+
+def read_image(path: str | Path, config: PalmEConfig) -> Tensor:
+    """An image file as `(c, h, w)`, float32 in 0..1, converted and resized to what the model takes.
+
+    Raises:
+        ImageError: the file is missing, unreadable or no image, or the model takes images that no file holds.
+    """
+    if config.channels not in MODES:
+        raise ImageError(f"{path}: the model takes {config.channels} channels, image files have {list(MODES)}")
+    try:
+        with Image.open(path) as image:
+            resized = image.convert(MODES[config.channels]).resize((config.image_size, config.image_size))
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path} is not an image that Pillow can read") from error
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror or error}") from error
+    pixels = torch.from_numpy(np.array(resized)).float() / 255
+    return pixels.reshape(config.image_size, config.image_size, config.channels).movedim(-1, 0)
+
+
+def caption(model: PalmE, img: Tensor) -> list[str]:
+    """The most likely captions, chosen byte by byte, of images `(b, c, h, w)`."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            context = model.encode(img) if model.config.cross_attend else None
+            prompts = torch.full((len(img), 1), tokens.BOS, device=img.device)
+            ids = model.decoder.generate(
+                prompts, model.config.max_seq_len - 1, context=context, eos_token=tokens.EOS, temperature=0.0
+            )
+    finally:
+        model.train(was_training)
+    return [tokens.decode(row) for row in ids.tolist()]

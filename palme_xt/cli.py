@@ -1,0 +1,131 @@
+"""The command line: `palme-xt train` and `palme-xt caption`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import palme_xt
+from palme_xt.config import PalmEConfig
+
+if TYPE_CHECKING:
+    from palme_xt.training import Outcome
+
+INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
+SHOWN = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `palme-xt` with the given arguments, or those of the process.
+
+    Returns:
+        0; 130 after an interrupt; 2 for anything the user can put right, explained in one line on stderr.
+    """
+    try:
+        return _run(argv)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("palme_xt"):
+            raise
+        print(f"palme-xt: error: {error.name} is not installed: pip install 'palme-xt[train]'", file=sys.stderr)
+    except (ValueError, TypeError) as error:
+        # Errors of this package explain themselves; one from elsewhere is a defect and shows where it is from.
+        if not _raised_here(error):
+            raise
+        print(f"palme-xt: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("palme-xt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 2
+
+
+def _raised_here(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("palme_xt.")
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from jsonargparse import ArgumentParser
+
+    from palme_xt.training import DIGITS_MODEL, Training
+
+    train = ArgumentParser(
+        prog="palme-xt train",
+        usage="palme-xt train [--run RUN] [OPTION VALUE ...]",
+        description="Train a captioner on scenes of handwritten digits and show what it has learned. Every argument of "
+        "PalmE is an option; overrides are given one by one, as in --decoder_kwargs.ff_glu true.",
+        allow_abbrev=False,
+    )
+    train.add_argument("--run", type=str, default=None, help="new run folder (default: runs/digits-DATE-TIME)")
+    train.add_class_arguments(Training)
+    train.add_class_arguments(PalmEConfig)
+    train.set_defaults(DIGITS_MODEL.to_dict())
+
+    caption = ArgumentParser(
+        prog="palme-xt caption",
+        usage="palme-xt caption RUN IMAGE [IMAGE ...]",
+        description="Caption image files with a trained run, one line each.",
+        allow_abbrev=False,
+    )
+    caption.add_argument("run", metavar="RUN", type=str, help="folder that `palme-xt train` made")
+    caption.add_argument("image", metavar="IMAGE", type=str, nargs="+", help="image files that Pillow can read")
+
+    parser = ArgumentParser(
+        prog="palme-xt",
+        usage="palme-xt [--version] {train,caption} ...",
+        description="PalmE, a vision-language model over x-transformers.",
+        version=palme_xt.__version__,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subcommands(dest="command")
+    commands.add_subcommand("train", train, help="train a captioner on images of handwritten digits")
+    commands.add_subcommand("caption", caption, help="caption image files with a trained run")
+
+    options = parser.parse_args(argv).as_dict()
+    command = options["command"]
+    return {"train": _train, "caption": _caption}[command](options[command])
+
+
+def _train(options: dict[str, Any]) -> int:
+    from dataclasses import fields
+
+    from palme_xt.run import Run
+    from palme_xt.training import Training, train
+
+    training = Training(**{option.name: options[option.name] for option in fields(Training)})
+    config = PalmEConfig(**{argument.name: options[argument.name] for argument in fields(PalmEConfig)})
+    run = Run(options["run"] or f"runs/digits-{datetime.now():%Y%m%d-%H%M%S}")
+    outcome = train(config, training, run)
+    _print_outcome(outcome)
+    print(f"run folder: {run.folder}")
+    print(f"caption its held-out images: palme-xt caption {run.folder} {run.folder}/held_out/*.png")
+    return INTERRUPTED if outcome.interrupted else 0
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    from palme_xt.tokens import printable
+
+    rows = [(printable(predicted), true) for predicted, true in zip(outcome.predicted, outcome.true, strict=True)]
+    rows = rows[:SHOWN]
+    width = max(len("predicted"), *(len(predicted) for predicted, _ in rows))
+    print(f"{'':5}  {'predicted':{width}}  true")
+    for predicted, true in rows:
+        print(f"{'right' if predicted == true else 'wrong'}  {predicted:{width}}  {true}")
+    print(f"held-out exact match: {outcome.exact_match:.1%} of {len(outcome.true)} images")
+
+
+def _caption(options: dict[str, Any]) -> int:
+    import torch
+
+    from palme_xt.captioning import caption, read_image
+    from palme_xt.run import Run
+    from palme_xt.tokens import printable
+
+    model = Run(options["run"]).load()
+    img = torch.stack([read_image(path, model.config) for path in options["image"]])
+    for path, text in zip(options["image"], caption(model, img), strict=True):
+        print(f"{path}: {printable(text)}")
+    return 0

@@ -1,0 +1,284 @@
+"""`palme-xt train` and `palme-xt caption`, as a user runs them; and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from palme_xt import PalmEConfig
+from palme_xt.captioning import caption, read_image
+from palme_xt.cli import main
+from palme_xt.run import Run, RunError
+from palme_xt.tokens import printable
+from palme_xt.training import DIGITS_MODEL, Training
+
+QUICK = [
+    *("--batch_size=4", "--eval_every=2", "--eval_scenes=10"),
+    *("--encoder_dim=16", "--decoder_dim=16", "--encoder_depth=1", "--decoder_depth=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps."""
+    folder = tmp_path_factory.mktemp("runs") / "quick"
+    assert main(["train", "--steps=4", *QUICK, f"--run={folder}"]) == 0
+    return folder
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    """Exit status 2, and this one line on stderr."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.splitlines()[-1]
+    assert re.fullmatch(f"palme-xt: error: {message}", last), last
+    assert "Traceback" not in captured.err
+
+
+def test_a_run_folder_holds_what_it_promises(run: Path) -> None:
+    held_out = [f"held_out/{number:02}.png" for number in range(8)]
+    files = ["config.json", "held_out", *held_out, "loss.png", "metrics.jsonl", "model.safetensors", "samples.png"]
+    assert sorted(str(path.relative_to(run)) for path in run.rglob("*")) == files
+    for name in "loss.png", "samples.png":
+        with Image.open(run / name) as picture:
+            assert len(picture.convert("RGB").getcolors(10**6) or []) > 10
+
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics if "held_out_exact_match" in line] == [2, 4]
+    assert all(line["images_per_second"] > 0 for line in metrics if "loss" in line)
+
+    values = json.loads((run / "config.json").read_text())
+    assert values.pop("training") == {
+        **{"data": "digits", "steps": 4, "batch_size": 4, "lr": 0.002, "weight_decay": 0.05, "grad_clip": 1.0},
+        **{"jitter": 0.12, "eval_every": 2, "eval_scenes": 10, "seed": 0},
+    }
+    assert PalmEConfig.from_dict(values).encoder_dim == 16
+
+
+def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--steps=40", "--eval_scenes=20", f"--run={tmp_path / 'run'}"]) == 0
+    losses = [line["loss"] for line in Run(tmp_path / "run").metrics() if "loss" in line]
+    assert losses[0] > 5  # about ln 258: nothing known
+    assert losses[-1] < 0.5
+    out, err = capsys.readouterr()
+    assert re.search(r"predicted +true\n(?:(?:right|wrong)  .*\n){8}held-out exact match: [\d.]+% of 20 images", out)
+    assert re.search(r"loss=[\d.]+, held-out exact match=-, images/s=\d+", err)
+
+
+def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:
+    weights = []
+    for name, seed in ("a", 3), ("b", 3), ("c", 4):
+        assert main(["train", "--steps=2", f"--seed={seed}", *QUICK, f"--run={tmp_path / name}"]) == 0
+        weights.append(Run(tmp_path / name).load().state_dict()["encoder.pos_embedding"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_every_argument_and_override_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    assert exit_.value.code == 0
+    described = capsys.readouterr().out
+    for option in [*fields(PalmEConfig), *fields(Training)]:
+        assert re.search(rf"--{option.name} \S+\n? +\S+", described), option.name
+
+    overrides = [
+        "--decoder_kwargs.attn_kv_heads=2",
+        "--decoder_kwargs.ff_glu=true",
+        "--autoregressive_kwargs.pad_value=3",
+    ]
+    flags = ["--qk_norm=false", "--rotary_xpos=false", "--use_abs_pos_emb=true", '--vit_kwargs={"channels": 3}']
+    assert main(["train", "--steps=1", *QUICK, *overrides, *flags, f"--run={tmp_path / 'run'}"]) == 0
+    config = Run(tmp_path / "run").load().config
+    assert config.decoder_kwargs == DIGITS_MODEL.decoder_kwargs | {"attn_kv_heads": 2, "ff_glu": True}
+    assert (config.qk_norm, config.rotary_xpos, config.use_abs_pos_emb) == (False, False, True)
+    assert (config.channels, config.pad_value) == (3, 3)
+
+
+def test_a_text_only_captioner_trains_too(tmp_path: Path) -> None:
+    assert main(["train", "--steps=2", *QUICK, "--cross_attend=false", f"--run={tmp_path / 'run'}"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["caption", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    assert "caption image files with a trained run" in capsys.readouterr().out.lower()
+
+
+def test_caption_prints_a_line_for_each_image(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = sorted(map(str, (run / "held_out").glob("*.png")))
+    assert main(["caption", str(run), *images]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    model = Run(run).load()
+    img = torch.stack([read_image(path, model.config) for path in images])
+    assert lines == [f"{path}: {printable(text)}" for path, text in zip(images, caption(model, img), strict=True)]
+
+
+def test_images_of_any_size_and_mode_are_read(run: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (70, 50), "white").save(tmp_path / "white.jpg")
+    pixels = read_image(tmp_path / "white.jpg", DIGITS_MODEL)
+    assert pixels.shape == (1, 32, 32)
+    assert pixels.min() == 1
+    with Image.open(run / "held_out" / "00.png") as image:
+        saved = torch.tensor(list(image.tobytes())).reshape(32, 32) / 255
+    assert torch.equal(read_image(run / "held_out" / "00.png", DIGITS_MODEL)[0], saved)
+
+
+def test_captioning_leaves_the_model_in_its_mode(run: Path) -> None:
+    model = Run(run).load().train()
+    caption(model, torch.rand(1, 1, 32, 32))
+    assert all(module.training for module in model.modules())
+
+
+def test_what_is_no_image_or_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    fails(
+        capsys, ["caption", str(run), str(tmp_path / "text.png")], r"\S+text.png is not an image that Pillow can read"
+    )
+    fails(capsys, ["caption", str(run), str(tmp_path / "none.png")], r"\S+none.png cannot be read: No such file.*")
+    fails(
+        capsys,
+        ["caption", str(tmp_path), "x.png"],
+        r"\S+ is not a run folder: it has no config.json; .*train. makes one",
+    )
+    fails(capsys, ["caption", str(tmp_path / "none"), "x.png"], r"\S+ is not a run folder: it has no config.json; .*")
+
+
+def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = str(run / "held_out" / "00.png")
+    config, weights = (run / "config.json").read_text(), (run / "model.safetensors").read_bytes()
+    for name, text, data, message in [
+        ("json", config[:-9], weights, r"\S+config.json does not hold a model's arguments: .*"),
+        (
+            "key",
+            config.replace("image_size", "imagesize"),
+            weights,
+            ".*'imagesize' is not an argument of PalmEConfig.*",
+        ),
+        (
+            "value",
+            config.replace('"image_size": 32', '"image_size": 33'),
+            weights,
+            ".*image_size=33 must be divisible.*",
+        ),
+        ("weights", config, weights[:-9], r"\S+model.safetensors does not hold this model's weights: .*"),
+        ("shape", config.replace('"decoder_dim": 16', '"decoder_dim": 24'), weights, ".*does not hold this model's.*"),
+    ]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+        (tmp_path / name / "model.safetensors").write_bytes(data)
+        fails(capsys, ["caption", str(tmp_path / name), image], message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--decoder_kwargs.atn_kv_heads=3"], ".*'atn_kv_heads'.*did you mean 'attn_kv_heads'.*"),
+        (["--image_size=33"], "image_size=33 must be divisible by patch_size=8: .*"),
+        (["--decoder_heads=0"], "decoder_heads=0 must be a positive int: use 1 or more"),
+        (["--num_tokens=200"], "num_tokens=200 must be at least 258 to train on bytes: 256, BOS and EOS"),
+        (["--max_seq_len=20"], "max_seq_len=20 must be at least 56: so long are captions, in bytes"),
+        (["--image_size=4", "--patch_size=2"], "image_size=4 must be at least 8 pixels to show digits"),
+        (["--steps=0"], "steps=0 must be greater than 0"),
+        (["--seed=-1"], "seed=-1 must be 0 or more"),
+    ],
+)
+def test_options_that_cannot_work(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(capsys, ["train", *arguments, f"--run={tmp_path / 'run'}"], message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_not_a_number_is_no_learning_rate() -> None:
+    with pytest.raises(ValueError, match="lr=nan must be greater than 0"):
+        Training(lr=float("nan"))
+
+
+def test_unknown_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--decoder_dept=3"])
+    assert exit_.value.code == 2
+    assert "--decoder_dept" in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, ["train", *QUICK, f"--run={run}"], r"\S+ is not empty: name another folder, or remove it first")
+    (tmp_path / "file").touch()
+    fails(capsys, ["train", *QUICK, f"--run={tmp_path / 'file' / 'run'}"], r"\S+ cannot be a run folder: .*")
+
+
+@pytest.mark.parametrize("extra", ["jsonargparse", "matplotlib", "sklearn"])
+def test_missing_extras_are_named(extra: str) -> None:
+    code = f"import sys; sys.modules[{extra!r}] = None; from palme_xt.cli import main; sys.exit(main(['train']))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"palme-xt: error: {extra}\S* is not installed: pip install 'palme-xt\[train\]'\n", done.stderr
+    )
+
+
+def test_the_core_imports_none_of_the_extras() -> None:
+    extras = ["jsonargparse", "matplotlib", "sklearn", "PIL", "safetensors", "tqdm", "numpy", "hypothesis"]
+    code = (
+        "import sys, x_transformers; before = set(sys.modules); import palme_xt; "
+        f"print(*set({extras}) & set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_defects_are_not_hidden(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    def defect(path: str, config: PalmEConfig) -> torch.Tensor:
+        raise ValueError("raised outside the package")
+
+    monkeypatch.setattr("palme_xt.captioning.read_image", defect)
+    with pytest.raises(ValueError, match="raised outside the package"):
+        main(["caption", str(run), "x.png"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a child")
+def test_an_interrupt_leaves_a_usable_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "palme_xt",
+        "train",
+        "--steps=100000",
+        *QUICK[:3],
+        "--eval_every=90000",
+        f"--run={folder}",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not Run(folder).metrics():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "held-out exact match" in out
+    for name in "config.json", "metrics.jsonl", "model.safetensors", "samples.png", "loss.png":
+        assert (folder / name).stat().st_size > 0
+    assert main(["caption", str(folder), str(folder / "held_out" / "00.png")]) == 0
+
+
+def test_a_run_that_is_no_run() -> None:
+    with pytest.raises(RunError, match="is not a run folder"):
+        Run("nowhere").load()

@@ -1,0 +1,234 @@
+"""The 17 arguments: one list of names and defaults, validated, frozen, the same after JSON."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import pickle
+import re
+import warnings
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from palme_xt import PalmE, PalmEConfig
+from palme_xt.config import LANDS_AT
+from tests.strategies import broken_arguments, configs
+
+CONTRACT = {
+    "image_size": 256,
+    "patch_size": 32,
+    "encoder_dim": 512,
+    "encoder_depth": 6,
+    "encoder_heads": 8,
+    "num_tokens": 20000,
+    "max_seq_len": 1024,
+    "decoder_dim": 512,
+    "decoder_depth": 6,
+    "decoder_heads": 8,
+    "alibi_num_heads": 4,
+    "use_abs_pos_emb": False,
+    "cross_attend": True,
+    "alibi_pos_bias": True,
+    "rotary_xpos": True,
+    "attn_flash": True,
+    "qk_norm": True,
+}
+OVERRIDES = ["vit_kwargs", "encoder_kwargs", "transformer_kwargs", "decoder_kwargs", "autoregressive_kwargs"]
+
+
+@pytest.mark.parametrize("constructor", [PalmE, PalmEConfig])
+def test_the_signature_is_the_public_contract(constructor: type) -> None:
+    parameters = inspect.signature(constructor).parameters
+    assert list(parameters) == [*CONTRACT, *OVERRIDES]
+    assert {name: parameters[name].default for name in CONTRACT} == CONTRACT
+    assert {parameters[name].kind for name in CONTRACT} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert {parameters[name].kind for name in OVERRIDES} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_help_shows_the_arguments() -> None:
+    assert "image_size: 'int' = 256" in str(inspect.signature(PalmE.__init__))
+    for name in [*CONTRACT, *OVERRIDES]:
+        assert f"        {name}: " in (PalmEConfig.__doc__ or ""), name
+
+
+def test_arguments_are_positional_or_keyword() -> None:
+    small = dict(CONTRACT, image_size=8, patch_size=4, encoder_dim=16, decoder_dim=16, encoder_depth=1, decoder_depth=1)
+    assert PalmE(*small.values()).config == PalmE(**small).config == PalmEConfig(**small)  # type: ignore[arg-type]
+
+
+def test_every_argument_lands_somewhere() -> None:
+    assert {name for arguments in LANDS_AT.values() for name in arguments.values()} == set(CONTRACT)
+
+
+def test_the_five_keyword_dicts_of_the_defaults() -> None:
+    config = PalmEConfig(vit_kwargs={"channels": 1}, autoregressive_kwargs={"pad_value": 3})
+    assert config.for_vit() == {"image_size": 256, "patch_size": 32, "channels": 1}
+    assert config.for_encoder() == {"dim": 512, "depth": 6, "heads": 8}
+    assert config.for_transformer() == {"num_tokens": 20000, "max_seq_len": 1024, "use_abs_pos_emb": False}
+    assert config.for_decoder() == {
+        "dim": 512,
+        "depth": 6,
+        "heads": 8,
+        "cross_attend": True,
+        "cross_attn_dim_context": 512,
+        "alibi_pos_bias": True,
+        "alibi_num_heads": 4,
+        "rotary_xpos": True,
+        "attn_flash": True,
+        "attn_qk_norm": True,
+    }
+    assert config.for_autoregressive() == {"pad_value": 3}
+
+
+@given(configs())
+def test_a_config_is_the_same_after_json(config: PalmEConfig) -> None:
+    again = PalmEConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+def test_lists_and_tuples_mean_the_same() -> None:
+    with_list = PalmEConfig(decoder_kwargs={"custom_layers": ["a", "c", "f"]})
+    assert with_list == PalmEConfig(decoder_kwargs={"custom_layers": ("a", "c", "f")})
+    assert with_list.for_decoder()["custom_layers"] == ("a", "c", "f")
+    assert with_list.to_dict()["decoder_kwargs"]["custom_layers"] == ["a", "c", "f"]
+
+
+def test_configs_that_differ_are_not_equal() -> None:
+    assert PalmEConfig() != PalmEConfig(num_tokens=100)
+    assert PalmEConfig() != PalmEConfig(decoder_kwargs={"ff_glu": True})
+
+
+def test_a_config_is_frozen_all_the_way_down() -> None:
+    mine = {"ff_glu": True}
+    config = PalmEConfig(decoder_kwargs=mine)
+    mine["ff_glu"] = False
+    assert config.decoder_kwargs == {"ff_glu": True}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.image_size = 64  # type: ignore[misc]
+    for change in (
+        lambda: config.decoder_kwargs.update(ff_glu=False),
+        lambda: config.decoder_kwargs.__setitem__("ff_glu", False),
+        lambda: config.decoder_kwargs.pop("ff_glu"),
+    ):
+        with pytest.raises(TypeError, match=re.escape("a config is frozen: build another with dataclasses.replace")):
+            change()
+    config.for_decoder()["ff_glu"] = False
+    assert config.for_decoder()["ff_glu"] is True
+
+
+@given(broken_arguments())
+def test_a_broken_argument_is_named(broken: tuple[dict[str, Any], type[Exception], str]) -> None:
+    arguments, error, message = broken
+    with pytest.raises(error, match=re.escape(message)):
+        PalmEConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"image_size": 100},
+            ValueError,
+            "image_size=100 must be divisible by patch_size=32: an image is cut into whole patches; use image_size=96",
+        ),
+        (
+            {"encoder_kwargs": {"dim": 3}},
+            ValueError,
+            "encoder_kwargs['dim']=3 repeats the argument encoder_dim=512: set encoder_dim, and leave 'dim' out of "
+            "encoder_kwargs",
+        ),
+        ({"decoder_kwargs": {"attn_qk_norm": False}}, ValueError, "repeats the argument qk_norm=True: set qk_norm"),
+        ({"decoder_kwargs": {"cross_attn_dim_context": 4}}, ValueError, "repeats the argument encoder_dim=512"),
+        ({"decoder_kwargs": {"attn_heads": 4}}, ValueError, "repeats the argument decoder_heads=8"),
+        ({"vit_kwargs": {"patch_size": 16}}, ValueError, "repeats the argument patch_size=32"),
+        ({"transformer_kwargs": {"num_tokens": 16}}, ValueError, "repeats the argument num_tokens=20000"),
+        (
+            {"decoder_kwargs": {"attn_kv_head": 2}},
+            ValueError,
+            "decoder_kwargs['attn_kv_head']=2 is not a keyword of the installed x-transformers: did you mean "
+            "'attn_kv_heads'?",
+        ),
+        ({"encoder_kwargs": {"ff_gluu": True}}, ValueError, "did you mean 'ff_glu'?"),
+        ({"vit_kwargs": {"channel": 1}}, ValueError, "did you mean 'channels'?"),
+        ({"transformer_kwargs": {"tie_embeddings": True}}, ValueError, "did you mean 'tie_embedding'?"),
+        ({"autoregressive_kwargs": {"padvalue": 1}}, ValueError, "did you mean 'pad_value'?"),
+        ({"vit_kwargs": {"attn_layers": None}}, ValueError, "is set by PalmE itself: leave 'attn_layers' out"),
+        ({"decoder_kwargs": {"causal": False}}, ValueError, "is set by PalmE itself: leave 'causal' out"),
+        ({"autoregressive_kwargs": {"net": None}}, ValueError, "is set by PalmE itself: leave 'net' out"),
+        ({"decoder_kwargs": [("ff_glu", True)]}, TypeError, "must be a dict of keywords for x-transformers"),
+        ({"decoder_kwargs": {1: True}}, TypeError, "decoder_kwargs has the key 1: keywords must be str, not int"),
+        (
+            {"num_tokens": 10, "autoregressive_kwargs": {"pad_value": 10}},
+            ValueError,
+            "autoregressive_kwargs['pad_value']=10 must be a token id within 0..num_tokens-1=9",
+        ),
+    ],
+)
+def test_the_message_says_what_to_do(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    for constructor in PalmEConfig, PalmE:
+        with pytest.raises(error, match=re.escape(message)):
+            constructor(**arguments)
+
+
+def test_alibi_heads_are_not_checked_where_there_is_no_alibi() -> None:
+    assert PalmEConfig(alibi_pos_bias=False, alibi_num_heads=99).alibi_num_heads == 99
+
+
+def test_what_only_upstream_can_refuse_is_reported_with_its_keywords() -> None:
+    message = (
+        r"x-transformers [\d.]+ refuses Decoder\(.*attn_sigmoid=True.*\): sigmoid attention not available for flash"
+    )
+    with pytest.raises(ValueError, match=message):
+        PalmE(decoder_kwargs={"attn_sigmoid": True})
+
+
+def test_dropped_absolute_positions_are_warned_of() -> None:
+    message = re.escape(
+        "use_abs_pos_emb=True has no effect with rotary_xpos=True: x-transformers drops absolute positions when the "
+        'decoder has rotary or relative ones; to keep both, pass decoder_kwargs={"disable_abs_pos_emb": False}'
+    )
+    with pytest.warns(UserWarning, match=message):
+        config = PalmEConfig(use_abs_pos_emb=True, encoder_depth=1, decoder_depth=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PalmE.from_config(config)  # the config has warned already
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"use_abs_pos_emb": True, "decoder_kwargs": {"disable_abs_pos_emb": False}},
+        {"use_abs_pos_emb": True, "rotary_xpos": False},
+        {"use_abs_pos_emb": False},
+    ],
+)
+def test_kept_absolute_positions_are_not_warned_of(arguments: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PalmEConfig(**arguments)
+
+
+def test_from_dict_names_the_closest_argument() -> None:
+    with pytest.raises(
+        ValueError, match=re.escape("'image_sise' is not an argument of PalmEConfig: did you mean 'image_size'?")
+    ):
+        PalmEConfig.from_dict({"image_sise": 64})
+
+
+def test_to_dict_names_what_json_cannot_hold() -> None:
+    config = PalmEConfig(decoder_kwargs={"attn_custom_attn_fn": max})
+    with pytest.raises(
+        TypeError, match=re.escape("decoder_kwargs['attn_custom_attn_fn']=<built-in function max> has no JSON form")
+    ):
+        config.to_dict()
+
+
+def test_from_config_keeps_the_config() -> None:
+    config = PalmEConfig(image_size=8, patch_size=4, encoder_depth=1, decoder_depth=1, vit_kwargs={"channels": 1})
+    assert PalmE.from_config(config).config == config

@@ -1,0 +1,197 @@
+"""What is no batch for the model is refused before it reaches x-transformers, with a message that helps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from palme_xt import PalmE
+from tests.models import batch, logits, small
+
+MODEL = small()
+IMG, TEXT = batch(MODEL, b=3, n=10)
+
+BAD_IMAGES: list[tuple[Any, type[Exception], str]] = [
+    (IMG[0], ValueError, "img has shape (3, 8, 8), must be (b, c, h, w), or (b, m, c, h, w) for m images each: add"),
+    (IMG[0, 0], ValueError, "img has shape (8, 8), must be (b, c, h, w)"),
+    (
+        (IMG * 255).to(torch.uint8),
+        TypeError,
+        "img has dtype torch.uint8, must be floating point: scale it to 0..1 with img / 255",
+    ),
+    (IMG.long(), TypeError, "img has dtype torch.int64, must be floating point: convert it with img.float()"),
+    (IMG.tolist(), TypeError, "img is a list, must be a torch.Tensor (b, c, h, w)"),
+    (
+        IMG[:, :1],
+        ValueError,
+        "img has shape (3, 1, 8, 8) with 1 channels, must have 3: convert the images, or build the model with "
+        "vit_kwargs={'channels': 1}",
+    ),
+    (IMG.movedim(1, -1), ValueError, "must have 3: it looks channels-last, move them with img.movedim(-1, -3)"),
+    (
+        IMG[..., :4, :4],
+        ValueError,
+        "img has shape (3, 3, 4, 4) with 4x4 pixels, must be 8x8, the model's image_size: resize or crop the images",
+    ),
+    (IMG.reshape(3, 3, 4, 16), ValueError, "with 4x16 pixels, must be 8x8"),
+    (IMG[:0], ValueError, "img has shape (0, 3, 8, 8), must not be empty"),
+    (IMG[:, None][:, :0], ValueError, "img has shape (3, 0, 3, 8, 8), must not be empty"),
+]
+
+BAD_TEXTS: list[tuple[Any, type[Exception], str]] = [
+    (TEXT[0], ValueError, "text has shape (10,), must be (b, n), batch and sequence: add the batch dimension with"),
+    (TEXT[None], ValueError, "text has shape (1, 3, 10), must be (b, n), batch and sequence"),
+    (TEXT.float(), TypeError, "text has dtype torch.float32, must be an integer dtype"),
+    (TEXT.bool(), TypeError, "text has dtype torch.bool, must be an integer dtype"),
+    (TEXT.tolist(), TypeError, "text is a list, must be a torch.Tensor (b, n) of token ids"),
+    (TEXT[:, :1], ValueError, "text has shape (3, 1), must have at least 2 tokens"),
+    (TEXT[:, :0], ValueError, "text has shape (3, 0), must not be empty"),
+    (TEXT[:0], ValueError, "text has shape (0, 10), must not be empty"),
+    (
+        TEXT.clone().fill_(5).index_fill(1, torch.tensor(3), 32),
+        ValueError,
+        "text has ids from 5 to 32; text must have ids within 0..num_tokens-1=31, or ignore_index=-100: check the "
+        "tokenizer, or raise num_tokens",
+    ),
+    (TEXT.clone().fill_(5).index_fill(1, torch.tensor(3), -1), ValueError, "text has ids from -1 to 5; text must"),
+    (
+        TEXT.clone().fill_(-100).index_fill(1, torch.tensor(0), 3),
+        ValueError,
+        "text has shape (3, 10) and only ignore_index=-100 after its first token; text must have at least one target, "
+        "or the loss is nan: drop such batches",
+    ),
+    (
+        TEXT[:1],
+        ValueError,
+        "text has shape (1, 10) and img (3, 3, 8, 8), must have the same batch size, not 1 and 3: pass one text for "
+        "each image",
+    ),
+    (
+        TEXT.T,
+        ValueError,
+        "text has shape (10, 3) and img (3, 3, 8, 8), must have the same batch size, not 10 and 3: text is (batch, "
+        "sequence), so transpose it: text.T",
+    ),
+]
+
+
+def refuses(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    """The call raises this message, and x-transformers is not called."""
+    upstream = mock.Mock(side_effect=AssertionError("this reached x-transformers"))
+    with (
+        mock.patch.object(MODEL.encoder, "forward", upstream),
+        mock.patch.object(MODEL.decoder, "forward", upstream),
+        pytest.raises(error, match=re.escape(message)),
+    ):
+        call()
+
+
+@pytest.mark.parametrize(("img", "error", "message"), BAD_IMAGES)
+def test_images_are_refused(img: Any, error: type[Exception], message: str) -> None:
+    refuses(lambda: MODEL(img, TEXT), error, message)
+    refuses(lambda: MODEL.encode(img), error, message)
+
+
+@pytest.mark.parametrize(("text", "error", "message"), BAD_TEXTS)
+def test_texts_are_refused(text: Any, error: type[Exception], message: str) -> None:
+    refuses(lambda: MODEL(IMG, text), error, message)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"lens": [1, 2, 3]}, TypeError, "lens=[1, 2, 3] must be a tensor of ints (b,)"),
+        ({"lens": torch.tensor([2, 3])}, ValueError, "lens has shape (2,), must be (3,), one length for each text"),
+        ({"lens": torch.tensor([1, 1, 1])}, ValueError, "text must have at least one target"),
+    ],
+)
+def test_lens_are_refused(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    refuses(lambda: MODEL(IMG, TEXT, **kwargs), error, message)
+
+
+@pytest.mark.parametrize(
+    ("img", "context", "error", "message"),
+    [
+        (None, None, ValueError, "neither img nor context is given: a model with cross_attend=True needs either img"),
+        (IMG, torch.randn(3, 4, 24), ValueError, "both img and context are given"),
+        (None, torch.randn(3, 4, 7), ValueError, "context has shape (3, 4, 7), must be (b, p, encoder_dim=24)"),
+        (None, torch.randn(3, 24), ValueError, "context has shape (3, 24), must be (b, p, encoder_dim=24)"),
+        (None, torch.ones(3, 4, 24).long(), TypeError, "context is torch.int64, must be a floating-point tensor"),
+        (None, torch.randn(2, 4, 24), ValueError, "text has shape (3, 10) and context (2, 4, 24), must have the same"),
+    ],
+)
+def test_contexts_are_refused(img: Any, context: Any, error: type[Exception], message: str) -> None:
+    refuses(lambda: MODEL(img, TEXT, context=context), error, message)
+
+
+def test_a_text_only_model_refuses_a_context() -> None:
+    model = small(cross_attend=False)
+    for name, value in {"context": torch.randn(3, 4, 24), "context_mask": torch.ones(3, 4).bool()}.items():
+        with pytest.raises(ValueError, match=f"{name} is for models that cross-attend: leave it out"):
+            model(None, TEXT, **{name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_every_integer_dtype_is_text(dtype: torch.dtype) -> None:
+    assert torch.equal(MODEL(IMG, TEXT.to(dtype)), MODEL(IMG, TEXT))
+
+
+def test_the_ends_of_the_range_are_text() -> None:
+    assert torch.isfinite(MODEL(IMG, torch.tensor([[0, 31], [31, 0], [31, 31]])))
+
+
+def test_what_lies_beyond_lens_is_not_looked_at() -> None:
+    lens = torch.tensor([3, 10, 5])
+    rubbish = torch.where(torch.arange(10) < lens[:, None], TEXT, 10**9)
+    assert torch.equal(MODEL(IMG, rubbish, lens=lens), MODEL(IMG, TEXT, lens=lens))
+    assert not torch.equal(MODEL(IMG, TEXT, lens=lens), MODEL(IMG, TEXT))
+
+
+def test_nan_in_an_image_is_the_users_data() -> None:
+    assert torch.isnan(MODEL(IMG.masked_fill(IMG > 0, torch.nan), TEXT))
+
+
+def test_a_text_longer_than_max_seq_len_is_an_error_with_absolute_positions_only() -> None:
+    img, text = batch(MODEL, n=17)
+    assert torch.isfinite(MODEL(img, text))
+    model = small(use_abs_pos_emb=True, rotary_xpos=False)
+    message = "text has 17 tokens, must have at most max_seq_len=16 with use_abs_pos_emb=True"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(img, text)
+    assert torch.isfinite(model(img, text[:, :16]))
+
+
+def test_an_image_is_cast_to_the_weights() -> None:
+    assert torch.equal(logits(MODEL, IMG.double(), TEXT), logits(MODEL, IMG, TEXT))
+
+
+def test_on_a_gpu_ids_are_checked_without_waiting_for_it() -> None:
+    class OnGpu(Tensor):
+        """A condition that says it is on a GPU, and fails the test when it is read."""
+
+        is_cuda = True
+
+        def __bool__(self) -> bool:
+            raise AssertionError("read: on a GPU that waits for the device")
+
+    from palme_xt.inputs import _require
+
+    with mock.patch("torch._assert_async") as assert_async:
+        condition = torch.tensor(False).as_subclass(OnGpu)
+        _require(condition, lambda: "", "the rule")
+    assert_async.assert_called_once_with(condition, "the rule")
+
+
+def test_the_original_second_example_is_told_what_to_do() -> None:
+    # zeta.models.PalmE documents 16 images against a text of 50 tokens by 16: it never ran.
+    model = PalmE(image_size=32, patch_size=16, encoder_depth=1, decoder_depth=1)
+    img, text = torch.randn(16, 3, 32, 32), torch.randint(0, 20000, (50, 16))
+    with pytest.raises(ValueError, match=re.escape("text is (batch, sequence), so transpose it: text.T")):
+        model(img, text)
+    assert torch.isfinite(model(img, text.T))
