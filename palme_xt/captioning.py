@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,17 +42,21 @@ def read_image(path: str | Path, config: PalmEConfig) -> Tensor:
     return pixels.reshape(config.image_size, config.image_size, config.channels).movedim(-1, 0)
 
 
-def caption(model: PalmE, img: Tensor) -> list[str]:
-    """The most likely captions, chosen byte by byte, of images `(b, c, h, w)`."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            context = model.encode(img) if model.config.cross_attend else None
-            prompts = torch.full((len(img), 1), tokens.BOS, device=img.device)
-            ids = model.decoder.generate(
-                prompts, model.config.max_seq_len - 1, context=context, eos_token=tokens.EOS, temperature=0.0
-            )
-    finally:
-        model.train(was_training)
+def stream_caption(model: PalmE, img: Tensor, **how: Any) -> Iterator[str]:
+    """The text that `caption` returns for one image `(c, h, w)`, character by character as it is decoded."""
+    bytes_to_text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    start = torch.tensor([tokens.BOS], device=img.device)
+    how = {"temperature": 0.0} | how
+    for (token,) in model.stream(img[None], start, model.config.max_seq_len - 1, eos_token=tokens.EOS, **how):
+        if token < 256 and (text := bytes_to_text.decode(bytes([int(token)]))):
+            yield text
+    if text := bytes_to_text.decode(b"", final=True):
+        yield text
+
+
+def caption(model: PalmE, img: Tensor, **how: Any) -> list[str]:
+    """Captions of images `(b, c, h, w)`, greedily decoded, or as the keywords of `PalmE.generate` say."""
+    how = {"temperature": 0.0} | how
+    start = torch.full((len(img), 1), tokens.BOS, device=img.device)
+    ids = model.generate(img, start, model.config.max_seq_len - 1, eos_token=tokens.EOS, **how)
     return [tokens.decode(row) for row in ids.tolist()]

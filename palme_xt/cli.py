@@ -66,12 +66,17 @@ def _run(argv: Sequence[str] | None) -> int:
 
     caption = ArgumentParser(
         prog="palme-xt caption",
-        usage="palme-xt caption RUN IMAGE [IMAGE ...]",
+        usage="palme-xt caption RUN IMAGE [IMAGE ...] [OPTION ...]",
         description="Caption image files with a trained run, one line each.",
         allow_abbrev=False,
     )
     caption.add_argument("run", metavar="RUN", type=str, help="folder that `palme-xt train` made")
     caption.add_argument("image", metavar="IMAGE", type=str, nargs="+", help="image files that Pillow can read")
+    caption.add_argument("--beams", type=int, default=1, help="search with so many beams (default: 1, no search)")
+    caption.add_argument("--temperature", type=float, help="sample; the higher, the wilder (default: 0, do not)")
+    caption.add_argument("--top-p", type=float, help="sample from the likeliest tokens that sum to this probability")
+    caption.add_argument("--seed", type=int, help="of the sampling (default: another each time)")
+    caption.add_argument("--stream", action="store_true", help="print each caption as it is decoded")
 
     parser = ArgumentParser(
         prog="palme-xt",
@@ -120,12 +125,38 @@ def _print_outcome(outcome: Outcome) -> None:
 def _caption(options: dict[str, Any]) -> int:
     import torch
 
-    from palme_xt.captioning import caption, read_image
+    from palme_xt.captioning import caption, read_image, stream_caption
     from palme_xt.run import Run
     from palme_xt.tokens import printable
 
     model = Run(options["run"]).load()
     img = torch.stack([read_image(path, model.config) for path in options["image"]])
-    for path, text in zip(options["image"], caption(model, img), strict=True):
-        print(f"{path}: {printable(text)}")
+    how = _how_to_decode(options)
+    if options["stream"]:
+        for path, one in zip(options["image"], img, strict=True):
+            print(f"{path}: ", end="", flush=True)
+            for text in stream_caption(model, one, **how):
+                print(printable(text), end="", flush=True)
+            print()
+    else:
+        for path, text in zip(options["image"], caption(model, img, **how), strict=True):
+            print(f"{path}: {printable(text)}")
     return 0
+
+
+def _how_to_decode(options: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    beams, temperature, top_p, seed = (options[name] for name in ("beams", "temperature", "top_p", "seed"))
+    if beams != 1 and (options["stream"] or temperature or top_p is not None):
+        raise ValueError(f"--beams={beams} goes with no other option: which beam is best shows at the end, unsampled")
+    how: dict[str, Any] = {} if beams == 1 else {"beams": beams}
+    if temperature is not None:
+        how["temperature"] = temperature
+    if top_p is not None:
+        if not 0 < top_p <= 1:
+            raise ValueError(f"--top-p={top_p} must be greater than 0 and at most 1")
+        how |= {"temperature": 1.0} | how | {"filter_logits_fn": "top_p", "filter_kwargs": {"thres": top_p}}
+    if seed is not None:
+        torch.manual_seed(seed)
+    return how

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from palme_xt.config import PalmEConfig
 
@@ -104,6 +105,64 @@ def check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
         )
 
 
+def check_prompts(
+    prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Bring prompts into the form that upstream's wrapper takes.
+
+    Args:
+        prompts: `(b, t)`, a list of b 1-d tensors, or `(t,)` for all of `batch`.
+        prompt_lens: `(b,)` how many tokens of each row of `prompts (b, t)` count, from the left; or None.
+        batch: how many images there are; None if none are looked at.
+        config: gives `num_tokens`, `pad_value` and `max_seq_len`.
+
+    Returns:
+        `(b, t)`, int64, and `(b,)` lengths, or None where all are of length t.
+
+    Raises:
+        TypeError, ValueError: as `check_text`, with the name `prompts` or `prompt_lens`.
+    """
+    if isinstance(prompts, list | tuple):
+        if not prompts:
+            raise ValueError("prompts is an empty list, must hold a 1-d tensor for each image: start from BOS")
+        if prompt_lens is not None:
+            raise ValueError("prompt_lens goes with prompts (b, t): the lengths of a list of prompts are its own")
+        for number, prompt in enumerate(prompts):
+            if not isinstance(prompt, Tensor) or prompt.ndim != 1:
+                found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+                raise ValueError(f"prompts[{number}] is {found}, must be a 1-d tensor (t,) of token ids")
+            check_token_ids(prompt[None], config, f"prompts[{number}]")
+        prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
+        prompts = pad_sequence(list(prompts), batch_first=True, padding_value=config.pad_value)
+    if isinstance(prompts, Tensor) and prompts.ndim == 1:
+        prompts = prompts.expand(batch or 1, -1)
+    check_token_ids(prompts, config, "prompts")
+    prompts = prompts.long()
+    count, longest = prompts.shape
+    if batch is not None and count != batch:
+        raise ValueError(
+            f"prompts are {count}, images {batch}, must be as many: pass one prompt (t,) to share it, or one for each"
+        )
+    if prompt_lens is None:
+        within = torch.ones_like(prompts, dtype=torch.bool)
+    else:
+        if not isinstance(prompt_lens, Tensor) or prompt_lens.is_floating_point() or prompt_lens.dtype == torch.bool:
+            raise TypeError(f"prompt_lens={prompt_lens!r} must be a tensor of ints (b,)")
+        if tuple(prompt_lens.shape) != (count,) or prompt_lens.min() < 1 or prompt_lens.max() > longest:
+            raise ValueError(
+                f"prompt_lens={prompt_lens.tolist()} must be {count} lengths within 1..{longest}, one for each prompt"
+            )
+        within = torch.arange(longest, device=prompts.device) < prompt_lens[:, None]
+        if bool((prompt_lens == longest).all()):
+            prompt_lens = None
+    _require(
+        ~(within & ((prompts < 0) | (prompts >= config.num_tokens))).any(),
+        lambda: f"prompts have ids from {int(prompts[within].min())} to {int(prompts[within].max())}; ",
+        f"prompts must have ids within 0..num_tokens-1={config.num_tokens - 1}: check the tokenizer",
+    )
+    return prompts.masked_fill(~within, config.pad_value), prompt_lens
+
+
 def check_context(context: Any, config: PalmEConfig) -> None:
     """Refuse what `encode` cannot have returned.
 
@@ -122,7 +181,7 @@ def check_context(context: Any, config: PalmEConfig) -> None:
         )
 
 
-def check_batches(source: Tensor, text: Tensor, name: str = "text", source_name: str = "img") -> None:
+def check_batches(source: Tensor, text: Tensor, source_name: str = "img") -> None:
     """Refuse images and texts of different batch sizes, which upstream would broadcast where one is 1.
 
     Raises:
@@ -132,9 +191,9 @@ def check_batches(source: Tensor, text: Tensor, name: str = "text", source_name:
     if images != texts:
         remedy = "pass one text for each image"
         if text.shape[1] == images:
-            remedy = f"{name} is (batch, sequence), so transpose it: {name}.T"
+            remedy = "text is (batch, sequence), so transpose it: text.T"
         raise ValueError(
-            f"{name} has shape {tuple(text.shape)} and {source_name} {tuple(source.shape)}, must have the same batch "
+            f"text has shape {tuple(text.shape)} and {source_name} {tuple(source.shape)}, must have the same batch "
             f"size, not {texts} and {images}: {remedy}"
         )
 

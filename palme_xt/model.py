@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from palme_xt.config import PalmEConfig
-from palme_xt.inputs import check_batches, check_context, check_img, check_text
+from palme_xt.decoding import WRONG_WITH_CACHE, FilterLogits, Rows, beam_search, evaluating, sample
+from palme_xt.decoding_arguments import check_beams, check_eos_token, check_lengths, check_sampling
+from palme_xt.inputs import check_batches, check_context, check_img, check_prompts, check_text
 from palme_xt.signature import with_arguments_of
 from palme_xt.wiring import build_decoder, build_encoder
 
@@ -18,8 +23,8 @@ from palme_xt.wiring import build_decoder, build_encoder
 class PalmE(nn.Module):
     """A vision-language model from 17 arguments; `PalmEConfig` documents them and the five override dicts.
 
-    Letters in shapes: b batch, m images a sample, c channels, h and w pixels, n tokens, p patches of an image,
-    d encoder_dim.
+    Letters in shapes: b batch, m images a sample, c channels, h and w pixels, n tokens, t tokens of a prompt,
+    p patches of an image, d encoder_dim, v num_tokens.
 
     Attributes:
         config: the `PalmEConfig` it was built from.
@@ -90,27 +95,225 @@ class PalmE(nn.Module):
             ValueError: `img` or `text` has the wrong shape or values, or their batch sizes differ.
         """
         check_text(text, self.config, kwargs.get("lens"))
-        context = self._context(img, text, kwargs.pop("context", None))
-        if context is not None:
-            kwargs["context"] = context
-        elif kwargs.get("context_mask") is not None:
-            raise ValueError("context_mask is for models that cross-attend: leave it out with cross_attend=False")
+        context = kwargs.pop("context", None)
+        source = self._check_source(img, context, kwargs.get("context_mask"))
+        if source is not None:
+            check_batches(source, text, "img" if context is None else "context")
+            kwargs["context"] = self.encode(source) if context is None else context
         return self.decoder(text.long(), **kwargs)
 
-    def _context(self, img: Tensor | None, text: Tensor, context: Tensor | None) -> Tensor | None:
-        if not self.config.cross_attend:
-            if context is not None:
-                raise ValueError("context is for models that cross-attend: leave it out with cross_attend=False")
-            return None
-        if img is not None and context is None:
-            check_img(img, self.config)
-            check_batches(img, text)
-            return self.encode(img)
-        if context is not None and img is None:
-            check_context(context, self.config)
-            check_batches(context, text, source_name="context")
-            return context
-        found = "neither img nor context is" if img is None else "both img and context are"
-        raise ValueError(
-            f"{found} given: a model with cross_attend=True needs either img, or context=model.encode(img)"
+    def generate(
+        self,
+        img: Tensor | None,
+        prompts: Tensor | list[Tensor],
+        seq_len: int,
+        *,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        filter_logits_fn: str | FilterLogits = "top_k",
+        filter_kwargs: dict[str, Any] | None = None,
+        prompt_lens: Tensor | None = None,
+        restrict_to_max_seq_len: bool = True,
+        cache_kv: bool = True,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        beams: int = 1,
+        length_penalty: float = 0.0,
+    ) -> Tensor:
+        """Continue prompts about images. Names and meanings are upstream's, where upstream has them.
+
+        Greedy and beam search give each sample the tokens that it gets alone, whatever else is in the batch. Sampling
+        draws for the whole batch from one stream of random numbers: the same seed gives the same tokens for the same
+        batch, not for a sample in another batch.
+
+        Args:
+            img: as in `encode`; None with `context=`, and for a model that does not cross-attend.
+            prompts: token ids `(b, t)`; a list of b tensors `(t_i,)`; or `(t,)`, shared by all images.
+            seq_len: how many new tokens at most.
+            eos_token: the id that ends a text, counted in what is generated only; None: none does.
+            temperature: divides the logits before sampling; 0 takes the most likely token (greedy).
+            filter_logits_fn: which tokens may be sampled: upstream's `top_k`, `top_p`, `min_p` or `top_a` by name, or a
+                function of logits `(b, v)` that sets others to -inf. Upstream's default `top_k` keeps a tenth of the
+                vocabulary.
+            filter_kwargs: keywords for it, `{"thres": 0.9}` for `top_p`, say.
+            prompt_lens: `(b,)`: how many tokens of each row of `prompts (b, t)` count, from the left.
+            restrict_to_max_seq_len: refuse to go beyond `max_seq_len`. False goes on, without a sliding window, in
+                models that have no absolute positions.
+            cache_kv: keep keys and values, so that a step reads one token. False reads the whole text at each step, for
+                the same tokens; so does True with the overrides that upstream's cache is wrong for
+                (`palme_xt.decoding.WRONG_WITH_CACHE`).
+            context: what `encode` returned, instead of `img`, to encode once for several calls.
+            context_mask: `(b, p)` bool, False where the context does not count.
+            generator: source of the randomness, on the model's device.
+            beams: more than 1: beam search of that width, which never samples, and of which the best text is returned;
+                `beam_search` returns all.
+            length_penalty: as in `beam_search`.
+
+        Returns:
+            The new tokens alone, `(b, seq_len)`, int64, after EOS the wrapper's `pad_value`.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above, or `t + seq_len` exceeds `max_seq_len`. The model is
+                left as it was, after any error.
+        """
+        start = self._start(
+            img, prompts, seq_len, prompt_lens, eos_token, restrict_to_max_seq_len, cache_kv, context, context_mask
         )
+        sampling = check_sampling(temperature, filter_logits_fn, filter_kwargs, generator)
+        if not check_beams(beams, length_penalty, sampling):
+            with evaluating(self):
+                steps = list(sample(start(), seq_len, sampling, eos_token=eos_token, pad_value=self.config.pad_value))
+                return F.pad(torch.stack(steps, dim=1), (0, seq_len - len(steps)), value=self.config.pad_value)
+        tokens, _ = self._beam_search(start, seq_len, beams, eos_token, length_penalty)
+        return tokens[0]
+
+    def beam_search(
+        self,
+        img: Tensor | None,
+        prompts: Tensor | list[Tensor],
+        seq_len: int,
+        *,
+        beams: int = 4,
+        eos_token: int | None = None,
+        length_penalty: float = 0.0,
+        prompt_lens: Tensor | None = None,
+        restrict_to_max_seq_len: bool = True,
+        cache_kv: bool = True,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The most likely texts that a beam search finds, with their scores.
+
+        Args:
+            beams: width of the search, and how many texts of each sample are returned.
+            length_penalty: texts compare by their log probability over their length (EOS included) to this power; 0
+                compares the bare log probabilities, which favours short texts.
+            img, prompts, seq_len, eos_token, prompt_lens, restrict_to_max_seq_len, cache_kv, context, context_mask: as
+                in `generate`.
+
+        Returns:
+            As upstream's wrapper returns beams: the new tokens `(beams, b, seq_len)`, best first, after EOS the
+            wrapper's `pad_value`; and the scores `(beams, b)`, float32, in nats. Where a sample has fewer texts than
+            `beams`, the rest scores -inf.
+
+        Raises:
+            TypeError, ValueError: as `generate`.
+        """
+        start = self._start(
+            img, prompts, seq_len, prompt_lens, eos_token, restrict_to_max_seq_len, cache_kv, context, context_mask
+        )
+        check_beams(beams, length_penalty)
+        return self._beam_search(start, seq_len, beams, eos_token, length_penalty)
+
+    def _beam_search(
+        self, start: Callable[[], Rows], seq_len: int, beams: int, eos_token: int | None, length_penalty: float
+    ) -> tuple[Tensor, Tensor]:
+        with evaluating(self):
+            tokens, scores = beam_search(
+                start(),
+                seq_len,
+                beams,
+                eos_token=eos_token,
+                pad_value=self.config.pad_value,
+                length_penalty=length_penalty,
+            )
+        return rearrange(tokens, "b k n -> k b n"), rearrange(scores, "b k -> k b")
+
+    def stream(
+        self,
+        img: Tensor | None,
+        prompts: Tensor | list[Tensor],
+        seq_len: int,
+        *,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        filter_logits_fn: str | FilterLogits = "top_k",
+        filter_kwargs: dict[str, Any] | None = None,
+        prompt_lens: Tensor | None = None,
+        restrict_to_max_seq_len: bool = True,
+        cache_kv: bool = True,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """What `generate` returns for the same arguments, step by step, as it is decoded.
+
+        Between steps, and once it is abandoned, the model is in the mode that it was in before. There are no beams
+        here: which of them is best is known at the end only.
+
+        Yields:
+            The tokens `(b,)` of each step, at most `seq_len` times, until all texts have ended.
+
+        Raises:
+            TypeError, ValueError: as `generate`, at once and not at the first step.
+        """
+        start = self._start(
+            img, prompts, seq_len, prompt_lens, eos_token, restrict_to_max_seq_len, cache_kv, context, context_mask
+        )
+        sampling = check_sampling(temperature, filter_logits_fn, filter_kwargs, generator)
+
+        def steps() -> Iterator[Tensor]:
+            with evaluating(self):
+                tokens = sample(start(), seq_len, sampling, eos_token=eos_token, pad_value=self.config.pad_value)
+            while True:
+                with evaluating(self):
+                    step = next(tokens, None)
+                if step is None:
+                    return
+                yield step
+
+        return steps()
+
+    def _start(
+        self,
+        img: Tensor | None,
+        prompts: Tensor | list[Tensor],
+        seq_len: int,
+        prompt_lens: Tensor | None,
+        eos_token: int | None,
+        restrict_to_max_seq_len: bool,
+        cache_kv: bool,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+    ) -> Callable[[], Rows]:
+        """Check what is to be decoded; when called, encode the images."""
+        source = self._check_source(img, context, context_mask)
+        batch = None if source is None else len(source)
+        prompts, prompt_lens = check_prompts(prompts, prompt_lens, batch, self.config)
+        check_lengths(prompts.shape[1], seq_len, restrict_to_max_seq_len, self.config)
+        check_eos_token(eos_token, self.config)
+
+        wrong_with_cache = [name for name in WRONG_WITH_CACHE if self.config.decoder_kwargs.get(name)]
+        can_cache = not wrong_with_cache and not self.config.transformer_kwargs.get("looped")
+
+        def start() -> Rows:
+            return Rows(
+                self.decoder.net,
+                prompts,
+                prompt_lens,
+                pad_value=self.config.pad_value,
+                cache_kv=cache_kv and can_cache,
+                context=source if context is not None or source is None else self.encode(source),
+                context_mask=context_mask,
+            )
+
+        return start
+
+    def _check_source(self, img: Tensor | None, context: Tensor | None, context_mask: Tensor | None) -> Tensor | None:
+        """The images or the context to use, checked; None for a model that does not cross-attend."""
+        if not self.config.cross_attend:
+            for name, value in {"context": context, "context_mask": context_mask}.items():
+                if value is not None:
+                    raise ValueError(f"{name} is for models that cross-attend: leave it out with cross_attend=False")
+            return None
+        if (img is None) == (context is None):
+            found = "neither img nor context is" if img is None else "both img and context are"
+            raise ValueError(
+                f"{found} given: a model with cross_attend=True needs either img, or context=model.encode(img)"
+            )
+        if context is not None:
+            check_context(context, self.config)
+            return context
+        check_img(img, self.config)
+        return img

@@ -29,6 +29,8 @@ class Decoder(x_transformers.Decoder):
     Arguments, parameters, buffers and full-sequence outputs are upstream's.
     """
 
+    rel_pos: Any
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         _leave_sdpa_context(self)
@@ -53,6 +55,8 @@ class Decoder(x_transformers.Decoder):
 
 class AlibiPositionalBias(upstream.AlibiPositionalBias):
     """Upstream's bias, without state that changes in forward or is lost on the meta device."""
+
+    slopes: Tensor
 
     def __init__(self, heads: int, total_heads: int, slopes: Any = None) -> None:
         super().__init__(heads, total_heads, slopes=slopes)
@@ -90,7 +94,7 @@ class TransformerWrapper(x_transformers.TransformerWrapper):
 
     def _tied_logits(self, t: Tensor) -> Tensor:
         logits: Tensor = t @ self.token_emb.emb.weight.t()
-        scale = getattr(self, "tie_embedding_scale", None)  # since 2.30
+        scale = getattr(self, "tie_embedding_scale", None)  # since 2.30.5
         return logits if scale is None else logits * scale
 
 

@@ -129,6 +129,48 @@ def test_caption_prints_a_line_for_each_image(run: Path, capsys: pytest.CaptureF
     assert lines == [f"{path}: {printable(text)}" for path, text in zip(images, caption(model, img), strict=True)]
 
 
+def captions(capsys: pytest.CaptureFixture[str], run: Path, *options: str) -> list[str]:
+    images = sorted(map(str, (run / "held_out").glob("*.png")))[:3]
+    capsys.readouterr()
+    assert main(["caption", str(run), *images, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ", 1)[0] for line in lines] == images
+    return [line.split(": ", 1)[1] for line in lines]
+
+
+def test_captions_can_be_streamed_searched_and_sampled(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    greedy = captions(capsys, run)
+    assert captions(capsys, run, "--stream") == greedy
+    assert captions(capsys, run, "--temperature=0") == greedy
+
+    model = Run(run).load()
+    img = torch.stack([read_image(path, model.config) for path in sorted((run / "held_out").glob("*.png"))[:3]])
+    assert captions(capsys, run, "--beams=3") == [printable(text) for text in caption(model, img, beams=3)]
+
+    one, again, other = (captions(capsys, run, "--temperature=1.5", f"--seed={seed}") for seed in (1, 1, 2))
+    assert one == again != other
+    nucleus = captions(capsys, run, "--top-p=0.5", "--seed=1")
+    assert nucleus != captions(capsys, run, "--top-p=0.9", "--seed=1")
+    assert captions(capsys, run, "--top-p=0.000001", "--temperature=2") == greedy  # the likeliest alone is left
+    assert len(captions(capsys, run, "--stream", "--temperature=2", "--top-p=0.9")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--beams=0"], "beams=0 must be a positive int: 1 decodes without a search"),
+        (["--beams=2", "--stream"], "--beams=2 goes with no other option: .*"),
+        (["--beams=2", "--top-p=0.5"], "--beams=2 goes with no other option: .*"),
+        (["--temperature=-1"], r"temperature=-1.0 must be 0 \(greedy\) or more, and finite"),
+        (["--top-p=0"], "--top-p=0.0 must be greater than 0 and at most 1"),
+    ],
+)
+def test_ways_to_decode_that_are_none(
+    options: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(capsys, ["caption", str(run), str(run / "held_out" / "00.png"), *options], message)
+
+
 def test_images_of_any_size_and_mode_are_read(run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (70, 50), "white").save(tmp_path / "white.jpg")
     pixels = read_image(tmp_path / "white.jpg", DIGITS_MODEL)

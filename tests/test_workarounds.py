@@ -155,3 +155,31 @@ def test_upstream_still_ties_a_copy_to_the_embedding_of_its_source() -> None:
     with torch.no_grad():
         net.token_emb.emb.weight.zero_()
     assert not torch.equal(copied(text), before)
+
+
+def test_one_head_crashes_upstream_unless_as_wide_as_the_model() -> None:
+    def run(dim: int) -> Tensor:
+        layers = x_transformers.Decoder(dim=dim, depth=2, heads=1, attn_dim_head=8, verbose=False)
+        return layers(torch.randn(1, 4, dim))  # type: ignore[no-any-return]
+
+    assert run(8).shape == (1, 4, 8)
+    with pytest.raises(RuntimeError, match="The size of tensor"):
+        run(16)
+
+
+def test_upstream_still_accepts_silently() -> None:
+    model = small()
+    hand_wired = HandWired(model.config)
+    img, text = batch(model)
+    for silent in (
+        lambda: hand_wired(img[..., :4, :4], text),
+        lambda: hand_wired(img, text + 0.5),
+        lambda: hand_wired(img[:1], text),
+    ):
+        assert torch.isfinite(silent())
+    assert torch.isnan(hand_wired(img, torch.full_like(text, -100)))
+
+
+def test_upstream_still_drops_absolute_positions_silently() -> None:
+    net = HandWired(small(use_abs_pos_emb=True).config).decoder.net
+    assert not any(name.startswith("pos_emb") for name, _ in net.named_parameters())

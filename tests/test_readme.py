@@ -1,0 +1,65 @@
+"""The README states only what is so: its code runs and prints what it says, its tables are those of the code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from palme_xt.config import LANDS_AT
+from tests.test_config import CONTRACT
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+UPSTREAM = {
+    "vit": "ViTransformerWrapper",
+    "encoder": "Encoder",
+    "transformer": "TransformerWrapper",
+    "decoder": "Decoder",
+    "autoregressive": "AutoregressiveWrapper",
+}
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.strip().splitlines()[-1][:40])
+def test_the_code_runs_and_prints_what_it_says(code: str) -> None:
+    promised = re.findall(r"^ *print\(.*\)(?:  |\n)# (.*)$", code, flags=re.MULTILINE)
+    assert len(promised) == code.count("print(")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert printed.getvalue().splitlines() == promised
+
+
+def test_the_table_of_arguments_is_the_code_s() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \| .+ \|$", README, flags=re.MULTILINE)
+    landings: dict[str, list[str]] = {name: [] for name in CONTRACT}
+    for part, arguments in LANDS_AT.items():
+        for keyword, name in arguments.items():
+            landings[name].append(f"`{UPSTREAM[part]}({keyword})`")
+    assert rows == [(name, str(default), ", ".join(landings[name])) for name, default in CONTRACT.items()]
+
+
+def test_every_test_that_the_readme_names_exists() -> None:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", README)
+    assert len(named) > 10
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+def test_the_two_commands_come_first() -> None:
+    block = README.split("```bash\n")[1].split("```")[0]
+    assert [line.split("#")[0].strip() for line in block.strip().splitlines()] == [
+        "pip install -e '.[train]' && palme-xt train",
+        "pip install -e '.[test]'  && pytest",
+    ]
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1].startswith("pip install -e '.[test]' && pytest")
+
+
+def test_the_changelog_has_the_version() -> None:
+    import palme_xt
+
+    assert f"## [{palme_xt.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
