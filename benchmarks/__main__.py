@@ -6,6 +6,7 @@ import argparse
 import importlib
 
 SUBSETS = {
+    "decoding": "time a token: upstream, Hugging Face, uncached, floor (10 minutes; needs transformers)",
     "digits": "train the shipped digits captioner from five seeds (10 minutes)",
 }
 

@@ -119,6 +119,9 @@ class PalmEConfig:
             overrides = getattr(self, f"{part}_kwargs")
             check_overrides(part, overrides, {key: (name, getattr(self, name)) for key, name in arguments.items()})
             object.__setattr__(self, f"{part}_kwargs", FrozenDict(overrides))
+        self._or_upstreams("vit", "channels", 3)
+        self._or_upstreams("autoregressive", "ignore_index", -100)
+        self._or_upstreams("autoregressive", "pad_value", 0)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -142,7 +145,10 @@ class PalmEConfig:
                         f"{part}_kwargs['attn_kv_heads']={kv_heads} must divide {part}_heads={heads}: "
                         "each key-value head serves equally many query heads"
                     )
-        pad_value = self.autoregressive_kwargs.get("pad_value", 0)
+        _check_positive_int("vit_kwargs['channels']", self.channels)
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise TypeError(f"autoregressive_kwargs['ignore_index']={self.ignore_index!r} must be an int")
+        pad_value = self.pad_value
         if isinstance(pad_value, bool) or not isinstance(pad_value, int) or not 0 <= pad_value < self.num_tokens:
             raise ValueError(
                 f"autoregressive_kwargs['pad_value']={pad_value!r} must be a token id within "
@@ -159,20 +165,24 @@ class PalmEConfig:
                 stacklevel=4,
             )
 
+    def _or_upstreams(self, part: str, name: str, default: int) -> None:
+        # A plain attribute, not a look-up at each use: torch 2.6 cannot compile one in a dict of another class.
+        object.__setattr__(self, f"_{name}", getattr(self, f"{part}_kwargs").get(name, default))
+
     @property
     def channels(self) -> int:
         """Colour channels of an image: 3 unless `vit_kwargs` says otherwise, as upstream."""
-        return int(self.vit_kwargs.get("channels", 3))
+        return self._channels  # type: ignore[attr-defined,no-any-return]
 
     @property
     def ignore_index(self) -> int:
         """The id in `text` that is no target: -100 unless `autoregressive_kwargs` says otherwise, as upstream."""
-        return int(self.autoregressive_kwargs.get("ignore_index", -100))
+        return self._ignore_index  # type: ignore[attr-defined,no-any-return]
 
     @property
     def pad_value(self) -> int:
         """The id that fills `text` after its end: 0 unless `autoregressive_kwargs` says otherwise, as upstream."""
-        return int(self.autoregressive_kwargs.get("pad_value", 0))
+        return self._pad_value  # type: ignore[attr-defined,no-any-return]
 
     def for_vit(self) -> dict[str, Any]:
         """Keywords for `x_transformers.ViTransformerWrapper`, all but `attn_layers`."""

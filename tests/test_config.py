@@ -163,6 +163,12 @@ def test_a_broken_argument_is_named(broken: tuple[dict[str, Any], type[Exception
         ({"autoregressive_kwargs": {"net": None}}, ValueError, "is set by PalmE itself: leave 'net' out"),
         ({"decoder_kwargs": [("ff_glu", True)]}, TypeError, "must be a dict of keywords for x-transformers"),
         ({"decoder_kwargs": {1: True}}, TypeError, "decoder_kwargs has the key 1: keywords must be str, not int"),
+        ({"vit_kwargs": {"channels": 0}}, ValueError, "vit_kwargs['channels']=0 must be a positive int: use 1 or more"),
+        (
+            {"autoregressive_kwargs": {"ignore_index": None}},
+            TypeError,
+            "autoregressive_kwargs['ignore_index']=None must be an int",
+        ),
         (
             {"num_tokens": 10, "autoregressive_kwargs": {"pad_value": 10}},
             ValueError,

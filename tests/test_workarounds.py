@@ -173,7 +173,7 @@ def test_upstream_still_accepts_silently() -> None:
     img, text = batch(model)
     for silent in (
         lambda: hand_wired(img[..., :4, :4], text),
-        lambda: hand_wired(img, text + 0.5),
+        lambda: hand_wired.decoder.net(text + 0.5, context=hand_wired.encoder(img, return_embeddings=True)).sum(),
         lambda: hand_wired(img[:1], text),
     ):
         assert torch.isfinite(silent())

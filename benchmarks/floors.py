@@ -1,0 +1,47 @@
+"""What no implementation can beat on this machine: its memory bandwidth, and its matrix products."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def _fastest_half(action: Callable[[], object], times: int = 9) -> float:
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(sorted(seconds)[: times // 2 + 1])
+
+
+def bandwidth() -> float:
+    """Bytes a second at which this machine reads memory: a sum over 1 GiB."""
+    values = torch.ones(2**28)
+    return values.nbytes / _fastest_half(values.sum)
+
+
+def weights_read_each_step(net: nn.Module) -> list[Tensor]:
+    """The weight matrices of a decoder that a cached step reads whole: all but the token embedding, and but the keys
+    and values of cross-attention, which are cached."""
+    linear = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    cross = [name for name, module in net.named_modules() if getattr(module, "causal", None) is False]
+    return [
+        module.weight
+        for name, module in linear.items()
+        if not any(name in (f"{attention}.to_k", f"{attention}.to_v") for attention in cross)
+    ]
+
+
+def step_floor(net: nn.Module, batch: int) -> float:
+    """Seconds to read all weights of a step once, at batch 1; of their matrix products alone, at larger ones."""
+    weights = weights_read_each_step(net)
+    if batch == 1:
+        return sum(weight.nbytes for weight in weights) / bandwidth()
+    inputs = [torch.randn(batch, weight.shape[1]) for weight in weights]
+    with torch.no_grad():
+        return _fastest_half(lambda: [torch.mm(x, w.T) for x, w in zip(inputs, weights, strict=True)])
