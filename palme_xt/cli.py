@@ -78,9 +78,33 @@ def _run(argv: Sequence[str] | None) -> int:
     caption.add_argument("--seed", type=int, help="of the sampling (default: another each time)")
     caption.add_argument("--stream", action="store_true", help="print each caption as it is decoded")
 
+    source = ArgumentParser(
+        prog="palme-xt source",
+        usage="palme-xt source [RUN] [OPTION VALUE ...]",
+        description="Print the model as a self-contained x-transformers program: that of a run, with its weights, or "
+        "that of the given arguments.",
+        allow_abbrev=False,
+    )
+    source.add_argument("run", metavar="RUN", type=str, nargs="?", help="folder that `palme-xt train` made")
+    source.add_class_arguments(PalmEConfig)
+
+    parity = ArgumentParser(
+        prog="palme-xt parity",
+        usage="palme-xt parity {record,check} RUN [--tolerance TOLERANCE]",
+        description="Tell whether a trained model computes the same under another x-transformers: `record` writes a "
+        "reference beside its weights, `check` exits with 0 if what is installed gives the same, and else with 1, "
+        "naming the first layer that differs.",
+        allow_abbrev=False,
+    )
+    parity.add_argument("action", choices=["record", "check"], help="write the reference, or compare with it")
+    parity.add_argument("run", metavar="RUN", type=str, help="folder that `palme-xt train` made")
+    parity.add_argument(
+        "--tolerance", type=float, default=1e-4, help="of check: largest difference, as a share of the largest value"
+    )
+
     parser = ArgumentParser(
         prog="palme-xt",
-        usage="palme-xt [--version] {train,caption} ...",
+        usage="palme-xt [--version] {train,caption,source,parity} ...",
         description="PalmE, a vision-language model over x-transformers.",
         version=palme_xt.__version__,
         allow_abbrev=False,
@@ -89,9 +113,13 @@ def _run(argv: Sequence[str] | None) -> int:
     commands.add_subcommand("train", train, help="train a captioner on images of handwritten digits")
     commands.add_subcommand("caption", caption, help="caption image files with a trained run")
 
+    commands.add_subcommand("source", source, help="print the model as an x-transformers program")
+    commands.add_subcommand("parity", parity, help="tell whether another x-transformers computes the same")
+
     options = parser.parse_args(argv).as_dict()
     command = options["command"]
-    return {"train": _train, "caption": _caption}[command](options[command])
+    run = {"train": _train, "caption": _caption, "source": _source, "parity": _parity}[command]
+    return run(options[command])
 
 
 def _train(options: dict[str, Any]) -> int:
@@ -142,6 +170,38 @@ def _caption(options: dict[str, Any]) -> int:
         for path, text in zip(options["image"], caption(model, img, **how), strict=True):
             print(f"{path}: {printable(text)}")
     return 0
+
+
+def _source(options: dict[str, Any]) -> int:
+    from dataclasses import fields
+
+    from palme_xt.run import WEIGHTS, Run
+
+    given = PalmEConfig(**{argument.name: options[argument.name] for argument in fields(PalmEConfig)})
+    if options["run"] is None:
+        print(given.to_source(), end="")
+        return 0
+    if given != PalmEConfig():
+        raise ValueError(f"{options['run']} has arguments of its own: pass a run, or arguments, not both")
+    run = Run(options["run"])
+    print(run.config().to_source(str(run.folder / WEIGHTS)), end="")
+    return 0
+
+
+def _parity(options: dict[str, Any]) -> int:
+    from palme_xt.drift import check, record
+    from palme_xt.run import PARITY, Run
+
+    run = Run(options["run"])
+    if options["action"] == "record":
+        record(run)
+        print(f"{run.folder / PARITY} written")
+        return 0
+    verdict = check(run, options["tolerance"])
+    for name, installed in verdict.installed.items():
+        print(f"{name}: recorded with {verdict.recorded[name]}, installed is {installed}")
+    print(f"differs: {verdict.difference}" if verdict.difference else f"the same within {options['tolerance']:g}")
+    return 1 if verdict.difference else 0
 
 
 def _how_to_decode(options: dict[str, Any]) -> dict[str, Any]:

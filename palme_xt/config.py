@@ -225,6 +225,19 @@ class PalmEConfig:
         """
         return {argument.name: to_json_types(getattr(self, argument.name), argument.name) for argument in fields(self)}
 
+    def to_source(self, weights: str | None = None) -> str:
+        """A self-contained program, upstream imports only, that builds the same encoder and decoder.
+
+        Args:
+            weights: a safetensors file that the program loads, as a run folder has.
+
+        Raises:
+            TypeError: an override that has no literal form.
+        """
+        from palme_xt.source import to_source
+
+        return to_source(self, weights)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PalmEConfig:
         """The inverse of `to_dict`; arguments that are missing take their defaults.

@@ -29,16 +29,23 @@ WRONG_WITH_CACHE = (
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards, whatever happens, every module is in the mode that it was in."""
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards, whatever happens, every module is in the mode that it was in."""
+    was_training = [module for model in models for module in model.modules() if module.training]
     try:
-        with torch.no_grad():
-            yield
+        for model in models:
+            model.eval()
+        yield
     finally:
         for module in was_training:
             module.training = True
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients."""
+    with eval_mode(model), torch.no_grad():
+        yield
 
 
 @dataclasses.dataclass

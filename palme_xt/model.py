@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from palme_xt.adoption import read_config, warn_unless_described
+from palme_xt.cached_decoder import Decoder as CachedDecoder
 from palme_xt.config import PalmEConfig
 from palme_xt.decoding import WRONG_WITH_CACHE, FilterLogits, Rows, beam_search, evaluating, sample
 from palme_xt.decoding_arguments import check_beams, check_eos_token, check_lengths, check_sampling
@@ -52,6 +54,26 @@ class PalmE(nn.Module):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="use_abs_pos_emb")  # the config has said so already
             return cls(**{argument.name: getattr(config, argument.name) for argument in fields(config)})
+
+    @classmethod
+    def from_modules(cls, encoder: nn.Module, decoder: nn.Module) -> PalmE:
+        """Adopt an encoder and a decoder that were wired by hand, as they are.
+
+        `model.config` is read off them: the 17 arguments always, overrides where they show; a warning says if it does
+        not describe them fully. A plain `x_transformers.Decoder` stays one: where upstream's cache crashes (ALiBi with
+        rotary positions), `generate` reads the whole text at each step. To decode with the cache, load the modules'
+        state dicts into `PalmE.from_config(model.config)`.
+
+        Raises:
+            TypeError: not an `x_transformers.ViTransformerWrapper`, or not an `AutoregressiveWrapper` around a Decoder.
+            ValueError: they do not fit together.
+        """
+        config = read_config(encoder, decoder)
+        warn_unless_described(config, encoder, decoder)
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.config, model.encoder, model.decoder = config, encoder, decoder
+        return model
 
     def encode(self, img: Tensor) -> Tensor:
         """Patch embeddings of images, the context that the decoder cross-attends to.
@@ -285,7 +307,10 @@ class PalmE(nn.Module):
         check_eos_token(eos_token, self.config)
 
         wrong_with_cache = [name for name in WRONG_WITH_CACHE if self.config.decoder_kwargs.get(name)]
-        can_cache = not wrong_with_cache and not self.config.transformer_kwargs.get("looped")
+        can_cache = not wrong_with_cache and not self.decoder.net.looped
+        layers = self.decoder.net.attn_layers
+        if not isinstance(layers, CachedDecoder) and None not in (layers.rel_pos, layers.rotary_pos_emb):
+            can_cache = False  # adopted from upstream, which crashes
 
         def start() -> Rows:
             return Rows(

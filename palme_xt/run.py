@@ -5,6 +5,7 @@ model.safetensors  the weights
 metrics.jsonl      a line for each logged step and each evaluation
 samples.png        held-out images with their generated captions
 loss.png           the loss curve
+parity.safetensors what `palme-xt parity record` has written
 held_out/*.png     some of the held-out images, to caption
 """
 
@@ -24,6 +25,7 @@ from palme_xt.model import PalmE
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+PARITY = "parity.safetensors"
 METRICS = "metrics.jsonl"
 
 
@@ -47,13 +49,13 @@ class Run:
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise RunError(f"{self.folder} is not empty: name another folder, or remove it first")
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(CONFIG, json.dumps(config.to_dict() | {"training": training}, indent=2).encode() + b"\n")
+            self.write(CONFIG, json.dumps(config.to_dict() | {"training": training}, indent=2).encode() + b"\n")
         except OSError as error:
             raise RunError(f"{self.folder} cannot be a run folder: {error.strerror}") from error
 
     def save(self, model: PalmE) -> None:
-        """Write the weights; whoever reads at the same time finds the old file or the new one, never a part."""
-        self._write(WEIGHTS, safetensors.torch.save(model.state_dict()))
+        """Write the weights."""
+        self.write(WEIGHTS, safetensors.torch.save(model.state_dict()))
 
     def log(self, **metrics: Any) -> None:
         """Append a line to `metrics.jsonl`."""
@@ -65,11 +67,11 @@ class Run:
         path = self.folder / METRICS
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def load(self, device: str | torch.device = "cpu") -> PalmE:
-        """The trained model, in eval mode.
+    def config(self) -> PalmEConfig:
+        """The arguments of the model.
 
         Raises:
-            RunError: not a run folder, or one whose files are damaged or do not belong together.
+            RunError: not a run folder, or one whose `config.json` holds no model's arguments.
         """
         for name in CONFIG, WEIGHTS:
             if not (self.folder / name).is_file():
@@ -77,10 +79,17 @@ class Run:
         try:
             values = json.loads((self.folder / CONFIG).read_text())
             values.pop("training", None)
-            config = PalmEConfig.from_dict(values)
+            return PalmEConfig.from_dict(values)
         except (ValueError, TypeError, AttributeError) as error:
             raise RunError(f"{self.folder / CONFIG} does not hold a model's arguments: {error}") from error
-        model = PalmE.from_config(config).to(device)
+
+    def load(self, device: str | torch.device = "cpu") -> PalmE:
+        """The trained model, in eval mode.
+
+        Raises:
+            RunError: not a run folder, or one whose files are damaged or do not belong together.
+        """
+        model = PalmE.from_config(self.config()).to(device)
         try:
             safetensors.torch.load_model(model, str(self.folder / WEIGHTS), device=str(device))
         except (safetensors.SafetensorError, RuntimeError) as error:
@@ -88,7 +97,8 @@ class Run:
             raise RunError(f"{self.folder / WEIGHTS} does not hold this model's weights: {first_line}") from error
         return model.eval()
 
-    def _write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file; whoever reads at the same time finds the old one or the new one, never a part."""
         new = self.folder / (name + ".new")
         new.write_bytes(content)
         new.replace(self.folder / name)

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend
 from x_transformers import x_transformers as upstream
 from x_transformers.attend import Attend
 
+from palme_xt.cached_decoder import Decoder as CachedDecoder
+
 
 class Encoder(x_transformers.Encoder):
     """`x_transformers.Encoder`, whose modules pickle."""
@@ -23,8 +25,8 @@ class Encoder(x_transformers.Encoder):
         _leave_sdpa_context(self)
 
 
-class Decoder(x_transformers.Decoder):
-    """`x_transformers.Decoder`, which decodes with a key-value cache when ALiBi and rotary positions are both on.
+class Decoder(CachedDecoder):
+    """`x_transformers.Decoder`, which decodes with a cache in every configuration, pickles, and keeps no ALiBi state.
 
     Arguments, parameters, buffers and full-sequence outputs are upstream's.
     """
@@ -37,20 +39,6 @@ class Decoder(x_transformers.Decoder):
         if isinstance(self.rel_pos, upstream.AlibiPositionalBias):
             slopes = kwargs.get("rel_pos_kwargs", {}).get("slopes")
             self.rel_pos = AlibiPositionalBias(self.rel_pos.heads, self.rel_pos.total_heads, slopes=slopes)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, for `x (b, n, d)` and the same keywords."""
-        # x-transformers 1.42.7 to 2.31.10: computing rotary positions in `AttentionLayers.forward` rebinds `pos`, which
-        # sends ALiBi down its path for custom positions, an (n, n) bias for the one query of a cached step. Handing in
-        # the same rotary embedding leaves `pos` alone. Custom positions are upstream's own affair.
-        if self.rotary_pos_emb is not None and kwargs.get("rotary_pos_emb") is None and kwargs.get("pos") is None:
-            mems, cache, offset = kwargs.get("mems"), kwargs.get("cache"), kwargs.get("seq_pos_offset")
-            mem_len = mems[0].shape[1] if mems and mems[0] is not None else 0
-            if offset is None:
-                offset = cache.cache_length if cache is not None else 0
-            pos = torch.arange(x.shape[1] + mem_len + offset, device=x.device) - mem_len
-            kwargs["rotary_pos_emb"] = self.rotary_pos_emb(pos)
-        return super().forward(x, *args, **kwargs)
 
 
 class AlibiPositionalBias(upstream.AlibiPositionalBias):

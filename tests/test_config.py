@@ -16,7 +16,7 @@ from hypothesis import given
 
 from palme_xt import PalmE, PalmEConfig
 from palme_xt.config import LANDS_AT
-from tests.strategies import broken_arguments, configs
+from palme_xt.strategies import broken_arguments, configs
 
 CONTRACT = {
     "image_size": 256,

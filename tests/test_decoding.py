@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from palme_xt import PalmE
 from palme_xt.decoding import WRONG_WITH_CACHE
 from palme_xt.overrides import known_overrides
+from palme_xt.strategies import configs
 from tests.models import batch, logits, small
-from tests.strategies import configs
 
 FLAGS = ("alibi_pos_bias", "rotary_xpos", "attn_flash", "qk_norm", "use_abs_pos_emb", "cross_attend")
 GREEDY: dict[str, Any] = {"temperature": 0.0}

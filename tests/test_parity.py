@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from palme_xt import PalmE, PalmEConfig
+from palme_xt.strategies import batches, configs
 from tests.hand_wired import HandWired
-from tests.strategies import batches, configs
 
 
 def same_weights(config: PalmEConfig, seed: int = 0) -> tuple[PalmE, HandWired]:

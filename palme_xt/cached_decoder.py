@@ -1,0 +1,29 @@
+"""The one workaround that an ejected program needs as well: it is printed from here, so lines keep to 88 columns."""
+
+from typing import Any
+
+import torch
+import x_transformers
+
+
+class Decoder(x_transformers.Decoder):
+    """Decodes with a key-value cache when ALiBi and rotary positions are both on.
+
+    x-transformers 1.42.7 to 2.31.10: computing rotary positions in forward rebinds
+    `pos`, which sends ALiBi down its path for custom positions: an (n, n) bias for the
+    one query of a cached step. Handing in the same rotary embedding leaves `pos` alone.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, for `x (b, n, d)` and the same keywords."""
+        rotary = self.rotary_pos_emb
+        given = any(kwargs.get(name) is not None for name in ("rotary_pos_emb", "pos"))
+        if rotary is not None and not given:
+            mems, cache = kwargs.get("mems"), kwargs.get("cache")
+            offset = kwargs.get("seq_pos_offset")
+            mem_len = mems[0].shape[1] if mems and mems[0] is not None else 0
+            if offset is None:
+                offset = 0 if cache is None else cache.cache_length
+            pos = torch.arange(x.shape[1] + mem_len + offset, device=x.device)
+            kwargs["rotary_pos_emb"] = rotary(pos - mem_len)
+        return super().forward(x, *args, **kwargs)
