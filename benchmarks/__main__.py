@@ -7,6 +7,7 @@ import importlib
 
 SUBSETS = {
     "decoding": "time a token: upstream, Hugging Face, uncached, floor (10 minutes; needs transformers)",
+    "versions": "install releases of x-transformers in turn, and run the parity and decoding tests (10 minutes)",
     "digits": "train the shipped digits captioner from five seeds (10 minutes)",
 }
 
