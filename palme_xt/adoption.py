@@ -44,6 +44,7 @@ def read_config(encoder: Any, decoder: Any) -> PalmEConfig:
             f"decoder takes a context of width {cross_attention.to_k.in_features}, encoder gives {width}: they must be "
             f"the same, so build the Decoder with cross_attn_dim_context={width}"
         )
+    self_attention = self_attention or cross_attention
     alibi = isinstance(layers.rel_pos, upstream.AlibiPositionalBias)
     rotary = layers.rotary_pos_emb
     has_abs_pos_emb = not isinstance(net.pos_emb, upstream.always)
@@ -89,7 +90,8 @@ def _attentions(layers: Any) -> tuple[Any, Any]:
 
 
 def _depth(layers: Any) -> int:
-    return max(1, list(layers.layer_types).count("a"))
+    kinds = list(layers.layer_types)
+    return max(1, kinds.count("a") or kinds.count("c"))
 
 
 def _unless(defaults: dict[str, Any], module: Any) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def _vit_overrides(encoder: Any) -> dict[str, Any]:
 
 def _layer_overrides(layers: Any) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
-    attention, _ = _attentions(layers)
+    attention = next(found for found in _attentions(layers) if found is not None)
     if layers.attn_dim_head != UPSTREAM_DIM_HEAD:
         overrides["attn_dim_head"] = layers.attn_dim_head
     if attention.kv_heads != attention.heads:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from palme_xt import tokens
@@ -33,11 +33,18 @@ def read_image(path: str | Path, config: PalmEConfig) -> Tensor:
         raise ImageError(f"{path}: the model takes {config.channels} channels, image files have {list(MODES)}")
     try:
         with Image.open(path) as image:
-            resized = image.convert(MODES[config.channels]).resize((config.image_size, config.image_size))
+            if image.mode.startswith(("I", "F")):
+                raise ImageError(f"{path} has pixels of mode {image.mode}, must have 8 bits a channel: convert it")
+            upright = ImageOps.exif_transpose(image).convert(MODES[config.channels])
+            resized = upright.resize((config.image_size, config.image_size))
     except UnidentifiedImageError as error:
         raise ImageError(f"{path} is not an image that Pillow can read") from error
+    except ImageError:
+        raise
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # Pillow's plugins raise what they like
+        raise ImageError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     pixels = torch.from_numpy(np.array(resized)).float() / 255
     return pixels.reshape(config.image_size, config.image_size, config.channels).movedim(-1, 0)
 

@@ -1,4 +1,4 @@
-"""The command line: `palme-xt train` and `palme-xt caption`."""
+"""The command line: `palme-xt train`, `caption`, `source` and `parity`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Errors of this package explain themselves; one from elsewhere is a defect and shows where it is from.
         if not _raised_here(error):
             raise
+        print(f"palme-xt: error: {error}", file=sys.stderr)
+    except OSError as error:
         print(f"palme-xt: error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("palme-xt: interrupted", file=sys.stderr)
@@ -208,15 +210,21 @@ def _how_to_decode(options: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     beams, temperature, top_p, seed = (options[name] for name in ("beams", "temperature", "top_p", "seed"))
-    if beams != 1 and (options["stream"] or temperature or top_p is not None):
+    if beams != 1 and (options["stream"] or temperature or top_p is not None or seed is not None):
         raise ValueError(f"--beams={beams} goes with no other option: which beam is best shows at the end, unsampled")
     how: dict[str, Any] = {} if beams == 1 else {"beams": beams}
     if temperature is not None:
         how["temperature"] = temperature
     if top_p is not None:
+        if temperature == 0:
+            raise ValueError(
+                f"--top-p={top_p} has no effect with --temperature=0, which does not sample: leave one out"
+            )
         if not 0 < top_p <= 1:
             raise ValueError(f"--top-p={top_p} must be greater than 0 and at most 1")
         how |= {"temperature": 1.0} | how | {"filter_logits_fn": "top_p", "filter_kwargs": {"thres": top_p}}
     if seed is not None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"--seed={seed} must be within 0..2**63-1")
         torch.manual_seed(seed)
     return how

@@ -43,6 +43,7 @@ LANDS_AT: dict[str, dict[str, str]] = {
     "autoregressive": {},
 }
 
+NO_LOGITS_FOR_EACH_TOKEN = ("use_cls_token", "average_pool_embed", "return_only_embed", "num_output_heads")
 UPSTREAM_DIM_HEAD = 64  # x_transformers.x_transformers.DEFAULT_DIM_HEAD, whatever the model's dim and heads
 
 
@@ -145,6 +146,13 @@ class PalmEConfig:
                         f"{part}_kwargs['attn_kv_heads']={kv_heads} must divide {part}_heads={heads}: "
                         "each key-value head serves equally many query heads"
                     )
+        for name in NO_LOGITS_FOR_EACH_TOKEN:
+            value = self.transformer_kwargs.get(name)
+            if (value and value != 1) or value is True:
+                raise ValueError(
+                    f"transformer_kwargs[{name!r}]={value!r} leaves no logits for each token, which PalmE learns and "
+                    f"decodes from: leave {name!r} out"
+                )
         _check_positive_int("vit_kwargs['channels']", self.channels)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
             raise TypeError(f"autoregressive_kwargs['ignore_index']={self.ignore_index!r} must be an int")

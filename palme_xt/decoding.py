@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import align_right
 
+from palme_xt.config import PalmEConfig
+
 FilterLogits = Callable[..., Tensor]
 
 # x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, and in a looped network, a cached step computes other
@@ -26,6 +28,14 @@ WRONG_WITH_CACHE = (
     "attn_use_rel_proj_pos_bias",
     "attn_data_dependent_alibi",
 )
+
+
+def wrong_with_cache(config: PalmEConfig) -> list[str]:
+    """The overrides of `config` that upstream's cache is wrong for."""
+    wrong = [name for name in WRONG_WITH_CACHE if config.decoder_kwargs.get(name)]
+    if config.rotary_xpos and config.decoder_kwargs.get("attn_num_mem_kv"):
+        wrong.append("attn_num_mem_kv")  # xPos scales by the distance from the middle, memory keys have none
+    return wrong
 
 
 @contextlib.contextmanager
@@ -69,7 +79,9 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         filtered = self.filter_logits(logits.float(), **self.filter_kwargs)
-        probabilities = (filtered / self.temperature).softmax(dim=-1)
+        # The largest becomes 0 first: divided by a tiny temperature, it would become inf, and the softmax nan.
+        below = filtered - filtered.amax(dim=-1, keepdim=True)
+        probabilities = (below / max(self.temperature, torch.finfo(below.dtype).tiny)).softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
 
@@ -253,7 +265,8 @@ def beam_search(
         rows.select(rearrange(parent_rows[stays], "b w -> (b w)"), same_samples=same_samples)
         rows.append(rearrange(tokens.gather(1, best)[stays], "b w -> (b w)"))
         scores, going = scores[stays], going[stays]
-    return finished.tokens, finished.scores
+    none = finished.scores.isneginf()[..., None]
+    return finished.tokens.masked_fill(none, pad_value), finished.scores
 
 
 def refuse_nan(logits: Tensor) -> None:

@@ -30,6 +30,17 @@ def check_lengths(prompt_len: int, seq_len: Any, restrict_to_max_seq_len: bool, 
         raise ValueError(f"{found}: shorten one, or pass restrict_to_max_seq_len=False to extrapolate")
 
 
+def check_left_padding(config: PalmEConfig) -> None:
+    """Refuse prompts of different lengths where x-transformers (up to 2.31.10) does not mask what pads them."""
+    for part, name in ("transformer", "num_memory_tokens"), ("decoder", "attn_num_mem_kv"):
+        value = getattr(config, f"{part}_kwargs").get(name)
+        if value:
+            raise ValueError(
+                f"prompts must be of one length with {part}_kwargs[{name!r}]={value}: x-transformers does not mask the "
+                "padding of shorter ones then; decode each length in a call of its own"
+            )
+
+
 def check_eos_token(eos_token: Any, config: PalmEConfig) -> None:
     """Refuse an EOS that is no token."""
     if eos_token is None:
@@ -80,9 +91,15 @@ def check_beams(beams: Any, length_penalty: Any, sampling: Sampling | None = Non
         raise ValueError(
             f"length_penalty={length_penalty} has no effect with beams=1: pass beams=4, say, or leave it out"
         )
-    if beams > 1 and (sampling.temperature not in (0, 1) or sampling.generator is not None or sampling.filter_kwargs):
+    samples = (
+        sampling.temperature not in (0, 1)
+        or sampling.filter_logits is not FILTER_LOGITS_FN["top_k"]
+        or sampling.filter_kwargs
+        or sampling.generator is not None
+    )
+    if beams > 1 and samples:
         raise ValueError(
-            f"beams={beams} does not sample, so temperature={sampling.temperature}, filter_kwargs and generator have "
-            "no effect: leave them out, or pass beams=1"
+            f"beams={beams} does not sample, so temperature={sampling.temperature}, filter_logits_fn, filter_kwargs "
+            "and generator have no effect: leave them out, or pass beams=1"
         )
     return beams > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from palme_xt.decoding import evaluating
 from palme_xt.model import PalmE
-from palme_xt.parity import cached_logits, draw_inputs, first_difference, forward, layer_outputs
-from palme_xt.run import PARITY, Run, RunError
+from palme_xt.parity import cached_logits, draw_inputs, first_difference, forward, in_one_line, layer_outputs
+from palme_xt.run import PARITY, WEIGHTS, Run, RunError
 
 TOLERANCE = 1e-4  # of the largest value; other kernels for the same arithmetic differ by about 1e-6
 
@@ -36,9 +37,12 @@ def record(run: Run) -> None:
     model = run.load()
     img, text = draw_inputs((model.encoder, model.decoder), b=1)
     reference = {"img": img, "text": text} | numbers(model, img, text)
+    if bad := [name for name, tensor in reference.items() if not tensor.isfinite().all()]:
+        raise RunError(f"{run.folder} computes nan or inf from {bad[0]} on: nothing can be compared with that")
     order = {f"order.{place:06}": name for place, name in enumerate(reference)}
     tensors = {name: tensor.contiguous() for name, tensor in reference.items()}
-    run.write(PARITY, safetensors.torch.save(tensors, metadata=installed_versions() | order))
+    metadata = installed_versions() | order | {"weights": _digest(run)}
+    run.write(PARITY, safetensors.torch.save(tensors, metadata=metadata))
 
 
 def check(run: Run, tolerance: float = TOLERANCE) -> Verdict:
@@ -63,20 +67,23 @@ def check(run: Run, tolerance: float = TOLERANCE) -> Verdict:
             names = [metadata[key] for key in sorted(metadata) if key.startswith("order.")]
             reference = {name: file.get_tensor(name) for name in names}
         img, text = reference.pop("img"), reference.pop("text")
+        recorded = {name: metadata[name] for name in installed_versions()}
+        weights = metadata["weights"]
     except (safetensors.SafetensorError, KeyError, TypeError) as error:
         raise RunError(f"{path} is no reference that `palme-xt parity record` wrote: {error}") from error
     model = run.load()
+    if weights != _digest(run):
+        raise RunError(f"{run.folder / WEIGHTS} has changed since `palme-xt parity record`: record it again")
     try:
         found = numbers(model, img, text)
-    except RuntimeError as error:
-        difference: str | None = f"the model crashes: {str(error).strip().splitlines()[0]}"
+    except Exception as error:  # whatever upstream raises is what there is to report
+        difference: str | None = f"the model crashes: {in_one_line(error)}"
     else:
         shares = [
             {name: value / _largest(reference[name]) for name, value in side.items() if name in reference}
             for side in (reference, found)
         ]
         difference = first_difference(shares[0], shares[1], tolerance)
-    recorded = {name: value for name, value in metadata.items() if not name.startswith("order.")}
     return Verdict(recorded, installed_versions(), difference)
 
 
@@ -102,6 +109,10 @@ def fingerprint(output: Tensor) -> Tensor:
 def installed_versions() -> dict[str, str]:
     """The versions that decide the numbers."""
     return {name: version(name) for name in ("x-transformers", "torch", "palme-xt")}
+
+
+def _digest(run: Run) -> str:
+    return hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 def _largest(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -48,9 +49,9 @@ def to_json_types(value: Any, name: str) -> Any:
         return {key: to_json_types(item, f"{name}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_json_types(item, name) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise TypeError(
-        f"{name}={value!r} has no JSON form: only None, bool, int, float, str, lists and dicts can be saved with a "
-        "config; build the model with it in Python and save the rest"
+        f"{name}={value!r} has no JSON form: only None, bool, int, finite float, str, lists and dicts can be saved "
+        "with a config; build the model with it in Python and save the rest"
     )

@@ -60,6 +60,7 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
             target at all.
     """
     check_token_ids(text, config, "text")
+    text = text.long()  # in a narrow dtype, num_tokens and ignore_index would wrap around
     shape = tuple(text.shape)
     if shape[1] < 2:
         raise ValueError(f"text has shape {shape}, must have at least 2 tokens: each is predicted from those before it")
@@ -69,6 +70,11 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
             raise TypeError(f"lens={lens!r} must be a tensor of ints (b,), the number of tokens in each text")
         if tuple(lens.shape) != shape[:1]:
             raise ValueError(f"lens has shape {tuple(lens.shape)}, must be ({shape[0]},), one length for each text")
+        _require(
+            ((lens >= 1) & (lens <= shape[1])).all(),
+            lambda: f"lens={lens.tolist()}; ",
+            f"lens must be within 1..{shape[1]}, the number of tokens in each text",
+        )
         within = position < lens[:, None]
     else:
         within = torch.ones_like(text, dtype=torch.bool)
@@ -132,8 +138,11 @@ def check_prompts(
                 found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
                 raise ValueError(f"prompts[{number}] is {found}, must be a 1-d tensor (t,) of token ids")
             check_token_ids(prompt[None], config, f"prompts[{number}]")
+        devices = {str(prompt.device) for prompt in prompts}
+        if len(devices) > 1:
+            raise ValueError(f"prompts are on {', '.join(sorted(devices))}, must be on one device: move them first")
         prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
-        prompts = pad_sequence(list(prompts), batch_first=True, padding_value=config.pad_value)
+        prompts = pad_sequence([prompt.long() for prompt in prompts], batch_first=True, padding_value=config.pad_value)
     if isinstance(prompts, Tensor) and prompts.ndim == 1:
         prompts = prompts.expand(batch or 1, -1)
     check_token_ids(prompts, config, "prompts")
@@ -178,6 +187,27 @@ def check_context(context: Any, config: PalmEConfig) -> None:
         raise ValueError(
             f"context has shape {shape}, must be (b, p, encoder_dim={config.encoder_dim}) and not empty: pass what "
             "encode returns"
+        )
+
+
+def check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
+    """Refuse a mask that does not fit the images, or the context, `source`.
+
+    Raises:
+        TypeError: not a bool tensor.
+        ValueError: not `(b, p)`.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"context_mask is {found}, must be a bool tensor (b, p), True where the context counts")
+    patches = source.shape[1]
+    if source.ndim != 3:
+        images = source.shape[1] if source.ndim == 5 else 1
+        patches = images * (config.image_size // config.patch_size) ** 2
+    if tuple(mask.shape) != (len(source), patches):
+        raise ValueError(
+            f"context_mask has shape {tuple(mask.shape)}, must be (b, p) = ({len(source)}, {patches}), one entry for "
+            "each patch embedding"
         )
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from palme_xt.adoption import read_config, warn_unless_described
 from palme_xt.cached_decoder import Decoder as CachedDecoder
 from palme_xt.config import PalmEConfig
-from palme_xt.decoding import WRONG_WITH_CACHE, FilterLogits, Rows, beam_search, evaluating, sample
-from palme_xt.decoding_arguments import check_beams, check_eos_token, check_lengths, check_sampling
-from palme_xt.inputs import check_batches, check_context, check_img, check_prompts, check_text
+from palme_xt.decoding import FilterLogits, Rows, beam_search, evaluating, sample, wrong_with_cache
+from palme_xt.decoding_arguments import check_beams, check_eos_token, check_left_padding, check_lengths, check_sampling
+from palme_xt.inputs import check_batches, check_context, check_context_mask, check_img, check_prompts, check_text
 from palme_xt.signature import with_arguments_of
 from palme_xt.wiring import build_decoder, build_encoder
 
@@ -59,10 +59,11 @@ class PalmE(nn.Module):
     def from_modules(cls, encoder: nn.Module, decoder: nn.Module) -> PalmE:
         """Adopt an encoder and a decoder that were wired by hand, as they are.
 
-        `model.config` is read off them: the 17 arguments always, overrides where they show; a warning says if it does
-        not describe them fully. A plain `x_transformers.Decoder` stays one: where upstream's cache crashes (ALiBi with
-        rotary positions), `generate` reads the whole text at each step. To decode with the cache, load the modules'
-        state dicts into `PalmE.from_config(model.config)`.
+        `model.config` is read off them: the 17 arguments always, overrides where they show in parameters; a warning
+        says if it would build other parameters. What has none is not seen: `compare(PalmE.from_config(model.config),
+        model)` of `palme_xt.parity` tells. A plain `x_transformers.Decoder` stays one, and `generate` reads the whole
+        text at each step, because upstream's cache may crash. To decode with the cache, load the modules' state dicts
+        into `PalmE.from_config(model.config)`.
 
         Raises:
             TypeError: not an `x_transformers.ViTransformerWrapper`, or not an `AutoregressiveWrapper` around a Decoder.
@@ -121,7 +122,7 @@ class PalmE(nn.Module):
         source = self._check_source(img, context, kwargs.get("context_mask"))
         if source is not None:
             check_batches(source, text, "img" if context is None else "context")
-            kwargs["context"] = self.encode(source) if context is None else context
+            kwargs["context"] = self.encode(source) if context is None else source
         return self.decoder(text.long(), **kwargs)
 
     def generate(
@@ -164,7 +165,7 @@ class PalmE(nn.Module):
                 models that have no absolute positions.
             cache_kv: keep keys and values, so that a step reads one token. False reads the whole text at each step, for
                 the same tokens; so does True with the overrides that upstream's cache is wrong for
-                (`palme_xt.decoding.WRONG_WITH_CACHE`).
+                (`palme_xt.decoding.wrong_with_cache`).
             context: what `encode` returned, instead of `img`, to encode once for several calls.
             context_mask: `(b, p)` bool, False where the context does not count.
             generator: source of the randomness, on the model's device.
@@ -306,11 +307,11 @@ class PalmE(nn.Module):
         check_lengths(prompts.shape[1], seq_len, restrict_to_max_seq_len, self.config)
         check_eos_token(eos_token, self.config)
 
-        wrong_with_cache = [name for name in WRONG_WITH_CACHE if self.config.decoder_kwargs.get(name)]
-        can_cache = not wrong_with_cache and not self.decoder.net.looped
-        layers = self.decoder.net.attn_layers
-        if not isinstance(layers, CachedDecoder) and None not in (layers.rel_pos, layers.rotary_pos_emb):
-            can_cache = False  # adopted from upstream, which crashes
+        if prompt_lens is not None:
+            check_left_padding(self.config)
+        # A decoder adopted from upstream may crash with its cache, and may have overrides that nobody knows of.
+        adopted = not isinstance(self.decoder.net.attn_layers, CachedDecoder)
+        can_cache = not (adopted or self.decoder.net.looped or wrong_with_cache(self.config))
 
         def start() -> Rows:
             return Rows(
@@ -339,6 +340,9 @@ class PalmE(nn.Module):
             )
         if context is not None:
             check_context(context, self.config)
-            return context
-        check_img(img, self.config)
-        return img
+        else:
+            check_img(img, self.config)
+        source = img if context is None else context.to(self.encoder.pos_embedding.dtype)
+        if source is not None and context_mask is not None:
+            check_context_mask(context_mask, source, self.config)
+        return source

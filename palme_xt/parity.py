@@ -7,7 +7,7 @@ assert compare(PalmE(), my_hand_wired_model)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -55,7 +55,7 @@ def compare(
     text: Tensor | None = None,
     *,
     tolerance: float = 0.0,
-    checks: Collection[str] = CHECKS,
+    checks: Iterable[str] = CHECKS,
 ) -> Report:
     """Compare two models on the same inputs, the second with the weights of the first.
 
@@ -74,6 +74,7 @@ def compare(
         TypeError: not such models.
         ValueError: an unknown check, or a negative tolerance.
     """
+    checks = tuple(checks)
     if unknown := [check for check in checks if check not in CHECKS]:
         raise ValueError(f"checks has {unknown[0]!r}, must be some of {', '.join(CHECKS)}")
     if not tolerance >= 0:
@@ -100,9 +101,14 @@ def as_pair(model: nn.Module | Pair) -> Pair:
     Raises:
         TypeError: there is none, or more than one.
     """
-    if isinstance(model, tuple):
-        return model
     kinds = ViTransformerWrapper, AutoregressiveWrapper
+    if isinstance(model, tuple | list):
+        if len(model) == 2 and all(isinstance(module, kind) for module, kind in zip(model, kinds, strict=True)):
+            return model[0], model[1]
+        given = ", ".join(type(module).__name__ for module in model)
+        raise TypeError(f"a pair ({given}) must be (encoder, decoder): ViTransformerWrapper, AutoregressiveWrapper")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{model!r} must be a module, or the pair (encoder, decoder)")
     found = [[module for module in model.modules() if isinstance(module, kind)] for kind in kinds]
     if [len(modules) for modules in found] != [1, 1]:
         raise TypeError(
@@ -118,7 +124,7 @@ def draw_inputs(pair: Pair, b: int = 2, n: int = 12) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = pair[0].pos_embedding
     img = torch.randn(b, config.channels, config.image_size, config.image_size, generator=generator)
-    text = torch.randint(config.num_tokens, (b, min(n, config.max_seq_len)), generator=generator)
+    text = torch.randint(config.num_tokens, (b, max(2, min(n, config.max_seq_len))), generator=generator)
     return img.to(weight), text.to(weight.device)
 
 
@@ -131,7 +137,11 @@ def forward(pair: Pair, img: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 def context_of(pair: Pair, img: Tensor) -> Tensor | None:
     """The patch embeddings, if the decoder cross-attends."""
     encoder, decoder = pair
-    return encoder(img, return_embeddings=True) if decoder.net.attn_layers.cross_attend else None
+    if not decoder.net.attn_layers.cross_attend:
+        return None
+    images = img if img.ndim == 4 else img.flatten(0, 1)
+    embeddings: Tensor = encoder(images, return_embeddings=True)
+    return embeddings.reshape(len(img), -1, embeddings.shape[-1])
 
 
 def layer_outputs(pair: Pair, img: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -181,6 +191,8 @@ def _loss(pair: Pair, img: Tensor, text: Tensor) -> dict[str, Tensor]:
 
 def _gradients(pair: Pair, img: Tensor, text: Tensor) -> dict[str, Tensor]:
     named = {name: p for name, p in _named_parameters(pair) if p.requires_grad}
+    if not named:
+        return {}
     with torch.enable_grad():
         gradients = torch.autograd.grad(forward(pair, img, text)[0], list(named.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
@@ -189,10 +201,15 @@ def _gradients(pair: Pair, img: Tensor, text: Tensor) -> dict[str, Tensor]:
 def cached_logits(pair: Pair, img: Tensor, text: Tensor) -> dict[str, Tensor]:
     """The logits of each token but the first, each step reading one more token with the cache of those before."""
     net, cache, outputs = pair[1].net, None, {}
+    text = text.masked_fill(text == pair[1].ignore_index, pair[1].pad_value)
     with torch.no_grad():
         context = context_of(pair, img)
         for n in range(1, text.shape[1] + 1):
-            logits, cache = net(text[:, :n], context=context, cache=cache, return_intermediates=True)
+            step = text[:, :n] if cache is None else text[:, n - 1 : n]
+            logits, new = net(
+                step, context=context, cache=cache, input_not_include_cache=cache is not None, return_intermediates=True
+            )
+            cache = new if net.can_cache_kv else None
             outputs[f"token {n}"] = logits[:, -1]
     return outputs
 
@@ -221,8 +238,13 @@ def _differ(
                 torch.manual_seed(0)
                 results.append(outputs(pair, img, text))
         except Exception as error:  # whatever upstream raises is what there is to report
-            return f"{which} crashes: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return f"{which} crashes: {in_one_line(error)}"
     return first_difference(results[0], results[1], tolerance)
+
+
+def in_one_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message, if it has one."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def first_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> str | None:

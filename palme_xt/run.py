@@ -78,9 +78,11 @@ class Run:
                 raise RunError(f"{self.folder} is not a run folder: it has no {name}; `palme-xt train` makes one")
         try:
             values = json.loads((self.folder / CONFIG).read_text())
+            if not isinstance(values, dict):
+                raise TypeError(f"it holds a {type(values).__name__}, must hold an object")
             values.pop("training", None)
             return PalmEConfig.from_dict(values)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise RunError(f"{self.folder / CONFIG} does not hold a model's arguments: {error}") from error
 
     def load(self, device: str | torch.device = "cpu") -> PalmE:
@@ -93,8 +95,8 @@ class Run:
         try:
             safetensors.torch.load_model(model, str(self.folder / WEIGHTS), device=str(device))
         except (safetensors.SafetensorError, RuntimeError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise RunError(f"{self.folder / WEIGHTS} does not hold this model's weights: {first_line}") from error
+            found = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+            raise RunError(f"{self.folder / WEIGHTS} does not hold this model's weights: {found}") from error
         return model.eval()
 
     def write(self, name: str, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, fields
 
@@ -72,6 +73,8 @@ class Training:
             if not (value > 0 or (value == 0 and option.name in may_be_zero)):
                 rule = "0 or more" if option.name in may_be_zero else "greater than 0"
                 raise ValueError(f"{option.name}={value} must be {rule}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} must be below 2**63")
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,14 @@ class Outcome:
     def exact_match(self) -> float:
         """Share of held-out images whose caption is right to the last byte."""
         return sum(map(str.__eq__, self.predicted, self.true)) / len(self.true)
+
+
+def warm_up_and_decay(step: int, steps: int) -> float:
+    """The share of the peak learning rate at `step` of `steps`: linear up in the first tenth, then half a cosine."""
+    warm_up = steps // 10
+    if step < warm_up:
+        return (step + 1) / (warm_up + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 def check_fits(config: PalmEConfig) -> None:
@@ -131,7 +142,7 @@ def train(config: PalmEConfig, training: Training, run: Run) -> Outcome:
         betas=(0.9, 0.98),
         weight_decay=training.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=training.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
 
     def evaluate(step: int, interrupted: bool = False) -> Outcome:
         run.save(model)
@@ -150,6 +161,11 @@ def train(config: PalmEConfig, training: Training, run: Run) -> Outcome:
                     train_scans, training.batch_size, jitter=training.jitter, generator=scenes, **look
                 )
                 loss = model(img, tokens.encode(captions, ignore_index=config.ignore_index))
+                if not loss.isfinite():
+                    raise ValueError(
+                        f"lr={training.lr} led to a loss of {loss.item()} at step {step}: lower it; {run.folder} has "
+                        "the weights of the last evaluation, if there was one"
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 clip_grad_norm_(model.parameters(), training.grad_clip)

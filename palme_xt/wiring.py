@@ -47,9 +47,9 @@ def build_decoder(config: PalmEConfig) -> AutoregressiveWrapper:
 def _build(upstream: Callable[..., Built], keywords: Mapping[str, Any], **modules: Any) -> Built:
     try:
         return upstream(**keywords, **modules)
-    except (AssertionError, TypeError) as refusal:
+    except (AssertionError, TypeError, ValueError, RuntimeError) as refusal:
         given = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
         raise ValueError(
             f"x-transformers {version('x-transformers')} refuses {upstream.__name__}({given}): "
-            f"{refusal or 'it gives no reason'}"
+            f"{str(refusal) or 'it gives no reason'}"
         ) from refusal

@@ -103,6 +103,7 @@ def test_as_wide_as_the_vocabulary_allows_it_finds_the_optimum(
         torch.testing.assert_close(scores[: len(best), row], best, rtol=1e-4, atol=1e-3)
         assert tokens[0, row].tolist() == expected[0][0]
         assert (scores[len(best) :, row] == LOWEST).all()
+        assert (tokens[len(best) :, row] == 0).all()
 
 
 def test_negative_control_greedy_decoding_misses_the_optimum() -> None:
@@ -166,12 +167,12 @@ def test_beams_of_several_images_and_beyond_max_seq_len() -> None:
         (
             {"beams": 2, "temperature": 0.7},
             ValueError,
-            "beams=2 does not sample, so temperature=0.7, filter_kwargs and",
+            "beams=2 does not sample, so temperature=0.7, filter_logits_fn",
         ),
         (
             {"beams": 2, "generator": torch.Generator()},
             ValueError,
-            "beams=2 does not sample, so temperature=1.0, filter_kwargs and",
+            "beams=2 does not sample, so temperature=1.0, filter_logits_fn",
         ),
     ],
 )

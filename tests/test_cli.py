@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,11 +18,11 @@ import torch
 from PIL import Image
 
 from palme_xt import PalmEConfig
-from palme_xt.captioning import caption, read_image
+from palme_xt.captioning import ImageError, caption, read_image
 from palme_xt.cli import main
 from palme_xt.run import Run, RunError
 from palme_xt.tokens import printable
-from palme_xt.training import DIGITS_MODEL, Training
+from palme_xt.training import DIGITS_MODEL, Training, warm_up_and_decay
 
 QUICK = [
     *("--batch_size=4", "--eval_every=2", "--eval_scenes=10"),
@@ -162,6 +163,9 @@ def test_captions_can_be_streamed_searched_and_sampled(run: Path, capsys: pytest
         (["--beams=2", "--stream"], "--beams=2 goes with no other option: .*"),
         (["--beams=2", "--top-p=0.5"], "--beams=2 goes with no other option: .*"),
         (["--temperature=-1"], r"temperature=-1.0 must be 0 \(greedy\) or more, and finite"),
+        (["--beams=2", "--seed=1"], "--beams=2 goes with no other option: .*"),
+        (["--top-p=0.5", "--temperature=0"], "--top-p=0.5 has no effect with --temperature=0, .*"),
+        (["--seed=-1"], r"--seed=-1 must be within 0..2\*\*63-1"),
         (["--top-p=0"], "--top-p=0.0 must be greater than 0 and at most 1"),
     ],
 )
@@ -179,6 +183,46 @@ def test_images_of_any_size_and_mode_are_read(run: Path, tmp_path: Path) -> None
     with Image.open(run / "held_out" / "00.png") as image:
         saved = torch.tensor(list(image.tobytes())).reshape(32, 32) / 255
     assert torch.equal(read_image(run / "held_out" / "00.png", DIGITS_MODEL)[0], saved)
+
+
+def test_images_that_would_be_misread(tmp_path: Path) -> None:
+    Image.new("I;16", (8, 8), 20000).save(tmp_path / "sixteen.png")
+    with pytest.raises(
+        ImageError, match=r"sixteen\.png has pixels of mode I;16, must have 8 bits a channel: convert it"
+    ):
+        read_image(tmp_path / "sixteen.png", DIGITS_MODEL)
+    image = Image.new("L", (32, 32), 0)
+    image.paste(255, (0, 0, 32, 16))  # bright above, and told to be shown upside down
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image.save(tmp_path / "turned.png", exif=exif)
+    pixels = read_image(tmp_path / "turned.png", DIGITS_MODEL)
+    assert [float(pixels[0, row, 0]) for row in (0, 31)] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_any_number_of_steps(steps: int, tmp_path: Path) -> None:
+    assert main(["train", f"--steps={steps}", *QUICK, f"--run={tmp_path / 'run'}"]) == 0
+    rates = [warm_up_and_decay(step, steps) for step in range(steps)]
+    assert max(rates) == 1.0
+    assert all(rate > 0 for rate in rates)
+
+
+def test_a_diverged_training_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = r"lr=1e\+30 led to a loss of (nan|inf) at step \d+: lower it; \S+ has the weights of the last .*"
+    fails(
+        capsys, ["train", "--steps=9", "--lr=1e30", *QUICK[1:], "--eval_every=9", f"--run={tmp_path / 'run'}"], message
+    )
+
+
+def test_a_full_disk_is_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("palme_xt.run.Run.write", full)
+    fails(capsys, ["parity", "record", str(run)], r".*No space left on device")
 
 
 def test_captioning_leaves_the_model_in_its_mode(run: Path) -> None:
@@ -238,6 +282,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--image_size=4", "--patch_size=2"], "image_size=4 must be at least 8 pixels to show digits"),
         (["--steps=0"], "steps=0 must be greater than 0"),
         (["--seed=-1"], "seed=-1 must be 0 or more"),
+        (["--seed=9223372036854775808"], r"seed=9223372036854775808 must be below 2\*\*63"),
     ],
 )
 def test_options_that_cannot_work(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -114,8 +115,31 @@ def test_models_are_given_as_modules_or_pairs() -> None:
         compare(nn.ModuleList([model, small()]), model)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"transformer_kwargs": {"num_memory_tokens": 2}},
+        {"max_seq_len": 1, "rotary_xpos": False},
+        {"autoregressive_kwargs": {"pad_value": 3}},
+        {"decoder_kwargs": {"only_cross": True}},
+    ],
+    ids=str,
+)
+def test_every_model_agrees_with_itself(arguments: dict[str, Any]) -> None:
+    model = small(**arguments)
+    assert compare(model, model)
+    img, text = batch(model, b=2, n=5)
+    text[0, 3:] = -100
+    assert compare(model, model, torch.stack([img, -img], dim=1), text)
+    assert compare(model.requires_grad_(False), model, checks=(check for check in CHECKS))
+
+
 def test_bad_requests() -> None:
     model = small()
+    with pytest.raises(TypeError, match=re.escape("a pair (AutoregressiveWrapper, ViTransformerWrapper) must be (enc")):
+        compare((model.decoder, model.encoder), model)
+    with pytest.raises(TypeError, match=re.escape("3 must be a module, or the pair (encoder, decoder)")):
+        compare(3, model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="checks has 'speed', must be some of parameters, layers"):
         compare(model, model, checks=["speed"])
     with pytest.raises(ValueError, match=re.escape("tolerance=-1 must be 0 (bitwise) or more")):

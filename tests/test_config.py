@@ -163,6 +163,14 @@ def test_a_broken_argument_is_named(broken: tuple[dict[str, Any], type[Exception
         ({"autoregressive_kwargs": {"net": None}}, ValueError, "is set by PalmE itself: leave 'net' out"),
         ({"decoder_kwargs": [("ff_glu", True)]}, TypeError, "must be a dict of keywords for x-transformers"),
         ({"decoder_kwargs": {1: True}}, TypeError, "decoder_kwargs has the key 1: keywords must be str, not int"),
+        *(
+            (
+                {"transformer_kwargs": {name: value}},
+                ValueError,
+                f"transformer_kwargs['{name}']={value} leaves no logits",
+            )
+            for name, value in [("use_cls_token", True), ("average_pool_embed", True), ("num_output_heads", 2)]
+        ),
         ({"vit_kwargs": {"channels": 0}}, ValueError, "vit_kwargs['channels']=0 must be a positive int: use 1 or more"),
         (
             {"autoregressive_kwargs": {"ignore_index": None}},
@@ -192,6 +200,13 @@ def test_what_only_upstream_can_refuse_is_reported_with_its_keywords() -> None:
     )
     with pytest.raises(ValueError, match=message):
         PalmE(decoder_kwargs={"attn_sigmoid": True})
+
+
+def test_a_refusal_without_a_reason_is_said_to_have_none() -> None:
+    with pytest.raises(ValueError, match=r"refuses AutoregressiveWrapper\(mask_prob=2\): it gives no reason"):
+        PalmE(autoregressive_kwargs={"mask_prob": 2})
+    with pytest.raises(ValueError, match=r"refuses ViTransformerWrapper\(.*emb_dropout=1.5.*\): dropout probability"):
+        PalmE(vit_kwargs={"emb_dropout": 1.5})
 
 
 def test_dropped_absolute_positions_are_warned_of() -> None:
@@ -228,6 +243,8 @@ def test_from_dict_names_the_closest_argument() -> None:
 
 
 def test_to_dict_names_what_json_cannot_hold() -> None:
+    with pytest.raises(TypeError, match=re.escape("decoder_kwargs['ff_mult']=inf has no JSON form: only None, bool")):
+        PalmEConfig(decoder_kwargs={"ff_mult": float("inf")}).to_dict()
     config = PalmEConfig(decoder_kwargs={"attn_custom_attn_fn": max})
     with pytest.raises(
         TypeError, match=re.escape("decoder_kwargs['attn_custom_attn_fn']=<built-in function max> has no JSON form")

@@ -82,6 +82,7 @@ UNCACHED: list[dict[str, Any]] = [
     },
     {"decoder_kwargs": {"pre_and_post_norm": True}, "transformer_kwargs": {"looped": True}},
     {"transformer_kwargs": {"num_memory_tokens": 2}},
+    {"decoder_kwargs": {"attn_num_mem_kv": 2}},  # with xPos
 ]
 
 
@@ -99,6 +100,23 @@ def test_where_the_cache_would_be_wrong_it_is_not_used(arguments: dict[str, Any]
         values = model.decoder.net(expected, context=context)
         expected = torch.cat([expected, values[:, -1:].argmax(dim=-1)], dim=1)
     assert torch.equal(model.generate(img, text, 8, **GREEDY), expected[:, 4:])
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"transformer_kwargs": {"num_memory_tokens": 2}}, {"decoder_kwargs": {"attn_num_mem_kv": 2}}], ids=str
+)
+def test_where_padding_would_be_read_prompts_must_be_of_one_length(arguments: dict[str, Any]) -> None:
+    model = small(**arguments)
+    img, text = batch(model, b=2, n=4)
+    with pytest.raises(ValueError, match=r"prompts must be of one length with .*=2: x-transformers does not mask"):
+        model.generate(img, [text[0], text[1, :2]], 3, **GREEDY)
+    assert torch.equal(model.generate(img, list(text), 3, **GREEDY), model.generate(img, text, 3, **GREEDY))
+
+
+def test_a_temperature_near_zero_is_greedy() -> None:
+    model = small()
+    img, text = batch(model, b=2, n=4)
+    assert torch.equal(model.generate(img, text, 5, temperature=1e-300), model.generate(img, text, 5, **GREEDY))
 
 
 def test_negative_control_another_image_or_prompt_gives_other_tokens() -> None:

@@ -17,7 +17,7 @@ from x_transformers.attend import Attend
 import palme_xt.support
 from palme_xt.cli import main
 from palme_xt.drift import check, fingerprint, record
-from palme_xt.run import PARITY, Run
+from palme_xt.run import PARITY, Run, RunError
 from tests.goldens.make import FOLDER, GOLDENS
 from tests.models import small
 
@@ -44,8 +44,9 @@ def test_goldens_are_sensitive(tmp_path: Path) -> None:
     model = run.load()
     with torch.no_grad():
         model.decoder.net.attn_layers.layers[3][1].to_k.weight[0, 0] += 0.01
-    run.save(model)
-    assert re.match(r"decoder\.net\.attn_layers\.layers\.3\.1\.to_k differs by up to", check(run).difference or "")
+    with mock.patch("palme_xt.run.Run.load", return_value=model):
+        difference = check(run).difference
+    assert re.match(r"decoder\.net\.attn_layers\.layers\.3\.1\.to_k differs by up to", difference or "")
 
 
 def test_the_same_release_computes_the_same(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +74,27 @@ def test_a_release_that_scales_twice_is_caught_at_its_first_layer(run: Run, caps
 
 def test_a_release_that_crashes_is_caught(run: Run) -> None:
     with mock.patch.object(Attend, "forward", side_effect=RuntimeError("shapes\nmore")):
-        assert check(run).difference == "the model crashes: shapes"
+        assert check(run).difference == "the model crashes: RuntimeError: shapes"
+    with mock.patch.object(Attend, "forward", side_effect=AssertionError):
+        assert check(run).difference == "the model crashes: AssertionError"
+
+
+def test_changed_weights_are_not_taken_for_drift(run: Run) -> None:
+    model = run.load()
+    with torch.no_grad():
+        model.encoder.pos_embedding += 1
+    run.save(model)
+    with pytest.raises(RunError, match=r"model\.safetensors has changed since `palme-xt parity record`: record"):
+        check(run)
+
+
+def test_nan_is_not_recorded(run: Run) -> None:
+    model = run.load()
+    with torch.no_grad():
+        model.encoder.pos_embedding.fill_(torch.nan)
+    run.save(model)
+    with pytest.raises(RunError, match=r"computes nan or inf from encoder\.\S+ on"):
+        record(run)
 
 
 def test_record_says_what_it_wrote_and_writes_little(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

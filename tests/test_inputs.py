@@ -108,6 +108,19 @@ def test_texts_are_refused(text: Any, error: type[Exception], message: str) -> N
     [
         ({"lens": [1, 2, 3]}, TypeError, "lens=[1, 2, 3] must be a tensor of ints (b,)"),
         ({"lens": torch.tensor([2, 3])}, ValueError, "lens has shape (2,), must be (3,), one length for each text"),
+        ({"lens": torch.tensor([0, 2, 3])}, ValueError, "lens=[0, 2, 3]; lens must be within 1..10, the number of"),
+        ({"lens": torch.tensor([1, 2, 11])}, ValueError, "lens=[1, 2, 11]; lens must be within 1..10"),
+        ({"context_mask": torch.ones(3, 4)}, TypeError, "context_mask is torch.float32, must be a bool tensor (b, p)"),
+        (
+            {"context_mask": torch.ones(1, 4).bool()},
+            ValueError,
+            "context_mask has shape (1, 4), must be (b, p) = (3, 4)",
+        ),
+        (
+            {"context_mask": torch.ones(3, 5).bool()},
+            ValueError,
+            "context_mask has shape (3, 5), must be (b, p) = (3",
+        ),
         ({"lens": torch.tensor([1, 1, 1])}, ValueError, "text must have at least one target"),
     ],
 )
@@ -137,9 +150,34 @@ def test_a_text_only_model_refuses_a_context() -> None:
             model(None, TEXT, **{name: value})
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
-def test_every_integer_dtype_is_text(dtype: torch.dtype) -> None:
-    assert torch.equal(MODEL(IMG, TEXT.to(dtype)), MODEL(IMG, TEXT))
+@pytest.mark.parametrize("num_tokens", [32, 258, 40000])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16])
+def test_every_integer_dtype_is_text(dtype: torch.dtype, num_tokens: int) -> None:
+    model = small(num_tokens=num_tokens)
+    text = TEXT + 90 if num_tokens > 32 else TEXT
+    expected = model(IMG, text)
+    assert torch.equal(model(IMG, text.to(dtype)), expected)
+    greedy = model.generate(IMG, text, 3, temperature=0.0)
+    assert torch.equal(model.generate(IMG, text.to(dtype), 3, temperature=0.0), greedy)
+    mixed = [text[0].to(dtype), *text[1:]]
+    assert torch.equal(model.generate(IMG, mixed, 3, temperature=0.0), greedy)
+
+
+def test_a_context_of_another_dtype_is_cast_like_an_image() -> None:
+    context = MODEL.encode(IMG)
+    assert torch.equal(MODEL(None, TEXT, context=context.double()), MODEL(IMG, TEXT))
+    assert torch.equal(
+        MODEL.generate(None, TEXT, 3, context=context.double(), temperature=0.0),
+        MODEL.generate(IMG, TEXT, 3, temperature=0.0),
+    )
+
+
+def test_a_context_mask_of_several_images_covers_all_their_patches() -> None:
+    both = torch.stack([IMG, IMG], dim=1)
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    torch.testing.assert_close(MODEL(both, TEXT, context_mask=mask), MODEL(both, TEXT))
+    with pytest.raises(ValueError, match=re.escape("must be (b, p) = (3, 8)")):
+        MODEL(both, TEXT, context_mask=mask[:, :4])
 
 
 def test_the_ends_of_the_range_are_text() -> None:

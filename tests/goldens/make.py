@@ -6,6 +6,7 @@ installed, `tests/test_drift.py` compares with what is here.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ GOLDENS: dict[str, dict[str, Any]] = {
 def main() -> None:
     for name, arguments in GOLDENS.items():
         model = small(encoder_dim=16, decoder_dim=16, **arguments)
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
         run = Run(FOLDER / name)
         run.create(model.config, {})
         run.save(model)
