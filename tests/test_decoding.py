@@ -27,11 +27,11 @@ GREEDY: dict[str, Any] = {"temperature": 0.0}
 def reference(
     model: PalmE, img: Tensor | None, prompt: Tensor, seq_len: int, eos_token: int | None = None
 ) -> list[int]:
-    """Greedy decoding of one sample, the slow and plain way: the whole text through `forward` for every token."""
+    """Greedy decoding of one sample, the slow and plain way: the whole text through the network for every token."""
+    context = model.encode(img) if img is not None and model.config.cross_attend else None
     text = prompt
     for _ in range(seq_len):
-        probe = torch.cat([text, text.new_zeros(1)])  # forward predicts all tokens but the first
-        text = torch.cat([text, logits(model, img, probe[None])[:, -1].argmax(dim=-1)])
+        text = torch.cat([text, model.decoder.net(text[None], context=context)[:, -1].argmax(dim=-1)])
         if text[-1] == eos_token:
             break
     return text[len(prompt) :].tolist()
