@@ -52,6 +52,7 @@ def _raised_here(error: Exception) -> bool:
 def _run(argv: Sequence[str] | None) -> int:
     from jsonargparse import ArgumentParser
 
+    from palme_xt.drift import TOLERANCE
     from palme_xt.training import DIGITS_MODEL, Training
 
     train = ArgumentParser(
@@ -101,7 +102,10 @@ def _run(argv: Sequence[str] | None) -> int:
     parity.add_argument("action", choices=["record", "check"], help="write the reference, or compare with it")
     parity.add_argument("run", metavar="RUN", type=str, help="folder that `palme-xt train` made")
     parity.add_argument(
-        "--tolerance", type=float, default=1e-4, help="of check: largest difference, as a share of the largest value"
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="of check: largest difference, as a share of the largest value",
     )
 
     parser = ArgumentParser(
