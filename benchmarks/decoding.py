@@ -36,6 +36,9 @@ def hugging_face(config: Any) -> Any:
     decoder = GPT2Config(
         vocab_size=config.num_tokens,
         n_positions=config.max_seq_len,
+        resid_pdrop=0.0,  # PalmE has no dropout unless asked
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         n_embd=config.decoder_dim,
         n_layer=config.decoder_depth,
         n_head=config.decoder_heads,

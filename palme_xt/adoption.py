@@ -45,7 +45,8 @@ def read_config(encoder: Any, decoder: Any) -> PalmEConfig:
             f"the same, so build the Decoder with cross_attn_dim_context={width}"
         )
     self_attention = self_attention or cross_attention
-    alibi = isinstance(layers.rel_pos, upstream.AlibiPositionalBias)
+    rel_pos = getattr(layers, "alibi", None) or layers.rel_pos
+    alibi = isinstance(rel_pos, upstream.AlibiPositionalBias)
     rotary = layers.rotary_pos_emb
     has_abs_pos_emb = not isinstance(net.pos_emb, upstream.always)
     decoder_kwargs = _layer_overrides(layers)
@@ -66,7 +67,7 @@ def read_config(encoder: Any, decoder: Any) -> PalmEConfig:
         decoder_dim=layers.dim,
         decoder_depth=_depth(layers),
         decoder_heads=layers.attn_heads,
-        alibi_num_heads=layers.rel_pos.heads if alibi else min(4, layers.attn_heads),
+        alibi_num_heads=rel_pos.heads if alibi else min(4, layers.attn_heads),
         use_abs_pos_emb=has_abs_pos_emb,
         cross_attend=layers.cross_attend,
         alibi_pos_bias=alibi,

@@ -37,6 +37,8 @@ class PalmE(nn.Module):
     """
 
     config: PalmEConfig
+    encoder: Any
+    decoder: Any
 
     @with_arguments_of(PalmEConfig)
     def __init__(self, *args: Any, **kwargs: Any) -> None:

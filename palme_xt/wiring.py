@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
+from x_transformers import ViTransformerWrapper
 
 from palme_xt.config import PalmEConfig
+from palme_xt.loss import AutoregressiveWrapper
 from palme_xt.workarounds import Decoder, Encoder, TransformerWrapper
 
 Built = TypeVar("Built")

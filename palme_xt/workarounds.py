@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import x_transformers
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
+from torch import Tensor
 from x_transformers import x_transformers as upstream
-from x_transformers.attend import Attend
 
+from palme_xt.alibi import AlibiPositionalBias
+from palme_xt.attend import replace_attends
 from palme_xt.cached_decoder import Decoder as CachedDecoder
+from palme_xt.rotary import RotaryEmbedding
+
+MASKS = ("mask", "attn_mask", "self_attn_kv_mask", "mem_masks", "seq_start_pos", "additional_kv_mask")
 
 
 class Encoder(x_transformers.Encoder):
@@ -22,52 +22,67 @@ class Encoder(x_transformers.Encoder):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _leave_sdpa_context(self)
+        replace_attends(self)
 
 
 class Decoder(CachedDecoder):
     """`x_transformers.Decoder`, which decodes with a cache in every configuration, pickles, and keeps no ALiBi state.
 
-    Arguments, parameters, buffers and full-sequence outputs are upstream's.
+    Arguments, parameters, buffers and outputs are upstream's.
+
+    Attributes:
+        alibi: the ALiBi bias, computed once for all layers; `rel_pos`, which upstream computes in each, is None then.
     """
 
     rel_pos: Any
+    rotary_pos_emb: Any
+    alibi: Any
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        _leave_sdpa_context(self)
+        replace_attends(self)
+        if self.rotary_pos_emb is not None:
+            self.rotary_pos_emb = RotaryEmbedding(self.rotary_pos_emb)
+        self.alibi = None
         if isinstance(self.rel_pos, upstream.AlibiPositionalBias):
             slopes = kwargs.get("rel_pos_kwargs", {}).get("slopes")
             self.rel_pos = AlibiPositionalBias(self.rel_pos.heads, self.rel_pos.total_heads, slopes=slopes)
+            attentions = [module for module in self.modules() if isinstance(module, upstream.Attention)]
+            alike = {(module.num_mem_kv, module.attend.flash) for module in attentions if module.causal}
+            if len(alike) == 1:
+                self.alibi, self.rel_pos = self.rel_pos, None
+                ((self._num_mem_kv, self._flash),) = alike
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, for `x (b, n, d)` and the same keywords.
 
-class AlibiPositionalBias(upstream.AlibiPositionalBias):
-    """Upstream's bias, without state that changes in forward or is lost on the meta device."""
+        Raises:
+            ValueError: `attn_bias` beside ALiBi, which upstream refuses as well.
+        """
+        if self.alibi is not None:
+            if kwargs.get("attn_bias") is not None:
+                raise ValueError("attn_bias is given to a decoder with ALiBi: build it with alibi_pos_bias=False")
+            kwargs.update(self._alibi_arguments(x, kwargs))
+        return super().forward(x, *args, **kwargs)
 
-    slopes: Tensor
-
-    def __init__(self, heads: int, total_heads: int, slopes: Any = None) -> None:
-        super().__init__(heads, total_heads, slopes=slopes)
-        self._slopes = tuple(self._get_slopes(heads) if slopes is None else slopes)
-        self._dtype = self.slopes.dtype
-
-    def forward(self, i: int, j: int) -> Tensor:
-        """The bias `(total_heads, i, j)` of the last i of j positions as queries, all j as keys."""
-        # x-transformers 1.30 to 2.31.10 keeps the longest bias in a buffer that grows in forward: one more compilation
-        # for each length, and different buffers on the ranks of a data-parallel run. These are the same operations.
-        query = torch.arange(j - i, j, device=self.slopes.device)
-        key = torch.arange(j, device=self.slopes.device)
-        bias = (-(key - query[:, None]).abs() * self.slopes).to(self._dtype)
-        return F.pad(bias, (0, 0, 0, 0, 0, self.total_heads - self.heads))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # x-transformers 1.30 to 2.31.10: the slopes are in no state dict, so that after `to_empty` they hold garbage,
-        # and bfloat16 rounds them. They are a function of the head count: make them anew, in float32 at least.
-        super()._apply(fn, recurse)
-        self._dtype = self.slopes.dtype
-        precise = torch.promote_types(self._dtype, torch.float32)
-        self.slopes = Tensor(self._slopes).view(-1, 1, 1).to(self.slopes.device, precise)
-        return self
+    def _alibi_arguments(self, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        # x-transformers 1.30 to 2.31.10 computes the bias in each layer, and masks a copy of it for each sample.
+        # Without padding, where the bias has to be masked for each sample anyway, one causal bias serves all of them.
+        arguments: dict[str, Any] = {}
+        if kwargs.get("pos") is not None:
+            bias = self.alibi.forward_custom_pos(kwargs["pos"])
+        else:
+            i, mems, cache = x.shape[1], kwargs.get("mems"), kwargs.get("cache")
+            past = mems[0].shape[1] if mems and mems[0] is not None else 0
+            if cache is not None:
+                past += cache.cache_length
+                i = min(i, kwargs.get("cache_age", 1) or i)
+            if self._flash and i > 1 and all(kwargs.get(name) is None for name in (*MASKS, "causal")):
+                bias = self.alibi.causal(i, past + i)
+                arguments["causal"] = False
+            else:
+                bias = self.alibi(i, past + i)
+        return {"attn_bias": F.pad(bias, (self._num_mem_kv, 0)), **arguments}
 
 
 class TransformerWrapper(x_transformers.TransformerWrapper):
@@ -84,12 +99,3 @@ class TransformerWrapper(x_transformers.TransformerWrapper):
         logits: Tensor = t @ self.token_emb.emb.weight.t()
         scale = getattr(self, "tie_embedding_scale", None)  # since 2.30.5
         return logits if scale is None else logits * scale
-
-
-def _leave_sdpa_context(layers: nn.Module) -> None:
-    # x-transformers 1.42 to 2.31.10 enters `sdpa_kernel` in every flash attention, to allow the three backends that
-    # torch allows anyway, through a partial that does not pickle. Where the user chose backends, they stay.
-    default = {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
-    for attend in layers.modules():
-        if isinstance(attend, Attend) and attend.flash and set(attend.sdp_context_manager.args[0]) == default:
-            attend.sdp_context_manager = contextlib.nullcontext

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palme_xt import PalmE
 
@@ -46,7 +46,7 @@ def batch(model: PalmE, b: int = 2, n: int = 10, seed: int = 1) -> tuple[Tensor,
     return img, torch.randint(config.num_tokens, (b, n), generator=generator)
 
 
-def logits(model: PalmE, img: Tensor | None, text: Tensor, **kwargs: Any) -> Tensor:
+def logits(model: nn.Module, img: Tensor | None, text: Tensor, **kwargs: Any) -> Tensor:
     """The logits `(b, n - 1, num_tokens)` of a full forward."""
     _, (values, _) = model(img, text, return_outputs=True, **kwargs)
     return values  # type: ignore[no-any-return]

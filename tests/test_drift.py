@@ -59,12 +59,12 @@ def test_the_same_release_computes_the_same(run: Run, capsys: pytest.CaptureFixt
 
 def test_a_release_that_scales_twice_is_caught_at_its_first_layer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     # What x-transformers 2.17.1 to 2.25.4 did: queries and keys are multiplied by the scale of qk-norm as well.
-    original = Attend.forward
+    original = Attend.flash_attn
 
     def scaled_twice(self: Attend, q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object) -> object:
         return original(self, q * 10 if self.causal else q, k, *args, **kwargs)
 
-    with mock.patch.object(Attend, "forward", scaled_twice):
+    with mock.patch.object(Attend, "flash_attn", scaled_twice):
         assert main(["parity", "check", str(run.folder)]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(

@@ -14,7 +14,7 @@ import x_transformers
 from torch import Tensor
 
 from palme_xt import PalmE
-from palme_xt.workarounds import AlibiPositionalBias
+from palme_xt.alibi import AlibiPositionalBias
 from tests.hand_wired import HandWired
 from tests.models import batch, logits, small
 
@@ -114,8 +114,8 @@ def test_alibi_is_bitwise_upstreams(heads: int, total_heads: int) -> None:
 
 def test_alibi_takes_slopes() -> None:
     model = small(decoder_kwargs={"rel_pos_kwargs": {"slopes": [1.0, 0.25]}})
-    rel_pos = model.decoder.net.attn_layers.rel_pos
-    assert rel_pos(1, 3)[:, 0].tolist() == [[-2, -1, 0], [-0.5, -0.25, 0], [0, 0, 0], [0, 0, 0]]
+    alibi = model.decoder.net.attn_layers.alibi
+    assert alibi(1, 3)[:, 0].tolist() == [[-2, -1, 0], [-0.5, -0.25, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_alibi_keeps_no_state_and_upstream_still_does() -> None:
@@ -144,7 +144,7 @@ def test_alibi_slopes_outlive_the_meta_device_and_upstreams_still_do_not() -> No
 
 def test_alibi_slopes_stay_float32() -> None:
     model = small().to(torch.bfloat16)
-    assert model.decoder.net.attn_layers.rel_pos.slopes.dtype == torch.float32
+    assert model.decoder.net.attn_layers.alibi.slopes.dtype == torch.float32
 
 
 def test_upstream_still_ties_a_copy_to_the_embedding_of_its_source() -> None:

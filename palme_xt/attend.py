@@ -1,0 +1,63 @@
+"""Upstream's attention core, which takes a bias that is causal already, and pickles."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from einops import repeat
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from x_transformers import attend as upstream
+from x_transformers.x_transformers import Attention
+
+DEFAULT_BACKENDS = {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH}
+
+
+class Attend(upstream.Attend):
+    """`x_transformers.attend.Attend`, whose flash attention heeds `causal=False`, and pickles.
+
+    Args:
+        attend: the one whose place it takes, with all that it holds.
+    """
+
+    sdp_context_manager: Any
+
+    def __init__(self, attend: upstream.Attend) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(attend.__dict__)
+        # x-transformers 1.42 to 2.31.10 enters `sdpa_kernel` in every flash attention, to allow the three backends that
+        # torch allows anyway, through a partial that does not pickle. Where the user chose backends, they stay.
+        if self.flash and set(self.sdp_context_manager.args[0]) == DEFAULT_BACKENDS:
+            self.sdp_context_manager = contextlib.nullcontext
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        causal: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As upstream: `q (b, h, i, d)`, `k` and `v (b, kvh, j, d)`, `mask (b, 1, i, j)`, `attn_bias (h, i, j)`."""
+        others = ("prev_attn", "attn_delta", "flash_pack_seq_kwargs")
+        if (
+            not self.flash
+            or causal is not False
+            or self.add_zero_kv
+            or any(kwargs.get(name) is not None for name in others)
+        ):
+            return super().forward(q, k, v, mask=mask, attn_bias=attn_bias, causal=causal, **kwargs)
+        # x-transformers 2.26 to 2.31.10: Attend.forward does not pass `causal` on to flash attention, which then copies
+        # a bias for each row of the batch to mask it.
+        k, v = (repeat(t, "b h n d -> b (r h) n d", r=q.shape[1] // t.shape[1]) for t in (k, v))
+        return self.flash_attn(q, k, v, mask=mask, attn_bias=attn_bias, causal=False)
+
+
+def replace_attends(layers: nn.Module) -> None:
+    """Let each attention of `layers` attend by `Attend`."""
+    for attention in layers.modules():
+        if isinstance(attention, Attention):
+            attention.attend = Attend(attention.attend)

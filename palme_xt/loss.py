@@ -1,0 +1,74 @@
+"""The loss of upstream's autoregressive wrapper, without its copies of the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import x_transformers
+from torch import Tensor, nn
+
+LOGITS_IN_CACHE = 2**23  # numbers, of 4 bytes 32 MB: fewer are as fast at once as chunk by chunk
+CHUNK = 512  # tokens
+
+
+class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
+    """`x_transformers.AutoregressiveWrapper`, whose loss takes less time and memory.
+
+    What upstream adds to the cross entropy, and any call with `return_outputs=True`, is upstream's own computation.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        return_outputs: bool = False,
+        prepend_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As upstream, for token ids `x (b, n)`."""
+        more_than_cross_entropy = (
+            self.net.looped
+            or self.net.output_is_log_prob
+            or self.add_attn_z_loss
+            or self.add_continuous_pred_head
+            or self.mask_prob > 0
+            or prepend_embeds is not None
+        )
+        if return_outputs or more_than_cross_entropy:
+            return super().forward(x, return_outputs=return_outputs, prepend_embeds=prepend_embeds, lens=lens, **kwargs)
+        if lens is not None:
+            x = x.masked_fill(torch.arange(x.shape[1], device=x.device) >= lens[:, None], self.ignore_index)
+        # x-transformers 2.29 to 2.31.10 computes the log softmax in several passes over copies of the logits; earlier
+        # ones copied them to leave out the last token, which here has the target that does not count.
+        targets = F.pad(x[:, 1:], (0, 1), value=self.ignore_index).flatten()
+        x = torch.where(x == self.ignore_index, self.pad_value, x)
+        if not self._in_chunks(x):
+            logits, _ = self.net(x, return_intermediates=True, **kwargs)
+            return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=self.ignore_index)
+        embeddings, _ = self.net(x, return_embeddings=True, return_intermediates=True, **kwargs)
+        return F.linear_cross_entropy(
+            embeddings.flatten(0, 1),
+            self.net.to_logits.weight,
+            targets,
+            ignore_index=self.ignore_index,
+            options=nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, allow_retain_graph=True),
+        )
+
+    def _in_chunks(self, x: Tensor) -> bool:
+        """Whether torch can compute the loss chunk by chunk here, and with profit; since 2.13."""
+        to_logits = self.net.to_logits
+        return (
+            hasattr(F, "linear_cross_entropy")
+            and not torch.compiler.is_compiling()
+            and x.numel() * self.net.num_tokens > LOGITS_IN_CACHE
+            and type(to_logits) is nn.Linear
+            and type(to_logits.weight) is nn.Parameter
+            and to_logits.bias is None
+            and not (to_logits._forward_hooks or to_logits._forward_pre_hooks)
+            and not (self.net.sigsoftmax_logits or self.net.squeeze_out_last_dim)
+            and self.net.to_mixture is None
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch._C._are_functorch_transforms_active()
+        )

@@ -1,0 +1,30 @@
+"""Upstream's rotary positions, which stay precise in low precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from x_transformers import x_transformers as upstream
+
+
+class RotaryEmbedding(upstream.RotaryEmbedding):
+    """`x_transformers.x_transformers.RotaryEmbedding`, whose buffers keep float32 at least.
+
+    Args:
+        rotary: the one whose place it takes, with all that it holds.
+    """
+
+    def __init__(self, rotary: upstream.RotaryEmbedding) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(rotary.__dict__)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # x-transformers 1.30 to 2.31.10: `.to(bfloat16)` leaves 129 different angles to the positions 500 to 999.
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, precise in before.items():
+            if torch.promote_types(self._buffers[name].dtype, torch.float32) != self._buffers[name].dtype:
+                self._buffers[name] = precise.to(self._buffers[name].device, torch.float32)
+        return self
