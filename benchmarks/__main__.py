@@ -6,7 +6,11 @@ import argparse
 import importlib
 
 SUBSETS = {
-    "decoding": "time a token: upstream, Hugging Face, uncached, floor (10 minutes; needs transformers)",
+    "training": "time of a training step, eager and compiled, and its profile (20 minutes)",
+    "memory": "peak memory of a training step, each contestant in its own process (3 minutes)",
+    "growth": "time of a training step over text length and batch, with plots (15 minutes)",
+    "decoding": "time a token: compiled, upstream, uncached, floor, and the profile (15 minutes)",
+    "startup": "time of importing the package and of constructing a model (4 minutes)",
     "versions": "install releases of x-transformers in turn, and run the parity and decoding tests (10 minutes)",
     "digits": "train the shipped digits captioner from five seeds (10 minutes)",
 }
@@ -16,7 +20,8 @@ def main() -> None:
     described = "\n".join(f"  {name:10} {purpose}" for name, purpose in SUBSETS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=f"Print the README's numbers as Markdown tables.\n\n{described}",
+        description="Print the README's numbers as Markdown tables, and write JSON files and plots to\n"
+        f"./benchmark-results. Peers that are not installed are skipped by name.\n\n{described}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("subset", nargs="*", choices=[*SUBSETS, []], metavar="SUBSET", help="which (default: all)")

@@ -9,56 +9,24 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.floors import bandwidth, step_floor
-from benchmarks.machine import describe
+from benchmarks.peers import HUGGING_FACE, OURS, hugging_face
+from benchmarks.report import Report
 from benchmarks.timing import medians
 from palme_xt import PalmE
 
-SEQ_LEN = 256
-ROUNDS = 5
-OURS = "palme_xt"
+SEQ_LEN = 128
+ROUNDS = 7
+COMPILED = "palme_xt, `compile=True`"
 UPSTREAM = "x-transformers' `generate`, run by `palme_xt`'s `Decoder`"
 UNCACHED = "palme_xt, `cache_kv=False`"
-HUGGING_FACE = "transformers `VisionEncoderDecoderModel`"
-
-
-def hugging_face(config: Any) -> Any:
-    """ViT and GPT-2 of the same dimensions."""
-    from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
-
-    encoder = ViTConfig(
-        hidden_size=config.encoder_dim,
-        num_hidden_layers=config.encoder_depth,
-        num_attention_heads=config.encoder_heads,
-        intermediate_size=4 * config.encoder_dim,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-    )
-    decoder = GPT2Config(
-        vocab_size=config.num_tokens,
-        n_positions=config.max_seq_len,
-        resid_pdrop=0.0,  # PalmE has no dropout unless asked
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        n_embd=config.decoder_dim,
-        n_layer=config.decoder_depth,
-        n_head=config.decoder_heads,
-        add_cross_attention=True,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    both = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
-    return VisionEncoderDecoderModel(config=both).eval()
 
 
 def main() -> None:
     torch.manual_seed(0)
     model = PalmE().eval()
-    peer = hugging_face(model.config)
-    print(f"## Decoding: default configuration, greedy, {SEQ_LEN} new tokens\n")
-    print(describe("transformers"), end="\n\n")
-    print("| batch | contestant | ms a token | relative to palme_xt |\n|---|---|---|---|")
+    peer = hugging_face(model.config).eval()
+    report = Report("decoding", f"Decoding: default configuration, greedy, {SEQ_LEN} new tokens", "transformers")
+    report.header("batch", "contestant", "ms a token", "relative to Hugging Face")
     for batch in 1, 16:
         img = torch.randn(batch, 3, 256, 256)
         start = torch.zeros(batch, 1, dtype=torch.long)
@@ -83,18 +51,21 @@ def main() -> None:
                 eos_token_id=None,
             )
 
+        def compiled(img: Any = img, start: Any = start) -> Any:
+            return model.generate(img, start, SEQ_LEN, temperature=0.0, compile=True)
+
         assert theirs().shape == (batch, 1 + SEQ_LEN)
         assert torch.equal(ours(), upstream())
-        seconds = medians({OURS: ours, UPSTREAM: upstream, HUGGING_FACE: theirs}, ROUNDS)
+        assert torch.equal(ours(), compiled())
+        seconds = medians({OURS: ours, COMPILED: compiled, UPSTREAM: upstream, HUGGING_FACE: theirs}, ROUNDS)
         if batch == 1:  # at 16, minutes
             seconds |= medians({UNCACHED: partial(ours, cache_kv=False)}, 1)
         floor = "floor: reading the decoder's weights" if batch == 1 else "floor: the matrix products of a step"
         seconds[floor] = step_floor(model.decoder.net, batch) * SEQ_LEN
         for name, value in seconds.items():
-            print(f"| {batch} | {name} | {value / SEQ_LEN * 1e3:.1f} | {value / seconds[OURS]:.2f} |", flush=True)
-    print(f"\nMemory bandwidth: {bandwidth() / 1e9:.1f} GB/s.\n")
-
+            report.row(batch, name, f"{value / SEQ_LEN * 1e3:.1f}", f"{value / seconds[HUGGING_FACE]:.2f}")
+    report.end()
+    print(f"Memory bandwidth: {bandwidth() / 1e9:.1f} GB/s.\n")
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         model.generate(torch.randn(1, 3, 256, 256), torch.zeros(1, 1, dtype=torch.long), 64, temperature=0.0)
-    table = profiled.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40)
-    print(f"Where the time goes at batch 1, 64 tokens:\n\n```text\n{table}\n```")
+    report.profile("Where the time goes at batch 1, 64 tokens", profiled)

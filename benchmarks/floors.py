@@ -45,3 +45,14 @@ def step_floor(net: nn.Module, batch: int) -> float:
     inputs = [torch.randn(batch, weight.shape[1]) for weight in weights]
     with torch.no_grad():
         return _fastest_half(lambda: [torch.mm(x, w.T) for x, w in zip(inputs, weights, strict=True)])
+
+
+def flops_floor(step: Callable[[], object]) -> float:
+    """Seconds that the floating-point operations of `step` take at the rate of a large matrix product."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    a, b, out = torch.randn(2048, 512), torch.randn(512, 2048), torch.empty(2048, 2048)
+    seconds = _fastest_half(lambda: torch.mm(a, b, out=out), times=41)
+    return float(counter.get_total_flops()) * seconds / (2 * 2048 * 512 * 2048)

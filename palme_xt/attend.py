@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
@@ -47,13 +48,25 @@ class Attend(upstream.Attend):
             not self.flash
             or causal is not False
             or self.add_zero_kv
+            or self.l2_distance
             or any(kwargs.get(name) is not None for name in others)
         ):
             return super().forward(q, k, v, mask=mask, attn_bias=attn_bias, causal=causal, **kwargs)
         # x-transformers 2.26 to 2.31.10: Attend.forward does not pass `causal` on to flash attention, which then copies
         # a bias for each row of the batch to mask it.
         k, v = (repeat(t, "b h n d -> b (r h) n d", r=q.shape[1] // t.shape[1]) for t in (k, v))
-        return self.flash_attn(q, k, v, mask=mask, attn_bias=attn_bias, causal=False)
+        if mask is not None:
+            return self.flash_attn(q, k, v, mask=mask, attn_bias=attn_bias, causal=False)
+        # x-transformers 2.26 to 2.31.10: `flash_attn` compares the numbers of queries and keys also where nothing is
+        # causal, so that a graph exported from a text longer than the image has patches refuses a shorter one.
+        if self.scale is not None:
+            q = q * (self.scale / q.shape[-1] ** -0.5)
+        bias = None if attn_bias is None else attn_bias.expand(*q.shape[:2], -1, -1)
+        with self.sdp_context_manager():
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
+            )
+        return out, upstream.Intermediates()
 
 
 def replace_attends(layers: nn.Module) -> None:

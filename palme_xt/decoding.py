@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import align_right
 
+from palme_xt.compiled_step import compiled_step
 from palme_xt.config import PalmEConfig
 
 FilterLogits = Callable[..., Tensor]
@@ -96,6 +97,7 @@ class Rows:
         cache_kv: keep keys and values where the network can. Without, every step reads the whole text again.
         context: `(b, p, d)`, or None for a network that does not cross-attend.
         context_mask: `(b, p)`, True where the context counts.
+        compile: compile the step that reads one token from the cache.
     """
 
     def __init__(
@@ -108,8 +110,10 @@ class Rows:
         cache_kv: bool,
         context: Tensor | None,
         context_mask: Tensor | None,
+        compile: bool = False,
     ) -> None:
         self.net = net
+        self.compile = compile
         self.seq_start_pos = None
         if prompt_lens is not None:
             self.seq_start_pos = prompts.shape[1] - prompt_lens
@@ -123,6 +127,12 @@ class Rows:
     def next_logits(self) -> Tensor:
         """Logits `(b, v)` of the next token of each text."""
         cached = self.cache is not None
+        # A length of 1 is a constant to the compiler: its graph would serve that one step.
+        if cached and self.compile and self.cache.cache_length > 1:
+            logits, self.cache = compiled_step(
+                self.net, self.text[:, -1:], self.cache, self.context, self.context_mask, self.seq_start_pos
+            )
+            return logits
         logits, cache = self.net(
             self.text[:, -1:] if cached else self.text,
             context=self.context,

@@ -103,3 +103,18 @@ def check_beams(beams: Any, length_penalty: Any, sampling: Sampling | None = Non
             "and generator have no effect: leave them out, or pass beams=1"
         )
     return beams > 1
+
+
+def check_compile(compile: Any, cache_kv: bool, can_cache: bool) -> None:
+    """Refuse to compile a step that there is not.
+
+    Raises:
+        TypeError: `compile` is not a bool.
+        ValueError: the whole text is read at each step, so that no step is like the one before.
+    """
+    if not isinstance(compile, bool):
+        raise TypeError(f"compile={compile!r} must be True or False")
+    if compile and not cache_kv:
+        raise ValueError("compile=True needs the key-value cache: leave out cache_kv=False")
+    if compile and not can_cache:
+        raise ValueError("compile=True needs the key-value cache, which cannot be used with this model: leave it out")

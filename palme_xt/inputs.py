@@ -204,10 +204,10 @@ def check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
     if source.ndim != 3:
         images = source.shape[1] if source.ndim == 5 else 1
         patches = images * (config.image_size // config.patch_size) ** 2
-    if tuple(mask.shape) != (len(source), patches):
+    if tuple(mask.shape) != (source.shape[0], patches):
         raise ValueError(
-            f"context_mask has shape {tuple(mask.shape)}, must be (b, p) = ({len(source)}, {patches}), one entry for "
-            "each patch embedding"
+            f"context_mask has shape {tuple(mask.shape)}, must be (b, p) = ({source.shape[0]}, {patches}), one "
+            "entry for each patch embedding"
         )
 
 

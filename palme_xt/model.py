@@ -16,7 +16,14 @@ from palme_xt.adoption import read_config, warn_unless_described
 from palme_xt.cached_decoder import Decoder as CachedDecoder
 from palme_xt.config import PalmEConfig
 from palme_xt.decoding import FilterLogits, Rows, beam_search, evaluating, sample, wrong_with_cache
-from palme_xt.decoding_arguments import check_beams, check_eos_token, check_left_padding, check_lengths, check_sampling
+from palme_xt.decoding_arguments import (
+    check_beams,
+    check_compile,
+    check_eos_token,
+    check_left_padding,
+    check_lengths,
+    check_sampling,
+)
 from palme_xt.inputs import check_batches, check_context, check_context_mask, check_img, check_prompts, check_text
 from palme_xt.signature import with_arguments_of
 from palme_xt.wiring import build_decoder, build_encoder
@@ -140,6 +147,7 @@ class PalmE(nn.Module):
         prompt_lens: Tensor | None = None,
         restrict_to_max_seq_len: bool = True,
         cache_kv: bool = True,
+        compile: bool = False,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -168,6 +176,8 @@ class PalmE(nn.Module):
             cache_kv: keep keys and values, so that a step reads one token. False reads the whole text at each step, for
                 the same tokens; so does True with the overrides that upstream's cache is wrong for
                 (`palme_xt.decoding.wrong_with_cache`).
+            compile: compile the step that reads one token, with `torch.compile`, when it is first made; the graph
+                serves all lengths and later calls. Worth its minute for many tokens.
             context: what `encode` returned, instead of `img`, to encode once for several calls.
             context_mask: `(b, p)` bool, False where the context does not count.
             generator: source of the randomness, on the model's device.
@@ -183,7 +193,16 @@ class PalmE(nn.Module):
                 left as it was, after any error.
         """
         start = self._start(
-            img, prompts, seq_len, prompt_lens, eos_token, restrict_to_max_seq_len, cache_kv, context, context_mask
+            img,
+            prompts,
+            seq_len,
+            prompt_lens,
+            eos_token,
+            restrict_to_max_seq_len,
+            cache_kv,
+            compile,
+            context,
+            context_mask,
         )
         sampling = check_sampling(temperature, filter_logits_fn, filter_kwargs, generator)
         if not check_beams(beams, length_penalty, sampling):
@@ -205,6 +224,7 @@ class PalmE(nn.Module):
         prompt_lens: Tensor | None = None,
         restrict_to_max_seq_len: bool = True,
         cache_kv: bool = True,
+        compile: bool = False,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -214,8 +234,8 @@ class PalmE(nn.Module):
             beams: width of the search, and how many texts of each sample are returned.
             length_penalty: texts compare by their log probability over their length (EOS included) to this power; 0
                 compares the bare log probabilities, which favours short texts.
-            img, prompts, seq_len, eos_token, prompt_lens, restrict_to_max_seq_len, cache_kv, context, context_mask: as
-                in `generate`.
+            img, prompts, seq_len, eos_token, prompt_lens, restrict_to_max_seq_len, cache_kv, compile, context,
+                context_mask: as in `generate`.
 
         Returns:
             As upstream's wrapper returns beams: the new tokens `(beams, b, seq_len)`, best first, after EOS the
@@ -226,7 +246,16 @@ class PalmE(nn.Module):
             TypeError, ValueError: as `generate`.
         """
         start = self._start(
-            img, prompts, seq_len, prompt_lens, eos_token, restrict_to_max_seq_len, cache_kv, context, context_mask
+            img,
+            prompts,
+            seq_len,
+            prompt_lens,
+            eos_token,
+            restrict_to_max_seq_len,
+            cache_kv,
+            compile,
+            context,
+            context_mask,
         )
         check_beams(beams, length_penalty)
         return self._beam_search(start, seq_len, beams, eos_token, length_penalty)
@@ -258,6 +287,7 @@ class PalmE(nn.Module):
         prompt_lens: Tensor | None = None,
         restrict_to_max_seq_len: bool = True,
         cache_kv: bool = True,
+        compile: bool = False,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -274,7 +304,16 @@ class PalmE(nn.Module):
             TypeError, ValueError: as `generate`, at once and not at the first step.
         """
         start = self._start(
-            img, prompts, seq_len, prompt_lens, eos_token, restrict_to_max_seq_len, cache_kv, context, context_mask
+            img,
+            prompts,
+            seq_len,
+            prompt_lens,
+            eos_token,
+            restrict_to_max_seq_len,
+            cache_kv,
+            compile,
+            context,
+            context_mask,
         )
         sampling = check_sampling(temperature, filter_logits_fn, filter_kwargs, generator)
 
@@ -299,6 +338,7 @@ class PalmE(nn.Module):
         eos_token: int | None,
         restrict_to_max_seq_len: bool,
         cache_kv: bool,
+        compile: bool,
         context: Tensor | None,
         context_mask: Tensor | None,
     ) -> Callable[[], Rows]:
@@ -314,6 +354,7 @@ class PalmE(nn.Module):
         # A decoder adopted from upstream may crash with its cache, and may have overrides that nobody knows of.
         adopted = not isinstance(self.decoder.net.attn_layers, CachedDecoder)
         can_cache = not (adopted or self.decoder.net.looped or wrong_with_cache(self.config))
+        check_compile(compile, cache_kv, can_cache and self.decoder.net.can_cache_kv)
 
         def start() -> Rows:
             return Rows(
@@ -324,6 +365,7 @@ class PalmE(nn.Module):
                 cache_kv=cache_kv and can_cache,
                 context=source if context is not None or source is None else self.encode(source),
                 context_mask=context_mask,
+                compile=compile,
             )
 
         return start

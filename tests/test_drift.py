@@ -8,13 +8,14 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from x_transformers.attend import Attend
 
 import palme_xt.support
+from palme_xt.attend import Attend
 from palme_xt.cli import main
 from palme_xt.drift import check, fingerprint, record
 from palme_xt.run import PARITY, Run, RunError
@@ -59,12 +60,12 @@ def test_the_same_release_computes_the_same(run: Run, capsys: pytest.CaptureFixt
 
 def test_a_release_that_scales_twice_is_caught_at_its_first_layer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     # What x-transformers 2.17.1 to 2.25.4 did: queries and keys are multiplied by the scale of qk-norm as well.
-    original = Attend.flash_attn
+    original = Attend.forward
 
-    def scaled_twice(self: Attend, q: torch.Tensor, k: torch.Tensor, *args: object, **kwargs: object) -> object:
+    def scaled_twice(self: Attend, q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return original(self, q * 10 if self.causal else q, k, *args, **kwargs)
 
-    with mock.patch.object(Attend, "flash_attn", scaled_twice):
+    with mock.patch.object(Attend, "forward", scaled_twice):
         assert main(["parity", "check", str(run.folder)]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(
