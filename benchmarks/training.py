@@ -26,9 +26,9 @@ def compiled(module: nn.Module, loss: Any) -> Any:
 
 def main() -> None:
     config = PalmEConfig()
+    eager = losses(config, OURS, HAND_WIRED, HUGGING_FACE, COCA, ORIGINAL)
     report = Report("training", "Training step: default configuration, float32, forward and backward", "transformers")
     report.header("batch", "tokens", "contestant", "ms", "relative to Hugging Face", "relative to hand-wired")
-    eager = losses(config, OURS, HAND_WIRED, HUGGING_FACE, COCA, ORIGINAL)
     peers = {name: eager[name] for name in (OURS, HUGGING_FACE) if name in eager}
     for b, n in SHAPES:
         img, text = torch.randn(b, 3, config.image_size, config.image_size), torch.randint(config.num_tokens, (b, n))

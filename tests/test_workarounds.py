@@ -7,16 +7,20 @@ import copy
 import itertools
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import x_transformers
 from torch import Tensor
+from x_transformers.attend import Attend as UpstreamAttend
 
 from palme_xt import PalmE
 from palme_xt.alibi import AlibiPositionalBias
+from palme_xt.attend import Attend
 from tests.hand_wired import HandWired
 from tests.models import batch, logits, small
+from tests.storages import Storages
 
 FLAGS = ("alibi_pos_bias", "rotary_xpos", "attn_flash", "qk_norm", "use_abs_pos_emb")
 
@@ -183,3 +187,128 @@ def test_upstream_still_accepts_silently() -> None:
 def test_upstream_still_drops_absolute_positions_silently() -> None:
     net = HandWired(small(use_abs_pos_emb=True).config).decoder.net
     assert not any(name.startswith("pos_emb") for name, _ in net.named_parameters())
+
+
+def largest_tensor(model: Any, img: Tensor, text: Tensor) -> int:
+    """How many numbers the largest new tensor of a forward holds."""
+    with Storages() as storages, torch.no_grad():
+        model(img, text)
+    sizes: list[int] = storages.sizes()
+    return max(sizes)
+
+
+def test_alibi_is_computed_once_and_not_copied_for_each_sample_as_upstream_still_does() -> None:
+    model = small(decoder_depth=3)
+    b, h, n = 3, 4, 64
+    img, text = batch(model, b=b, n=n)
+    alibi = model.decoder.net.attn_layers.alibi
+    with mock.patch.object(alibi, "forward", wraps=alibi.forward) as computed:
+        model(img, text)
+    assert computed.call_count == 1
+    assert largest_tensor(model, img, text) < b * h * n * n
+
+    theirs = HandWired(small(decoder_depth=3, rotary_xpos=False).config)
+    rel_pos = theirs.decoder.net.attn_layers.rel_pos
+    with mock.patch.object(rel_pos, "forward", wraps=rel_pos.forward) as computed:
+        theirs(img, text)
+    assert computed.call_count == 3
+    assert largest_tensor(theirs, img, text) == b * h * n * n
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"decoder_kwargs": {"attn_num_mem_kv": 3}},
+        {"decoder_kwargs": {"attn_kv_heads": 2}},
+        {"decoder_kwargs": {"attn_add_zero_kv": True}},
+        {"decoder_kwargs": {"attn_max_attend_past": 3}},
+        {"decoder_kwargs": {"attn_num_mem_kv": (3, 0)}},
+        {"attn_flash": False},
+    ],
+)
+def test_logits_are_bitwise_upstreams_with_and_without_masks(arguments: dict[str, Any]) -> None:
+    model = small(**arguments)
+    theirs = HandWired(model.config)
+    theirs.load_state_dict(model.state_dict())
+    img, text = batch(model)
+    padding = torch.arange(10) < torch.tensor([[10], [6]])
+    positions = torch.arange(10) * 2
+    kwargs: dict[str, Any]
+    outputs = []
+    for kwargs in {}, {"self_attn_kv_mask": padding}, {"mask": padding}, {"seq_start_pos": torch.tensor([0, 4])}:
+        outputs.append(logits(model, img, text, **kwargs))
+        assert torch.equal(outputs[-1], logits(theirs, img, text, **kwargs)), kwargs
+    outputs.append(logits(model, img, text, pos=positions))
+    assert torch.equal(outputs[-1], logits(theirs, img, text, pos=positions))
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(outputs, 2))
+
+
+def test_attn_bias_beside_alibi() -> None:
+    model = small()
+    with pytest.raises(ValueError, match=r"attn_bias is given to a decoder with ALiBi: .* alibi_pos_bias=False"):
+        model(*batch(model), attn_bias=torch.zeros(10, 10))
+    without = small(alibi_pos_bias=False)
+    img, text = batch(without)
+    bias = torch.randn(10, 10)
+    assert not torch.equal(logits(without, img, text, attn_bias=bias), logits(without, img, text))
+
+
+def test_flash_attention_heeds_causal_false_and_upstreams_still_does_not() -> None:
+    upstreams = UpstreamAttend(causal=True, flash=True, heads=2)
+    ours = Attend(upstreams)
+    q, k, v = torch.randn(3, 2, 2, 5, 8)
+    bias = torch.randn(2, 5, 5)
+    mask = torch.rand(2, 1, 5, 5) > 0.3
+    for kwargs in {}, {"attn_bias": bias}, {"mask": mask}, {"mask": mask, "attn_bias": bias}:
+        causal, _ = upstreams(q, k, v, **kwargs)
+        assert torch.equal(upstreams(q, k, v, causal=False, **kwargs)[0], causal)
+        assert torch.equal(ours(q, k, v, **kwargs)[0], causal)
+        plain, _ = UpstreamAttend(causal=False, flash=True, heads=2)(q, k, v, **kwargs)
+        assert torch.equal(ours(q, k, v, causal=False, **kwargs)[0], plain)
+        assert not torch.equal(plain, causal)
+
+
+def test_exported_attention_takes_fewer_queries_than_keys_and_upstreams_still_does_not() -> None:
+    class CrossAttention(torch.nn.Module):
+        def __init__(self, attend: UpstreamAttend) -> None:
+            super().__init__()
+            self.attend = attend
+
+        def forward(self, q: Tensor, k: Tensor) -> Any:
+            return self.attend(q, k, k, causal=False)[0]
+
+    upstreams = UpstreamAttend(causal=False, flash=True, heads=2)
+    q, k = torch.randn(1, 2, 9, 8), torch.randn(1, 2, 4, 8)
+    shapes = ({2: torch.export.Dim("n", min=2, max=64)}, None)
+    exported = torch.export.export(CrossAttention(Attend(upstreams)), (q, k), dynamic_shapes=shapes)
+    torch.testing.assert_close(exported.module()(q[:, :, :3], k), upstreams(q[:, :, :3], k, k)[0])
+    with pytest.raises(torch._dynamo.exc.UserError, match="n"):
+        torch.export.export(CrossAttention(upstreams), (q, k), dynamic_shapes=shapes)
+
+
+def error_in_bfloat16(model: Any, img: Tensor, text: Tensor) -> Tensor:
+    """The error of the logits of each token in bfloat16, relative to the logits."""
+    with torch.no_grad():
+        exact = logits(model, img, text)
+        low = logits(model.to(torch.bfloat16), img.to(torch.bfloat16), text).float()
+    error: Tensor = (low - exact).norm(dim=-1).mean(dim=0) / exact.norm(dim=-1).mean()
+    return error
+
+
+def test_bfloat16_keeps_rotary_precision_at_length_and_upstream_still_does_not() -> None:
+    arguments: dict[str, Any] = {"alibi_pos_bias": False, "decoder_kwargs": {"attn_dim_head": 32}, "max_seq_len": 1024}
+    model = small(**arguments)
+    theirs = HandWired(model.config)
+    theirs.load_state_dict(model.state_dict())
+    img, text = batch(model, n=1024)
+    growth = []
+    for contestant in model, theirs:
+        error = error_in_bfloat16(contestant, img, text)
+        growth.append(error[-128:].mean() / error[:128].mean())
+    assert growth[0] < 1.5
+    assert growth[1] > growth[0] + 0.5
+    assert model.decoder.net.attn_layers.rotary_pos_emb.inv_freq.dtype == torch.float32
+    assert theirs.decoder.net.attn_layers.rotary_pos_emb.inv_freq.dtype == torch.bfloat16
+    back = model.float().decoder.net.attn_layers.rotary_pos_emb
+    assert torch.equal(back.inv_freq, small(**arguments).decoder.net.attn_layers.rotary_pos_emb.inv_freq)
