@@ -14,7 +14,7 @@ from palme_xt import PalmEConfig
 CONFIG = PalmEConfig(encoder_depth=2, decoder_depth=2, num_tokens=2000, max_seq_len=4096)
 TOKENS = (128, 256, 512, 1024, 2048, 4096)
 BATCHES = (1, 2, 4, 8, 16, 32)
-ROUNDS = 3
+ROUNDS = 1
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from benchmarks.timing import medians
 from palme_xt import PalmE, PalmEConfig
 from tests.hand_wired import HandWired
 
-ROUNDS = 15
+ROUNDS = 9
 IMPORT = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
 
 

@@ -15,7 +15,7 @@ from benchmarks.timing import medians
 from palme_xt import PalmEConfig
 
 SHAPES = (4, 256), (2, 1024)
-ROUNDS = 7
+ROUNDS = 5
 FLOOR = "floor: the step's floating-point operations at this machine's matrix product rate"
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import x_transformers
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 LOGITS_IN_CACHE = 2**23  # numbers, of 4 bytes 32 MB: fewer are as fast at once as chunk by chunk
 CHUNK = 512  # tokens
@@ -61,8 +62,9 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
         to_logits = self.net.to_logits
         return (
             hasattr(F, "linear_cross_entropy")
-            and not torch.compiler.is_compiling()
-            and x.numel() * self.net.num_tokens > LOGITS_IN_CACHE
+            and not torch.compiler.is_exporting()
+            # In a graph for any length, what is not known counts as no: asking would cost a graph for each answer.
+            and statically_known_true(x.numel() * self.net.num_tokens > LOGITS_IN_CACHE)
             and type(to_logits) is nn.Linear
             and type(to_logits.weight) is nn.Parameter
             and to_logits.bias is None

@@ -120,7 +120,8 @@ class PalmE(nn.Module):
 
         Returns:
             What upstream returns: the scalar loss, in nats a token, or `(loss, (logits, cache))` with
-            `return_outputs=True`, logits `(b, n - 1, num_tokens)`.
+            `return_outputs=True`, logits `(b, n - 1, num_tokens)`. The loss alone takes less time and memory, and may
+            differ from the other by rounding; second derivatives need the other.
 
         Raises:
             TypeError: `img` or `text` is not a tensor of the right dtype.

@@ -126,3 +126,22 @@ def test_upstream_still_goes_over_the_logits_several_times() -> None:
         counts.append(sum(size >= 2 * 39 * 4096 for size in storages.sizes()) - 1)  # without the tokens' logits
     assert counts[0] == 1  # their log softmax
     assert counts[1] > counts[0]
+
+
+@needs_chunks
+@pytest.mark.slow
+@pytest.mark.usefixtures("chunks")
+def test_chunks_are_compiled_in_one_graph_for_one_length_and_left_out_for_all() -> None:
+    torch._dynamo.reset()
+    model = small()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append("linear_cross_entropy" in str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for n in 10, 7, 9:
+        img, text = batch(model, n=n)
+        torch.testing.assert_close(compiled(img, text), model(img, text), rtol=1e-5, atol=0)
+    assert graphs == [True, False]
