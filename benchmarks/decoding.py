@@ -15,7 +15,7 @@ from benchmarks.timing import medians
 from palme_xt import PalmE
 
 SEQ_LEN = 128
-ROUNDS = 5
+ROUNDS = 3
 COMPILED = "palme_xt, `compile=True`"
 UPSTREAM = "x-transformers' `generate`, run by `palme_xt`'s `Decoder`"
 UNCACHED = "palme_xt, `cache_kv=False`"
