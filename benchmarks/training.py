@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.floors import flops_floor
@@ -17,11 +14,6 @@ from palme_xt import PalmEConfig
 SHAPES = (4, 256), (2, 1024)
 ROUNDS = 5
 FLOOR = "floor: the step's floating-point operations at this machine's matrix product rate"
-
-
-def compiled(module: nn.Module, loss: Any) -> Any:
-    """The loss, compiled: a module is its own loss, but for the peers behind a function."""
-    return torch.compile(loss, fullgraph=False)
 
 
 def main() -> None:
@@ -37,7 +29,7 @@ def main() -> None:
         seconds[FLOOR] = flops_floor(steps[HAND_WIRED])  # what torch computes in chunks is not counted
         torch._dynamo.reset()
         with_compiler = {
-            f"{name}, compiled": training_step(module, compiled(module, loss), img, text)
+            f"{name}, compiled": training_step(module, torch.compile(loss), img, text)
             for name, (module, loss) in peers.items()
         }
         seconds |= medians(with_compiler, ROUNDS)
