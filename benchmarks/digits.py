@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import describe
+from palme_xt.data import Data
 from palme_xt.run import Run
+from palme_xt.tokenizer import ByteTokenizer
 from palme_xt.training import DIGITS_MODEL, Training, train
 
 SEEDS = range(5)
@@ -20,5 +22,5 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
             started = time.perf_counter()
-            outcome = train(DIGITS_MODEL, Training(seed=seed), Run(Path(folder) / str(seed)))
+            outcome = train(DIGITS_MODEL, Training(seed=seed), Data(), ByteTokenizer(), Run(Path(folder) / str(seed)))
             print(f"| {seed} | {outcome.exact_match:.1%} | {time.perf_counter() - started:.0f} |", flush=True)

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from palme_xt.batches import Defect, Example
+from palme_xt.config import PalmEConfig
+from palme_xt.tokenizer import Tokenizer
+
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
+LONGEST_CAPTION = ", ".join(f"three {quarter}" for quarter in QUARTERS[1:])
 HELD_OUT_SHARE = 0.2
 
 
@@ -82,3 +88,58 @@ def _draw(pixels: Tensor, size: int, jitter: float, generator: torch.Generator) 
     identity = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     grid = F.affine_grid(identity + noise, [len(pixels), 1, size, size], align_corners=False)
     return F.grid_sample(pixels[:, None], grid, align_corners=False)[:, 0]
+
+
+class Scenes:
+    """Endless scenes, a `Source`: scene and caption depend on nothing but `seed`, `block` and the number.
+
+    Args:
+        scans: what to draw digits from.
+        config: of the model that looks at them.
+        tokenizer: of the captions.
+        block: how many scenes are drawn at once; the numbers of one `read` must lie in one block.
+        seed: of the random choices.
+        jitter: as in `compose`.
+
+    Raises:
+        ValueError: the model is too small for digits, or too short for their longest caption.
+    """
+
+    def __init__(
+        self, scans: Scans, config: PalmEConfig, tokenizer: Tokenizer, *, block: int, seed: int, jitter: float = 0.0
+    ) -> None:
+        longest = len(tokenizer.encode(LONGEST_CAPTION))
+        if config.max_seq_len < longest:
+            raise ValueError(
+                f"max_seq_len={config.max_seq_len} must be at least {longest}: so many tokens have captions"
+            )
+        if config.image_size < 8:
+            raise ValueError(f"image_size={config.image_size} must be at least 8 pixels to show digits")
+        self.scans, self.config, self.tokenizer = scans, config, tokenizer
+        self.block, self.seed, self.jitter = block, seed, jitter
+        self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
+
+    def read(self, numbers: range) -> list[Example | Defect]:
+        """As `Source.read`."""
+        block, first = divmod(numbers.start, self.block)
+        if self._drawn[0] != block:
+            # One block, one generator: numpy mixes the two numbers into a seed that no other pair is likely to have.
+            mixed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0])
+            img, captions = compose(
+                self.scans,
+                self.block,
+                image_size=self.config.image_size,
+                channels=self.config.channels,
+                jitter=self.jitter,
+                generator=torch.Generator().manual_seed(mixed % 2**63),
+            )
+            self._drawn = block, img, captions
+        _, img, captions = self._drawn
+        return [
+            Example(img[place], captions[place], self.tokenizer.encode(captions[place]), f"scene {number}")
+            for place, number in enumerate(numbers, first)
+        ]
+
+    def first_epoch(self, numbers: range) -> int:
+        """As `Source.first_epoch`: no scene comes twice."""
+        return len(numbers)

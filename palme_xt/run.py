@@ -1,32 +1,43 @@
-"""A run folder: what training leaves behind, and what captioning reads.
+"""A run folder: what training leaves behind, what captioning reads, and what the hub stores.
 
-config.json        the model's arguments, and under "training" how it was trained
-model.safetensors  the weights
-metrics.jsonl      a line for each logged step and each evaluation
-samples.png        held-out images with their generated captions
-loss.png           the loss curve
-parity.safetensors what `palme-xt parity record` has written
-held_out/*.png     some of the held-out images, to caption
+config.json               the model's arguments, and under "training" how it was trained
+model.safetensors         the weights of the last evaluation
+preprocessor_config.json  how pictures are resized, cropped and normalised
+tokenizer.json            the vocabulary, with tokenizer_config.json; neither is there for bytes
+README.md                 a model card
+checkpoint.safetensors    everything that resuming needs
+metrics.jsonl             a line for each step and each evaluation
+samples.png               held-out images with their generated captions
+loss.png                  the loss curve
+parity.safetensors        what `palme-xt parity record` has written
+held_out/*.png            some of the held-out images, to caption
+logs/                     what trackers write
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
+from palme_xt import pretrained
 from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
+from palme_xt.pretrained import CONFIG, WEIGHTS
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 PARITY = "parity.safetensors"
 METRICS = "metrics.jsonl"
+
+__all__ = ["CONFIG", "METRICS", "PARITY", "WEIGHTS", "Run", "RunError"]
 
 
 class RunError(ValueError):
@@ -39,68 +50,128 @@ class Run:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
 
-    def create(self, config: PalmEConfig, training: dict[str, Any]) -> None:
-        """Make the folder and write `config.json`.
+    def create(
+        self, config: PalmEConfig, training: Mapping[str, Any], companions: Mapping[str, bytes] = MappingProxyType({})
+    ) -> None:
+        """Make the folder and write `companions`, then `config.json`, which makes it a run.
 
         Raises:
             RunError: the folder is there already and not empty, or cannot be made.
         """
         try:
             if self.folder.exists() and any(self.folder.iterdir()):
-                raise RunError(f"{self.folder} is not empty: name another folder, or remove it first")
+                raise RunError(
+                    f"{self.folder} is not empty: name another folder, or remove it first; a run goes on with "
+                    f"`palme-xt train --resume {self.folder}`"
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.write(CONFIG, json.dumps(config.to_dict() | {"training": training}, indent=2).encode() + b"\n")
         except OSError as error:
             raise RunError(f"{self.folder} cannot be a run folder: {error.strerror}") from error
+        for name, content in companions.items():
+            self.write(name, content)
+        self.write(CONFIG, json.dumps(config.to_dict() | {"training": dict(training)}, indent=2).encode() + b"\n")
 
-    def save(self, model: PalmE) -> None:
+    def save(self, state_dict: Mapping[str, Tensor]) -> None:
         """Write the weights."""
-        self.write(WEIGHTS, safetensors.torch.save(model.state_dict()))
+        self.write_tensors(WEIGHTS, state_dict)
 
     def log(self, **metrics: Any) -> None:
-        """Append a line to `metrics.jsonl`."""
-        with open(self.folder / METRICS, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        """Append a line to `metrics.jsonl`; what is not finite becomes a string, which JSON has."""
+        values = {name: _finite_or_string(value) for name, value in metrics.items()}
+        try:
+            with open(self.folder / METRICS, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.folder / METRICS} cannot be written: {error.strerror}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
         path = self.folder / METRICS
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def metrics_size(self) -> int:
+        """Bytes of `metrics.jsonl`."""
+        path = self.folder / METRICS
+        return path.stat().st_size if path.exists() else 0
+
+    def forget_metrics_after(self, size: int) -> None:
+        """Cut `metrics.jsonl` to its first `size` bytes."""
+        if (self.folder / METRICS).exists():
+            os.truncate(self.folder / METRICS, size)
+
     def config(self) -> PalmEConfig:
         """The arguments of the model.
 
         Raises:
-            RunError: not a run folder, or one whose `config.json` holds no model's arguments.
+            PretrainedError: not a run folder, or one whose `config.json` holds no model's arguments.
         """
-        for name in CONFIG, WEIGHTS:
-            if not (self.folder / name).is_file():
-                raise RunError(f"{self.folder} is not a run folder: it has no {name}; `palme-xt train` makes one")
-        try:
-            values = json.loads((self.folder / CONFIG).read_text())
-            if not isinstance(values, dict):
-                raise TypeError(f"it holds a {type(values).__name__}, must hold an object")
-            values.pop("training", None)
-            return PalmEConfig.from_dict(values)
-        except (ValueError, TypeError) as error:
-            raise RunError(f"{self.folder / CONFIG} does not hold a model's arguments: {error}") from error
+        return pretrained.read_config(self.folder)
+
+    def training(self) -> dict[str, Any]:
+        """How it was trained, as `create` was told.
+
+        Raises:
+            PretrainedError: as `config`.
+        """
+        training = pretrained.read_json(self.folder).get("training", {})
+        return training if isinstance(training, dict) else {}
 
     def load(self, device: str | torch.device = "cpu") -> PalmE:
         """The trained model, in eval mode.
 
         Raises:
-            RunError: not a run folder, or one whose files are damaged or do not belong together.
+            PretrainedError: not a run folder, or one whose files are damaged or do not belong together.
         """
-        model = PalmE.from_config(self.config()).to(device)
-        try:
-            safetensors.torch.load_model(model, str(self.folder / WEIGHTS), device=str(device))
-        except (safetensors.SafetensorError, RuntimeError) as error:
-            found = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-            raise RunError(f"{self.folder / WEIGHTS} does not hold this model's weights: {found}") from error
-        return model.eval()
+        return pretrained.load(self.folder, device)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file; whoever reads at the same time finds the old one or the new one, never a part."""
+        """Write a file; whoever reads at the same time finds the old one or the new one, never a part.
+
+        Raises:
+            RunError: it cannot be written; the old one is as it was.
+        """
+        self._replace(name, lambda path: path.write_bytes(content))
+
+    def write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a safetensors file, as `write`.
+
+        Raises:
+            RunError: as `write`.
+        """
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        self._replace(name, lambda path: safetensors.torch.save_file(contiguous, path, dict(metadata or {})))
+
+    def _replace(self, name: str, write: Callable[[Path], object]) -> None:
         new = self.folder / (name + ".new")
-        new.write_bytes(content)
-        new.replace(self.folder / name)
+        try:
+            write(new)
+            new.chmod(0o666 & ~_umask())  # safetensors 0.8 lets the owner alone read what it writes
+            # On the disk before the name points to it: a power failure leaves the old file or the new one, too.
+            with open(new, "rb") as file:
+                os.fsync(file.fileno())
+            new.replace(self.folder / name)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except (OSError, safetensors.SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise RunError(
+                f"{self.folder / name} cannot be written: {reason}; what was there before is as it was"
+            ) from error
+
+
+def _umask() -> int:
+    """The mode bits that this process denies; setting them is the only way to read them."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+def _finite_or_string(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and value - value != 0 else value

@@ -1,20 +1,45 @@
-"""Train a captioner on scenes of handwritten digits, and show what it has learned."""
+"""Train a captioner, on as many processes as `accelerate launch` starts, and show what it has learned."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import signal
+import threading
 import time
-from dataclasses import asdict, dataclass, fields
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch.nn.utils import clip_grad_norm_
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object, set_seed
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from palme_xt import digits, pictures, tokens
+from palme_xt.batches import Batch, Example, Share, Source, load_batches
 from palme_xt.captioning import caption
+from palme_xt.checkpoint import (
+    Progress,
+    load_checkpoint,
+    of_all_processes,
+    random_state,
+    save_checkpoint,
+    whole_state_dict,
+)
 from palme_xt.config import PalmEConfig
+from palme_xt.data import DIGITS, Data, DataError, load_data
+from palme_xt.decoding import evaluating
 from palme_xt.model import PalmE
-from palme_xt.run import Run
+from palme_xt.model_card import model_card
+from palme_xt.preprocessing import PREPROCESSING, Preprocessing
+from palme_xt.run import METRICS, Run
+from palme_xt.tokenizer import Tokenizer
 
 DIGITS_MODEL = PalmEConfig(
     image_size=32,
@@ -33,8 +58,11 @@ DIGITS_MODEL = PalmEConfig(
     decoder_kwargs={"attn_dim_head": 32, "verbose": False},
 )
 
+PICTURES_MODEL = replace(DIGITS_MODEL, image_size=64, max_seq_len=128, vit_kwargs={})
 
 SAVED_IMAGES = 8
+EVALUATED_AT_ONCE = 128
+NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -43,52 +71,79 @@ class Training:
 
     Args:
         steps: optimizer steps.
-        batch_size: scenes a step.
-        lr: peak learning rate of AdamW; it rises over the first tenth of the steps and falls along a cosine to zero.
+        batch_size: pictures a step, of all processes together.
+        gradient_accumulation_steps: micro-batches that the share of each process is computed in, to save memory.
+        lr: peak learning rate of AdamW; it rises linearly over the first tenth of the steps, then falls along a cosine
+            to zero.
         weight_decay: of AdamW.
         grad_clip: largest norm of the gradient.
-        jitter: random affine distortion of each training digit, as a share of its size; held-out digits have none.
-        eval_every: steps between evaluations on held-out scenes.
-        eval_scenes: scenes of each evaluation.
-        seed: of the weights and of the training scenes; held-out scenes are always the same.
+        mixed_precision: `no`, or `bf16` to compute in bfloat16 where that is safe (default: what `accelerate launch`
+            was told, else no).
+        jitter: random affine distortion of each training digit, as a share of its size; held-out digits, and other
+            data, have none.
+        eval_every: steps between evaluations on held-out pictures.
+        eval_images: held-out pictures of each evaluation, at most.
+        save_every: steps between checkpoints.
+        log_with: a tracker of accelerate, such as `tensorboard` or `wandb`, or `all`; beside `metrics.jsonl`.
+        seed: of the weights, of dropout and of the order of the data; held-out pictures are always the same.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range, or an unknown precision.
     """
 
     steps: int = 500
     batch_size: int = 32
+    gradient_accumulation_steps: int = 1
     lr: float = 2e-3
     weight_decay: float = 0.05
     grad_clip: float = 1.0
+    mixed_precision: str | None = None
     jitter: float = 0.12
     eval_every: int = 100
-    eval_scenes: int = 500
+    eval_images: int = 500
+    save_every: int = 100
+    log_with: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         may_be_zero = {"seed", "weight_decay", "jitter"}
         for option in fields(self):
             value = getattr(self, option.name)
-            if not (value > 0 or (value == 0 and option.name in may_be_zero)):
+            if isinstance(value, int | float) and not (value > 0 or (value == 0 and option.name in may_be_zero)):
                 rule = "0 or more" if option.name in may_be_zero else "greater than 0"
                 raise ValueError(f"{option.name}={value} must be {rule}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed={self.seed} must be below 2**63")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} must be below 2**32")
+        if self.mixed_precision not in (None, "no", "bf16"):
+            raise ValueError(f"mixed_precision={self.mixed_precision} must be no or bf16: fp16 would need loss scaling")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training came to: the captions of held-out images, and those that the model generated."""
+    """What training came to.
+
+    Attributes:
+        true: captions of held-out pictures.
+        predicted: those that the model generated.
+        loss: of the held-out captions, nats a token.
+        progress: steps done, rows read and rows skipped.
+        interrupted: by a signal, before all steps were done.
+    """
 
     true: list[str]
     predicted: list[str]
-    interrupted: bool
+    loss: float
+    progress: Progress
+    interrupted: bool = False
 
     @property
     def exact_match(self) -> float:
-        """Share of held-out images whose caption is right to the last byte."""
+        """Share of held-out pictures whose caption is right to the last character."""
         return sum(map(str.__eq__, self.predicted, self.true)) / len(self.true)
+
+
+class TrainingError(ValueError):
+    """A training that cannot go on."""
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:
@@ -99,43 +154,31 @@ def warm_up_and_decay(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def check_fits(config: PalmEConfig) -> None:
-    """Refuse models that cannot learn this data set.
+def train(
+    config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer, run: Run, *, resume: bool = False
+) -> Outcome:
+    """Train a new model, or go on with one, keeping `run` usable all the while.
+
+    Called in all processes alike. SIGINT (Ctrl-C) and SIGTERM end the training after the step, not the run: what has
+    been learned is evaluated, saved and shown, and can be resumed. A second one ends at once.
 
     Raises:
-        ValueError: too few tokens for bytes, too short for the longest caption, or an image without pixels to draw on.
+        ValueError: the model cannot learn these data.
+        DataError: the data cannot be loaded, or a row is wrong and `data.strict`.
+        RunError: the run folder cannot be written; its last checkpoint is as it was.
+        TrainingError: the loss is not finite; the last checkpoint is from before.
     """
-    if config.num_tokens < tokens.NUM_TOKENS:
-        raise ValueError(
-            f"num_tokens={config.num_tokens} must be at least {tokens.NUM_TOKENS} to train on bytes: 256, BOS and EOS"
-        )
-    longest = 2 + len(", ".join(f"three {quarter}" for quarter in ("top right", "bottom left", "bottom right")))
-    if config.max_seq_len < longest:
-        raise ValueError(f"max_seq_len={config.max_seq_len} must be at least {longest}: so long are captions, in bytes")
-    if config.image_size < 8:
-        raise ValueError(f"image_size={config.image_size} must be at least 8 pixels to show digits")
-
-
-def train(config: PalmEConfig, training: Training, run: Run) -> Outcome:
-    """Train a new model, keeping `run` usable all the while.
-
-    An interrupt (Ctrl-C) ends the training, not the run: what has been learned is evaluated, saved and shown.
-
-    Raises:
-        ValueError: the model cannot learn this data set.
-        RunError: the run folder cannot be written.
-    """
-    check_fits(config)
-    torch.manual_seed(training.seed)
+    accelerator = _accelerator(training, run)
+    share = _share(training, accelerator)
+    set_seed(training.seed)
     model = PalmE.from_config(config)
-    run.create(config, {"data": "digits"} | asdict(training))
+    preprocessing = Preprocessing.plain(config) if data.data == DIGITS else Preprocessing.for_pictures(config)
+    source, held_out, evaluated = _open(config, training, data, preprocessing, tokenizer)
+    described = asdict(data) | asdict(training)
+    if accelerator.is_main_process and not resume:
+        run.create(config, described, tokenizer.files() | {PREPROCESSING: preprocessing.to_json().encode()})
+    accelerator.wait_for_everyone()
 
-    train_scans, held_out_scans = digits.load_scans()
-    look = {"image_size": config.image_size, "channels": config.channels}
-    held_out, true = digits.compose(
-        held_out_scans, training.eval_scenes, generator=torch.Generator().manual_seed(0), **look
-    )
-    scenes = torch.Generator().manual_seed(training.seed)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=training.lr,
@@ -143,49 +186,237 @@ def train(config: PalmEConfig, training: Training, run: Run) -> Outcome:
         weight_decay=training.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
+    trained, prepared = accelerator.prepare(model, optimizer)
+    set_seed(training.seed, device_specific=True)
+    progress = Progress()
+    if resume:
+        progress = load_checkpoint(run, accelerator, trained, optimizer, schedule)
+        if accelerator.is_main_process:
+            run.forget_metrics_after(progress.metrics_size)
+    if training.log_with:
+        accelerator.init_trackers("palme_xt", {name: value for name, value in described.items() if value is not None})
+    count = training.gradient_accumulation_steps
 
-    def evaluate(step: int, interrupted: bool = False) -> Outcome:
-        run.save(model)
-        outcome = Outcome(true, caption(model, held_out), interrupted)
-        run.log(step=step, held_out_exact_match=outcome.exact_match)
+    def evaluate() -> Outcome:
+        weights = whole_state_dict(trained)
+        loss, true, predicted = _evaluate(accelerator, _whole(model, weights), held_out, evaluated, tokenizer)
+        if not math.isfinite(loss):
+            raise TrainingError(f"lr={training.lr} led to a held-out loss of {loss} {_so_far(progress, run)}")
+        outcome = Outcome(true, predicted, loss, of_all_processes(progress))
+        metrics = {"held_out_exact_match": outcome.exact_match, "held_out_loss": loss}
+        if accelerator.is_main_process:
+            run.save(weights)
+            run.log(step=progress.step, **metrics)
+            described_metrics = {"step": progress.step, "held_out_images": len(true)} | metrics
+            run.write("README.md", model_card(config, described, described_metrics).encode())
+        accelerator.log(metrics, step=progress.step)
         return outcome
 
     interrupted = False
-    step = 0
-    with tqdm(total=training.steps, desc="training", unit="step") as bar:
-        shown = {"held-out exact match": "-"}
-        try:
-            started = time.perf_counter()
-            for step in range(1, training.steps + 1):
-                img, captions = digits.compose(
-                    train_scans, training.batch_size, jitter=training.jitter, generator=scenes, **look
-                )
-                loss = model(img, tokens.encode(captions, ignore_index=config.ignore_index))
-                if not loss.isfinite():
-                    raise ValueError(
-                        f"lr={training.lr} led to a loss of {loss.item()} at step {step}: lower it; {run.folder} has "
-                        "the weights of the last evaluation, if there was one"
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                clip_grad_norm_(model.parameters(), training.grad_clip)
-                optimizer.step()
-                schedule.step()
+    shown = {"held-out exact match": "-"}
+    bar = tqdm(
+        total=training.steps,
+        initial=progress.step,
+        desc="training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    with bar, _told_to_stop() as told:
+        todo = range(progress.step * count, training.steps * count)
+        batches = load_batches(source, todo, share, config, data.num_workers)
+        started = time.perf_counter()
+        while progress.step < training.steps:
+            micro_batches = [next(batches) for _ in range(count)]
+            _check_rows(micro_batches, data)
+            mine = [sum(batch.targets for batch in micro_batches), int(told.is_set())]
+            targets, stop = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
+            if stop:
+                interrupted = True
+                break
+            if not targets:
+                raise DataError(f"step {progress.step + 1} has no usable row: {micro_batches[0].defects[0].detail}")
 
-                speed = training.batch_size / (time.perf_counter() - started)
-                run.log(step=step, loss=loss.item(), images_per_second=speed)
-                bar.set_postfix({"loss": f"{loss.item():.3f}", **shown, "images/s": f"{speed:.0f}"}, refresh=False)
-                bar.update()
-                if step % training.eval_every == 0 and step < training.steps:
-                    shown["held-out exact match"] = f"{evaluate(step).exact_match:.1%}"
-                started = time.perf_counter()
-        except KeyboardInterrupt:
-            interrupted = True
-        outcome = evaluate(step, interrupted)
+            due = progress.step % training.save_every == 0
+            random_states = random_state() if due else {}
+            losses = []
+            for number, batch in enumerate(micro_batches, 1):
+                with contextlib.nullcontext() if number == count else accelerator.no_sync(trained):
+                    loss = trained(batch.img.to(accelerator.device), batch.text.to(accelerator.device))
+                    # Processes average their gradients: so weighted, they give that of the mean over all targets.
+                    accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
+                    losses.append(loss.detach() * (batch.targets / targets))
+            mean = accelerator.reduce(torch.stack(losses).sum()).item()
+            norm = float(accelerator.clip_grad_norm_(trained.parameters(), training.grad_clip))
+            if not (math.isfinite(mean) and math.isfinite(norm)):
+                names = gather_object([name for batch in micro_batches for name in batch.names])
+                if accelerator.is_main_process:
+                    run.log(step=progress.step + 1, loss=mean, gradient_norm=norm, batch=names)
+                raise TrainingError(_not_finite(mean, norm, names, progress, training, run))
+            if due:  # and known to be good: the loss and the gradient of these weights are finite
+                progress.metrics_size = run.metrics_size()
+                save_checkpoint(run, accelerator, trained, optimizer, schedule, progress, random_states)
+            prepared.step()
+            schedule.step()
+            prepared.zero_grad()
+            progress.step += 1
+            _count_rows(progress, micro_batches)
+
+            speed = training.batch_size / (time.perf_counter() - started)
+            if accelerator.is_main_process:
+                run.log(step=progress.step, loss=mean, images_per_second=speed)
+            accelerator.log({"loss": mean, "lr": schedule.get_last_lr()[0], "images_per_second": speed}, progress.step)
+            bar.set_postfix({"loss": f"{mean:.3f}", **shown, "images/s": f"{speed:.0f}"}, refresh=False)
+            bar.update()
+            if progress.step % training.eval_every == 0 and progress.step < training.steps:
+                shown["held-out exact match"] = f"{evaluate().exact_match:.1%}"
+            started = time.perf_counter()
+        # A run that goes on from here evaluates at the end again, or not here.
+        progress.metrics_size = run.metrics_size()
+        outcome = replace(evaluate(), interrupted=interrupted)
+        save_checkpoint(run, accelerator, trained, optimizer, schedule, progress, random_state())
         shown["held-out exact match"] = f"{outcome.exact_match:.1%}"
         bar.set_postfix(shown)
-
-    pictures.save_images(held_out[:SAVED_IMAGES], run.folder / "held_out")
-    pictures.draw_samples(held_out, outcome.predicted, true, run.folder / "samples.png")
-    pictures.draw_loss(run.metrics(), run.folder / "loss.png")
+    if accelerator.is_main_process:
+        examples = [
+            row
+            for row in held_out.read(range(min(evaluated, pictures.COLUMNS * pictures.ROWS)))
+            if isinstance(row, Example)
+        ]
+        img = preprocessing.shown(torch.stack([example.img for example in examples]))
+        pictures.save_images(img[:SAVED_IMAGES], run.folder / "held_out")
+        pictures.draw_samples(img, outcome.predicted, outcome.true, run.folder / "samples.png")
+        pictures.draw_loss(run.metrics(), run.folder / "loss.png")
+    accelerator.end_training()
     return outcome
+
+
+def _accelerator(training: Training, run: Run) -> Accelerator:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`log_with=")  # an error, below
+            accelerator = Accelerator(
+                mixed_precision=training.mixed_precision, log_with=training.log_with, project_dir=run.folder / "logs"
+            )
+    except ValueError as error:
+        raise TrainingError(f"accelerate refuses: {error}") from error
+    if training.log_with and not accelerator.log_with:
+        raise TrainingError(f"log_with={training.log_with} is not installed: pip install {training.log_with}")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
+        raise TrainingError("--use_fsdp has no effect on CPUs, where accelerate does not shard: leave it out")
+    return accelerator
+
+
+def _share(training: Training, accelerator: Accelerator) -> Share:
+    processes, count = accelerator.num_processes, training.gradient_accumulation_steps
+    if training.batch_size % (processes * count):
+        raise ValueError(
+            f"batch_size={training.batch_size} must be divisible by {processes} processes times "
+            f"gradient_accumulation_steps={count}: it is that of all processes together"
+        )
+    return Share(training.batch_size, count, accelerator.process_index, processes)
+
+
+def _open(
+    config: PalmEConfig, training: Training, data: Data, preprocessing: Preprocessing, tokenizer: Tokenizer
+) -> tuple[Source, Source, int]:
+    """What to train on, what to evaluate on, and how many rows of that."""
+    if config.num_tokens < tokenizer.num_tokens:
+        rule = (
+            "to train on bytes: 256, BOS and EOS" if tokenizer.num_tokens == tokens.NUM_TOKENS else "for the tokenizer"
+        )
+        raise ValueError(f"num_tokens={config.num_tokens} must be at least {tokenizer.num_tokens} {rule}")
+    if data.data != DIGITS:
+        source, rows = load_data(
+            data, config, preprocessing, tokenizer, seed=training.seed, held_out=training.eval_images
+        )
+        return source, rows, min(len(rows), training.eval_images)
+    train_scans, held_out_scans = digits.load_scans()
+    scenes = partial(digits.Scenes, config=config, tokenizer=tokenizer)
+    return (
+        scenes(train_scans, block=training.batch_size, seed=training.seed, jitter=training.jitter),
+        scenes(held_out_scans, block=training.eval_images, seed=0),
+        training.eval_images,
+    )
+
+
+def _whole(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
+    """`model`, or where it is sharded, a copy that any process can run on its own."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.random.fork_rng():
+        copy = PalmE.from_config(model.config)
+    copy.load_state_dict(weights)
+    return copy.to(next(iter(weights.values())).device)
+
+
+@torch.no_grad()
+def _evaluate(
+    accelerator: Accelerator, model: PalmE, held_out: Source, count: int, tokenizer: Tokenizer
+) -> tuple[float, list[str], list[str]]:
+    """The mean loss over held-out tokens, the true captions, and the generated ones; each process does its share."""
+    chunks = [range(start, min(start + EVALUATED_AT_ONCE, count)) for start in range(0, count, EVALUATED_AT_ONCE)]
+    mine = range(accelerator.process_index, len(chunks), accelerator.num_processes)
+    found: list[tuple[int, list[str], list[str], float, int]] = []
+    with evaluating(model):
+        for number, batch in zip(mine, load_batches(held_out, mine, chunks.__getitem__, model.config, 0), strict=True):
+            if not batch.targets:
+                continue
+            img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
+            loss = model(img, text).item() * batch.targets
+            predicted = caption(model, img, tokenizer) if math.isfinite(loss) else [""] * len(batch.captions)
+            found.append((number, batch.captions, predicted, loss, batch.targets))
+    found = sorted(gather_object(found))
+    if not found:
+        raise DataError("no held-out row is usable: name another split or number with --held_out")
+    true = [text for _, texts, _, _, _ in found for text in texts]
+    guessed = [text for _, _, texts, _, _ in found for text in texts]
+    return sum(loss for *_, loss, _ in found) / sum(targets for *_, targets in found), true, guessed
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, once; whichever comes second does what it did before."""
+    told = threading.Event()
+    before: dict[int, Any] = {}
+
+    def tell(number: int, frame: object) -> None:
+        told.set()
+        restore()
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in signal.SIGINT, signal.SIGTERM:
+            before[number] = signal.signal(number, tell)
+    try:
+        yield told
+    finally:
+        restore()
+
+
+def _check_rows(micro_batches: list[Batch], data: Data) -> None:
+    defect = next((defect for batch in micro_batches for defect in batch.defects), None)
+    if data.strict and defect is not None:
+        raise DataError(f"{defect.reason}: {defect.detail}; without --strict such rows are skipped and counted")
+
+
+def _count_rows(progress: Progress, micro_batches: list[Batch]) -> None:
+    for batch in micro_batches:
+        progress.rows += batch.rows
+        for defect in batch.defects[: batch.new_defects]:
+            progress.skipped[defect.reason] = progress.skipped.get(defect.reason, 0) + 1
+
+
+def _so_far(progress: Progress, run: Run) -> str:
+    return f"after step {progress.step}: lower it; {run.folder} keeps the weights from before"
+
+
+def _not_finite(loss: float, norm: float, names: list[str], progress: Progress, training: Training, run: Run) -> str:
+    value = f"loss of {loss}" if not math.isfinite(loss) else f"gradient norm of {norm}"
+    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    return (
+        f"lr={training.lr} led to a {value} at step {progress.step + 1}, batch {shown}: lower it; {run.folder} keeps "
+        f"the last good weights, and all names in {METRICS}"
+    )

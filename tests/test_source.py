@@ -76,7 +76,7 @@ def test_the_program_of_a_run_has_its_weights(tmp_path: Path, capsys: pytest.Cap
     model = small()
     run = Run(tmp_path / "run")
     run.create(model.config, {})
-    run.save(model)
+    run.save(model.state_dict())
     assert main(["source", str(run.folder)]) == 0
     program = execute(capsys.readouterr().out)
     img, text = batch(model)

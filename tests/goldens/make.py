@@ -33,7 +33,7 @@ def main() -> None:
         shutil.rmtree(FOLDER / name, ignore_errors=True)
         run = Run(FOLDER / name)
         run.create(model.config, {})
-        run.save(model)
+        run.save(model.state_dict())
         record(run)
 
 

@@ -1,0 +1,61 @@
+"""Real pictures to learn from: the emoji of an npm package, with their official names, as an imagefolder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = "emoji-datasource-google@16.0.0"  # Noto Color Emoji, 64 pixels; names from Unicode 16
+TONES = {
+    "1F3FB": "light skin tone",
+    "1F3FC": "medium-light skin tone",
+    "1F3FD": "medium skin tone",
+    "1F3FE": "medium-dark skin tone",
+    "1F3FF": "dark skin tone",
+}
+
+
+def prepare(folder: Path) -> int:
+    """Download the package with npm and write its pictures and `metadata.jsonl` into a new `folder`.
+
+    Returns:
+        How many pictures there are.
+    """
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as download:
+        subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=download, check=True, stdout=subprocess.DEVNULL)
+        (archive,) = Path(download).glob("*.tgz")
+        with tarfile.open(archive) as tar:
+            tar.extractall(download, filter="data")
+        package = Path(download) / "package"
+        rows = list(captions(json.loads((package / "emoji.json").read_text())))
+        for name, _ in rows:
+            shutil.copy(package / "img" / "google" / "64" / name, folder / name)
+    lines = (json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows)
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return len(rows)
+
+
+def captions(emoji: list[dict[str, object]]) -> Iterator[tuple[str, str]]:
+    """File names and captions: `waving hand sign`, and `waving hand sign: dark skin tone` of its variations."""
+    for each in emoji:
+        variations = each.get("skin_variations") or {}
+        assert isinstance(variations, dict)
+        for tones, shown in (("", each), *variations.items()):
+            if shown["has_img_google"]:
+                caption = str(each["name"]).lower()
+                if tones:
+                    caption += ": " + ", ".join(TONES[tone] for tone in tones.split("-"))
+                yield str(shown["image"]), caption
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="new folder")
+    print(f"{prepare(parser.parse_args().folder)} pictures")

@@ -1,0 +1,156 @@
+"""Examples to batches: the same global batches whatever the number of processes, workers and interruptions."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from palme_xt.config import PalmEConfig
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture `(c, h, w)`, float32, preprocessed; its caption, and that as token ids with BOS and EOS."""
+
+    img: Tensor
+    caption: str
+    ids: list[int]
+    name: str
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A row that cannot be learned from, the reason in a few words, and what exactly is wrong."""
+
+    reason: str
+    detail: str
+    name: str
+
+
+class Source(Protocol):
+    """An endless sequence of numbered rows, one epoch after another, in an order that is always the same."""
+
+    def read(self, numbers: range) -> list[Example | Defect]:
+        """The rows of these numbers; `numbers` never go back from one call to the next."""
+
+    def first_epoch(self, numbers: range) -> int:
+        """How many of these rows have not been there before."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process computes at once.
+
+    Attributes:
+        img: `(b, c, h, w)`, float32. Where no row was usable it holds one blank picture, which counts for nothing.
+        text: `(b, n)`, int64, `ignore_index` after EOS.
+        targets: how many tokens are predicted; 0 where no row was usable.
+        captions, names: of the b pictures.
+        defects: rows that are not in it.
+        rows: how many rows were read that had not been read before.
+        new_defects: how many of the first `defects` are among them.
+    """
+
+    img: Tensor
+    text: Tensor
+    targets: int
+    captions: list[str]
+    names: list[str]
+    defects: list[Defect]
+    rows: int
+    new_defects: int
+
+
+class Batches(IterableDataset[Batch]):
+    """Batches of a source, dealt out to the workers of a `DataLoader` in turn, which keeps their order.
+
+    Rows that cannot be learned from are left out, not replaced: which rows a batch holds depends on nothing but their
+    numbers, so that every process, and a run that goes on, can tell them without reading what came before.
+
+    Args:
+        source: of the rows.
+        indices: of the batches.
+        numbers: the rows of the batch of an index.
+        config: gives the shape of a blank picture, and `ignore_index`.
+    """
+
+    def __init__(self, source: Source, indices: range, numbers: Callable[[int], range], config: PalmEConfig) -> None:
+        self.source, self.indices, self.numbers, self.config = source, indices, numbers, config
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for index in self.indices[first::every]:
+            yield self.batch(self.numbers(index))
+
+    def batch(self, numbers: range) -> Batch:
+        """The batch of these rows."""
+        rows = self.source.read(numbers)
+        new = self.source.first_epoch(numbers)
+        examples = [row for row in rows if isinstance(row, Example)]
+        size = self.config.image_size
+        blank = torch.zeros(1, self.config.channels, size, size)
+        texts = [torch.tensor(example.ids) for example in examples] or [torch.zeros(2, dtype=torch.int64)]
+        return Batch(
+            img=torch.stack([example.img for example in examples]) if examples else blank,
+            text=pad_sequence(texts, batch_first=True, padding_value=self.config.ignore_index),
+            targets=sum(len(example.ids) - 1 for example in examples),
+            captions=[example.caption for example in examples],
+            names=[example.name for example in examples],
+            defects=[row for row in rows if isinstance(row, Defect)],
+            rows=new,
+            new_defects=sum(isinstance(row, Defect) for row in rows[:new]),
+        )
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of each global batch are whose: `count` micro-batches for each process, one after another.
+
+    Args:
+        batch_size: rows of a global batch; divisible by `processes * count`.
+        count: micro-batches whose gradients are accumulated.
+        process: the number of this process.
+        processes: how many there are.
+    """
+
+    batch_size: int
+    count: int = 1
+    process: int = 0
+    processes: int = 1
+
+    def __call__(self, index: int) -> range:
+        """The rows of the `index`-th micro-batch of this process."""
+        step, part = divmod(index, self.count)
+        size = self.batch_size // (self.processes * self.count)
+        start = step * self.batch_size + (self.process * self.count + part) * size
+        return range(start, start + size)
+
+
+def load_batches(
+    source: Source, indices: range, numbers: Callable[[int], range], config: PalmEConfig, num_workers: int
+) -> Iterator[Batch]:
+    """Batches in order, read ahead by `num_workers` processes; 0 reads them in this one."""
+    batches = Batches(source, indices, numbers, config)
+    # A generator of its own: the loader would draw the seeds of its workers from the one that dropout draws from.
+    return iter(
+        DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=min(num_workers, len(indices)),
+            generator=torch.Generator(),
+            worker_init_fn=_ignore_interrupts,
+        )
+    )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the training process decides when to stop, and needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

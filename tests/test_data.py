@@ -1,0 +1,270 @@
+"""The user's own pictures: every format, every defect, and each row exactly once, however the reading is shared."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from palme_xt import PalmEConfig
+from palme_xt.batches import Batch, Batches, Example, Share, Source, load_batches
+from palme_xt.data import Data, DataError, load_data
+from palme_xt.preprocessing import Preprocessing
+from palme_xt.tokenizer import ByteTokenizer
+from tests.captioned import content, picture, spoil, write_folder
+
+CONFIG = PalmEConfig(16, 8, 16, 2, 4, 258, 80, 16, 2, 4)
+COUNT = 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "pictures", COUNT)
+
+
+def load(data: Data, *, seed: int = 0, held_out: int = 100) -> tuple[Source, Source, int]:
+    source, rows = load_data(
+        data, CONFIG, Preprocessing.for_pictures(CONFIG), ByteTokenizer(), seed=seed, held_out=held_out
+    )
+    return source, rows, len(rows)
+
+
+def captions(source: Source, numbers: range) -> list[str]:
+    return [row.caption if isinstance(row, Example) else row.reason for row in source.read(numbers)]
+
+
+def everything() -> list[str]:
+    return sorted(picture(number)[1] for number in range(COUNT))
+
+
+def as_csv(folder: Path, to: Path) -> str:
+    to.mkdir()
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        (to / row["file_name"]).write_bytes((folder / row["file_name"]).read_bytes())
+    with open(to / "metadata.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["file_name", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(to)
+
+
+def as_parquet(folder: Path, to: Path) -> str:
+    to.mkdir()
+    images = [{"bytes": content(number), "path": f"{number}.png"} for number in range(COUNT)]
+    texts = [picture(number)[1] for number in range(COUNT)]
+    for part in range(3):
+        table = pa.table({"image": images[part::3], "caption": texts[part::3]})
+        pa.parquet.write_table(table, to / f"part-{part}.parquet")
+    return f"{to}/part-*.parquet"
+
+
+def as_webdataset(folder: Path, to: Path) -> str:
+    to.mkdir()
+    for part in range(2):
+        with tarfile.open(to / f"{part}.tar", "w") as tar:
+            for number in range(part, COUNT, 2):
+                for name, data in (f"{number}.png", content(number)), (f"{number}.txt", picture(number)[1].encode()):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return f"{to}/*.tar"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write", [lambda folder, to: str(folder), as_csv, as_parquet, as_webdataset])
+def test_every_format_gives_every_row_once(write: Any, streaming: bool, folder: Path, tmp_path: Path) -> None:
+    data = Data(write(folder, tmp_path / "other"), held_out="6", streaming=streaming)
+    source, held_out, count = load(data)
+    evaluated = captions(held_out, range(count))
+    assert len(evaluated) == 6
+    trained = captions(source, range(COUNT - 6))
+    assert sorted(trained + evaluated) == everything()
+    assert trained != sorted(trained)  # shuffled
+    again = captions(source, range(COUNT - 6, 2 * (COUNT - 6)))
+    assert sorted(again) == sorted(trained)
+    assert again != trained  # anew in each epoch
+    assert captions(load(data)[0], range(COUNT - 6)) == trained
+    assert captions(load(data, seed=1)[0], range(COUNT - 6)) != trained
+    assert captions(load(data, seed=1)[1], range(count)) == evaluated
+
+
+def test_pixels_are_those_of_the_file(folder: Path) -> None:
+    source, _, _ = load(Data(str(folder), held_out="6"))
+    preprocessing = Preprocessing.for_pictures(CONFIG)
+    for row in source.read(range(5)):
+        assert isinstance(row, Example)
+        number = int(row.caption.rpartition(" ")[2])
+        assert torch.equal(row.img, preprocessing(picture(number)[0]))
+        assert not torch.equal(row.img, preprocessing(picture(number + 3)[0]))
+        assert row.ids == ByteTokenizer().encode(row.caption)
+        assert row.name.endswith(f"{number:03}.png")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("processes", "count", "workers"), [(1, 1, 0), (2, 1, 0), (2, 2, 1), (3, 2, 2)])
+def test_processes_and_workers_share_the_rows_without_overlap_or_loss(
+    streaming: bool, processes: int, count: int, workers: int, folder: Path
+) -> None:
+    data = Data(str(folder), held_out="6", streaming=streaming, shuffle_buffer=10)
+    steps, batch_size = 4, 12  # two epochs
+    alone = captions(load(data)[0], range(steps * batch_size))
+    assert len(set(alone[:24])) == 24
+    parts: dict[int, list[str]] = {step: [] for step in range(steps)}
+    for process in range(processes):
+        share = Share(batch_size, count, process, processes)
+        batches = load_batches(load(data)[0], range(steps * count), share, CONFIG, workers)
+        for index, batch in enumerate(batches):
+            assert len(batch.captions) == batch_size // processes // count
+            parts[index // count] += batch.captions
+    assert [parts[step] for step in range(steps)] == [
+        alone[step * batch_size : (step + 1) * batch_size] for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_reading_goes_on_where_it_was(streaming: bool, folder: Path) -> None:
+    data = Data(str(folder), held_out="6", streaming=streaming, shuffle_buffer=5)
+    share = Share(8)
+
+    def read(first: int, workers: int) -> list[Batch]:
+        return list(load_batches(load(data)[0], range(first, 7), share, CONFIG, workers))
+
+    whole, rest = read(0, 0), read(4, 1)
+    assert len(rest) == 3
+    for batch, same in zip(whole[4:], rest, strict=True):
+        assert batch.captions == same.captions
+        assert torch.equal(batch.img, same.img)
+        assert torch.equal(batch.text, same.text)
+    assert whole[0].captions != rest[0].captions
+    assert [batch.rows for batch in whole] == [8, 8, 8, 0, 0, 0, 0]  # what the second epoch reads is not new
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_cannot_be_learned_from_are_left_out_and_counted(streaming: bool, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "pictures", COUNT)
+    wrong = spoil(folder)
+    held_out = write_folder(tmp_path / "more", 5)
+    for split, files in ("train", folder), ("validation", held_out):
+        files.rename(tmp_path / split)
+    source, rows, count = load(Data(str(tmp_path), streaming=streaming, shuffle_buffer=7))
+    assert count == 5
+    assert len(captions(rows, range(5))) == 5
+    batches = list(Batches(source, range(8), Share(10), CONFIG))
+    found: dict[str, int] = {}
+    for batch in batches[:3]:
+        assert batch.rows == 10
+        assert batch.new_defects == len(batch.defects) == 10 - len(batch.captions)
+        assert batch.img.shape == (len(batch.captions), 3, 16, 16)
+        for defect in batch.defects:
+            found[defect.reason] = found.get(defect.reason, 0) + 1
+    assert found == wrong
+    assert sum(len(batch.defects) for batch in batches[3:6]) == 5
+    assert [batch.new_defects for batch in batches[3:]] == [0] * 5
+    details = sorted(defect.detail.rpartition("/")[2] for batch in batches[:3] for defect in batch.defects)
+    assert details[0] == "000.png cannot be read: No such file or directory"
+    assert details[2:] == [
+        "002.png is not an image that Pillow can read",
+        "003.png has no caption",
+        "004.png has 128 tokens, max_seq_len=80",
+    ]
+
+
+def test_a_batch_without_a_usable_row_counts_for_nothing(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "pictures", 8)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    source, _, _ = load(Data(str(folder), held_out="2"))
+    (batch,) = Batches(source, range(1), Share(4), CONFIG)
+    assert batch.targets == 0
+    assert batch.img.shape == (1, 3, 16, 16)
+    assert batch.text.shape == (1, 2)
+    assert len(batch.defects) == 4
+
+
+def test_targets_are_those_that_the_loss_is_a_mean_of(folder: Path) -> None:
+    source, _, _ = load(Data(str(folder)))
+    batch = next(iter(Batches(source, range(1), Share(6), CONFIG)))
+    assert batch.targets == int((batch.text[:, 1:] != CONFIG.ignore_index).sum())
+    assert len({len(caption) for caption in batch.captions}) > 1
+
+
+def test_held_out_rows(folder: Path) -> None:
+    shares = {None: 3, "0.5": 15, "7": 7, "0.001": 1}
+    for held_out, expected in shares.items():
+        source, rows, count = load(Data(str(folder), held_out=held_out))
+        assert count == expected
+        trained = captions(source, range(COUNT - count))
+        assert sorted(trained + captions(rows, range(count))) == everything()
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    images = [content(number) for number in range(9)]  # bare bytes, no picture type
+    texts = [picture(number)[1] for number in range(9)]
+    table = pa.table({"photo": images, "alt": texts, "text": texts[::-1], "size": list(range(9))})
+    pa.parquet.write_table(table, tmp_path / "x.parquet")
+    data = Data(str(tmp_path / "x.parquet"), held_out="1", image_column="photo", text_column="alt")
+    source, _, _ = load(data)
+    rows = source.read(range(8))
+    preprocessing = Preprocessing.for_pictures(CONFIG)
+    for row in rows:
+        assert isinstance(row, Example)
+        assert torch.equal(row.img, preprocessing(picture(int(row.caption.rpartition(" ")[2]))[0]))
+    for column, message in (
+        ("size", "image_column=size holds int, must hold images: name another column"),
+        ("alt", ""),
+    ):
+        source, _, _ = load(Data(data.data, held_out="1", image_column=column, text_column="alt"))
+        if message:
+            with pytest.raises(DataError, match=message):
+                source.read(range(1))
+        else:
+            assert captions(source, range(1)) == ["missing image"]
+    source, _, _ = load(Data(data.data, held_out="1", image_column="photo", text_column="size"))
+    with pytest.raises(DataError, match="text_column=size holds int, must hold text: name another column"):
+        source.read(range(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "{folder}/none"}, r"data=\S+/none is not there: give a folder, a file, a quoted pattern, or hf:NAME"),
+        ({"data": "{folder}/000.png"}, r"data=\S+/000.png must end in .parquet or .tar, or be a folder of images"),
+        ({"image_column": "photo"}, r"image_column=photo, which is not a column of \S+, which has image, text: .*"),
+        ({"text_column": "alt"}, r"text_column=alt, which is not a column of \S+, which has image, text: .*"),
+        ({"held_out": "half"}, r"held_out=half must be a split other than the trained one \(train\), a share below 1,"),
+        ({"held_out": "30"}, "held_out=30 must leave some of the 30 rows to train on, and be more than 0"),
+        ({"held_out": "0"}, "held_out=0 must leave some of the 30 rows to train on, and be more than 0"),
+        ({"held_out": "-3"}, "held_out=-3 must leave some of the 30 rows to train on, and be more than 0"),
+        ({"held_out": "2.5"}, "held_out=2.5 must leave some of the 30 rows to train on, and be more than 0"),
+        ({"held_out": "nan"}, "held_out=nan must leave some of the 30 rows to train on, and be more than 0"),
+        ({"held_out": "train"}, "held_out=train must be a split other than the trained one .*"),
+        ({"held_out": "0.5", "streaming": True}, "held_out=0.5 of a stream must be a whole number of rows, or a split"),
+        ({"held_out": "inf", "streaming": True}, "held_out=inf of a stream must be a whole number of rows, or a split"),
+    ],
+)
+def test_data_that_cannot_be_used(options: dict[str, Any], message: str, folder: Path) -> None:
+    data = options.pop("data", "{folder}").format(folder=folder)
+    with pytest.raises(DataError, match=message):
+        load(Data(data, **options))
+
+
+def test_folders_that_hold_no_captions(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"data=\S+empty cannot be loaded: .*"):
+        load(Data(str(tmp_path / "empty")))
+    folder = write_folder(tmp_path / "pictures", 4)
+    (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "x"}\n{"file_name": ')
+    with pytest.raises(DataError, match=r"data=\S+pictures cannot be loaded: .*"):
+        load(Data(str(folder)))
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(DataError, match=r"text_column=None, no usual name is of .*, which has image: name one with"):
+        load(Data(str(folder)))

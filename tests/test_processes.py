@@ -1,0 +1,163 @@
+"""Many processes train what one process trains, from the same global batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from palme_xt.checkpoint import CHECKPOINT
+from palme_xt.cli import main
+from palme_xt.run import Run
+from palme_xt.training import Training, _share
+from tests.captioned import TINY, spoil, write_folder
+from tests.test_cli import fails
+
+TOLERANCE = 1e-5
+TRAIN = ["--steps=5", "--batch_size=8", "--save_every=2", "--eval_every=3", "--held_out=7", "--lr=1e-3", *TINY]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of which some are broken, so that processes have batches of different sizes."""
+    folder = write_folder(tmp_path_factory.mktemp("data") / "pictures", 31)
+    spoil(folder)
+    return folder
+
+
+def launch(how: str, *arguments: str) -> tuple[list[int], str, str]:
+    """Two processes as torchrun starts them; their exit codes, what the first printed, and all errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.process", how, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    with ThreadPoolExecutor() as readers:
+        printed = list(readers.map(subprocess.Popen.communicate, processes))
+    return [process.returncode for process in processes], printed[0][0] + printed[1][0], printed[0][1] + printed[1][1]
+
+
+def train(how: str, *arguments: str) -> str:
+    codes, out, err = launch(how, "train", *arguments)
+    assert codes == [0, 0], err[-3000:]
+    return out
+
+
+def differ(run: Path, other: Path, file: str = "model.safetensors") -> float:
+    """The largest difference of any weight, or of any other tensor of `file`."""
+    ours, theirs = (safetensors.torch.load_file(folder / file) for folder in (run, other))
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours if ours[name].numel())
+
+
+def losses(run: Path) -> torch.Tensor:
+    lines = Run(run).metrics()
+    names = "loss", "held_out_loss"
+    return torch.tensor([line[name] for line in lines for name in names if name in line])
+
+
+def progress(run: Path) -> Any:
+    with safetensors.safe_open(str(run / CHECKPOINT), "pt") as file:
+        found = json.loads(file.metadata()["state"])["progress"]
+    del found["metrics_size"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "alone"
+    assert main(["train", f"--data={folder}", *TRAIN, f"--run={run}"]) == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [("ddp", []), ("ddp", ["--gradient_accumulation_steps=2"]), ("fsdp2", ["--gradient_accumulation_steps=2"])],
+)
+def test_two_processes_train_what_one_trains(
+    how: str, options: list[str], folder: Path, alone: Path, tmp_path: Path
+) -> None:
+    out = train(how, f"--data={folder}", *TRAIN, *options, f"--run={tmp_path / 'run'}")
+    assert (losses(tmp_path / "run") - losses(alone)).abs().max() < TOLERANCE
+    assert differ(tmp_path / "run", alone) < TOLERANCE
+    assert progress(tmp_path / "run") == progress(alone)
+    assert sum(progress(alone)["skipped"].values()) >= 3
+    assert out.count("run folder: ") == 1  # the first process speaks
+    samples = [(tmp_path / "run" / name).stat().st_size for name in ("samples.png", "loss.png", "README.md")]
+    assert all(samples)
+
+    assert main(["train", f"--data={folder}", *TRAIN, "--seed=1", f"--run={tmp_path / 'other'}"]) == 0
+    assert (losses(tmp_path / "other") - losses(alone)).abs().max() > 100 * TOLERANCE
+    assert differ(tmp_path / "other", alone) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_many_processes_resume_bitwise(how: str, folder: Path, tmp_path: Path) -> None:
+    options = [f"--data={folder}", *TRAIN, "--streaming", "--decoder_kwargs.attn_dropout=0.2"]
+    train(how, *options, f"--run={tmp_path / 'whole'}")
+    # Told to stop by a signal to one of them alone: both stop after the same step.
+    codes, _, err = launch(how, "interrupted", "train", *options, f"--run={tmp_path / 'told'}")
+    assert codes == [130, 130], err[-3000:]
+    assert progress(tmp_path / "told")["step"] == 3
+    train(how, f"--resume={tmp_path / 'told'}")
+    assert differ(tmp_path / "told", tmp_path / "whole", CHECKPOINT) == 0
+    assert losses(tmp_path / "told").equal(losses(tmp_path / "whole"))
+    assert progress(tmp_path / "told") == progress(tmp_path / "whole")
+    assert differ(tmp_path / "told", tmp_path / "whole", "model.safetensors") == 0
+
+
+def test_accelerate_launch_starts_processes(folder: Path, alone: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--quiet"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    options = ["-m", "palme_xt", "train", f"--data={folder}", *TRAIN, f"--run={tmp_path / 'run'}"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert differ(tmp_path / "run", alone) < TOLERANCE
+
+
+def test_sharding_that_accelerate_would_leave_out_silently(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
+    message = "--use_fsdp has no effect on CPUs, where accelerate does not shard: leave it out"
+    fails(capsys, ["train", f"--data={folder}", *TRAIN, f"--run={tmp_path / 'run'}"], message)
+
+
+def test_bfloat16_is_near_float32(folder: Path, alone: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "palme_xt", "train", f"--data={folder}", *TRAIN, "--mixed-precision=bf16"]
+    done = subprocess.run([*command, f"--run={tmp_path / 'run'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    difference = (losses(tmp_path / "run") - losses(alone)).abs().max()
+    assert 1e-5 < difference < 0.05
+    weights = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(3, 1), (6, 2)])
+def test_batches_that_cannot_be_shared(batch_size: int, count: int) -> None:
+    two = SimpleNamespace(num_processes=2, process_index=1)
+    given = Training(batch_size=batch_size, gradient_accumulation_steps=count)
+    message = f"batch_size={batch_size} must be divisible by 2 processes times gradient_accumulation_steps={count}: it"
+    with pytest.raises(ValueError, match=message):
+        _share(given, two)
+    assert _share(Training(batch_size=8, gradient_accumulation_steps=2), two)(3) == range(14, 16)

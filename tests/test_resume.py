@@ -1,0 +1,279 @@
+"""Runs that survive: whatever stops them, they go on to the same bits; and what they say when they cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from palme_xt import PalmE, checkpoint, training
+from palme_xt.checkpoint import CHECKPOINT, random_state, set_random_state
+from palme_xt.cli import main
+from palme_xt.run import Run
+from tests.captioned import TINY, write_folder
+from tests.killing import end_of
+from tests.test_cli import fails
+
+DROPOUT = ["--decoder_kwargs.layer_dropout=0.3", "--decoder_kwargs.attn_dropout=0.2"]
+SHORT = ["--steps=7", "--batch_size=4", "--save_every=2", "--eval_every=3", "--held_out=6", *TINY]
+VARIANTS = {
+    "pictures": [],
+    "stream": ["--streaming", "--shuffle_buffer=7"],
+    "accumulated, with a worker": ["--gradient_accumulation_steps=2", "--num-workers=1"],
+    "digits": ["--data=digits"],
+}
+
+
+class Crash(BaseException):
+    """What nothing catches."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "pictures", 22)
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Any) -> None:
+    log = Run.log
+
+    def log_or_crash(run: Run, **metrics: Any) -> None:
+        if metrics["step"] == step and "loss" in metrics:
+            how()
+        log(run, **metrics)
+
+    monkeypatch.setattr(Run, "log", log_or_crash)
+
+
+def crash() -> None:
+    raise Crash
+
+
+def crashes(arguments: list[str]) -> None:
+    with pytest.raises(Crash):
+        main(arguments)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    variant: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ["train", f"--data={folder}", *SHORT, *DROPOUT, *VARIANTS[variant]]
+    assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
+    with monkeypatch.context() as patch:
+        crash_at(patch, 6, crash)
+        crashes([*train, f"--run={tmp_path / 'crashed'}"])
+    crashed = [line["step"] for line in Run(tmp_path / "crashed").metrics()]
+    assert crashed == [1, 2, 3, 3, 4, 5]
+    shutil.copytree(tmp_path / "crashed", tmp_path / "other")
+
+    assert main(["train", f"--resume={tmp_path / 'crashed'}"]) == 0
+    whole = end_of(tmp_path / "whole")
+    assert end_of(tmp_path / "crashed") == whole
+    assert [line["step"] for line in whole["metrics"]] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 7]
+
+    monkeypatch.setattr(checkpoint, "set_random_state", lambda states: None)
+    assert main(["train", f"--resume={tmp_path / 'other'}"]) == 0
+    assert end_of(tmp_path / "other")["model.safetensors"] != whole["model.safetensors"]  # dropout drew otherwise
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_training_after_the_step(
+    number: signal.Signals,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = ["train", f"--data={folder}", *SHORT, *DROPOUT]
+    assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        crash_at(patch, 5, lambda: os.kill(os.getpid(), number))
+        assert main([*train, f"--run={tmp_path / 'told'}"]) == 130
+    assert signal.getsignal(number) == before
+    assert [line["step"] for line in Run(tmp_path / "told").metrics()] == [1, 2, 3, 3, 4, 5, 5]
+    out = capsys.readouterr().out
+    assert f"go on with it: palme-xt train --resume {tmp_path / 'told'}" in out
+    assert "5 steps; " in out
+    assert main(["train", f"--resume={tmp_path / 'told'}"]) == 0
+    assert end_of(tmp_path / "told") == end_of(tmp_path / "whole")
+    assert main(["train", f"--resume={tmp_path / 'told'}"]) == 0  # nothing is left to do
+    assert end_of(tmp_path / "told") == end_of(tmp_path / "whole")
+
+
+def test_a_second_signal_ends_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    crash_at(monkeypatch, 5, twice)
+    assert main(["train", f"--data={folder}", *SHORT, f"--run={tmp_path / 'run'}"]) == 130
+    assert [line["step"] for line in Run(tmp_path / "run").metrics()][-1] == 4
+    assert not (tmp_path / "run" / "samples.png").exists()
+
+
+@pytest.mark.slow
+def test_runs_killed_at_20_random_moments_lose_nothing(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.killing", str(tmp_path), str(folder), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["died"] >= 17  # some were faster
+    assert counts["while_writing"] >= 2
+    assert counts["moments"] >= 6
+
+
+def test_the_generators_go_on_where_they_were() -> None:
+    import random
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), random.gauss(0, 1), float(torch.rand(()))
+
+    draw()  # of two normal numbers, one is kept for the next time
+    state = random_state()
+    first = draw()
+    assert draw() != first
+    set_random_state(state)
+    assert draw() == first
+
+
+def checkpoint_size(folder: Path, tmp_path: Path) -> int:
+    assert main(["train", f"--data={folder}", *SHORT, "--steps=1", f"--run={tmp_path / 'size'}"]) == 0
+    return (tmp_path / "size" / CHECKPOINT).stat().st_size
+
+
+def explain(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1].rpartition("\r")[2]
+    assert re.fullmatch(rf"palme-xt: error: {message}", last), last
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+    kilobytes = int(1.6 * checkpoint_size(folder, tmp_path)) // 1024  # one checkpoint, but not two
+    disk, run, copy = tmp_path / "disk", tmp_path / "disk" / "run", tmp_path / "copy"
+    disk.mkdir()
+    train = [sys.executable, "-m", "palme_xt", "train", f"--data={folder}", *SHORT, "--eval_every=90", f"--run={run}"]
+    script = (
+        f'mount -t tmpfs -o size={kilobytes}k none {disk} || exit 77; "$@"; code=$?; cp -r {run} {copy}; exit $code'
+    )
+    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    done = subprocess.run([*namespace, "sh", "-c", script, "sh", *train], capture_output=True, text=True)
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("this user may not mount a small disk")
+    explain(
+        done, rf"\S+{CHECKPOINT} cannot be written: .*No space left on device.*; what was there before is as it was"
+    )
+    assert not (copy / f"{CHECKPOINT}.new").exists()
+    assert main(["train", f"--resume={copy}"]) == 0
+    assert main(["train", f"--data={folder}", *SHORT, "--eval_every=90", f"--run={tmp_path / 'whole'}"]) == 0
+    assert end_of(copy) == end_of(tmp_path / "whole")
+
+
+def test_a_read_only_run_folder_leaves_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, 4, crash)
+        crashes(["train", f"--data={folder}", *SHORT, f"--run={run}"])
+    before = (run / CHECKPOINT).read_bytes()
+    run.chmod(0o500)
+    unprivileged = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
+    command = [*unprivileged, sys.executable, "-m", "palme_xt", "train", f"--resume={run}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        run.chmod(0o700)
+    explain(done, rf"\S+{CHECKPOINT} cannot be written: .*Permission denied.*; what was there before is as it was")
+    assert (run / CHECKPOINT).read_bytes() == before
+    assert main(["train", f"--resume={run}"]) == 0
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", f"--data={folder}", *SHORT, "--save_every=1"]
+    with monkeypatch.context() as patch:
+        crash_at(patch, 5, crash)
+        crashes([*train, f"--run={tmp_path / 'good'}"])
+    forward = PalmE.forward
+    calls = iter(range(1, 100))
+
+    def poisoned(model: PalmE, img: torch.Tensor, text: torch.Tensor) -> Any:
+        loss = forward(model, img, text)
+        return loss * float("nan") if model.training and next(calls) == 5 else loss
+
+    monkeypatch.setattr(PalmE, "forward", poisoned)
+    capsys.readouterr()
+    fails(
+        capsys,
+        [*train, f"--run={tmp_path / 'run'}"],
+        r"lr=0.002 led to a loss of nan at step 5, batch \S+\.png, \S+\.png, \S+\.png, \S+\.png: lower it; \S+ keeps "
+        "the last good weights, and all names in metrics.jsonl",
+    )
+    last = Run(tmp_path / "run").metrics()[-1]
+    assert (last["step"], last["loss"], len(last["batch"])) == (5, "nan", 4)
+    # Those of step 3: that those of step 4 have a finite loss was not seen.
+    found, good = (safetensors.torch.load_file(tmp_path / name / CHECKPOINT) for name in ("run", "good"))
+    assert all(torch.isfinite(tensor).all() for tensor in found.values() if tensor.is_floating_point())
+    with safetensors.safe_open(str(tmp_path / "run" / CHECKPOINT), "pt") as file:
+        assert json.loads(file.metadata()["state"])["progress"]["step"] == 3
+    monkeypatch.undo()
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert good.keys() == found.keys()
+
+
+def test_weights_that_explode_are_not_saved(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train = ["train", f"--data={folder}", *SHORT, "--save_every=1", "--lr=1e30", "--grad_clip=1e30"]
+    fails(capsys, [*train, f"--run={run}"], r"lr=1e\+30 led to a (loss|gradient norm) of (nan|inf) at step 2, .*")
+    with safetensors.safe_open(str(run / CHECKPOINT), "pt") as file:
+        assert json.loads(file.metadata()["state"])["progress"]["step"] == 0
+
+
+def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", f"--data={folder}", *SHORT, "--steps=2", f"--run={run}"]) == 0
+    good, config = (run / CHECKPOINT).read_bytes(), (run / "config.json").read_text()
+    capsys.readouterr()
+    resume = ["train", f"--resume={run}"]
+    fails(capsys, ["train", "--resume=nowhere"], r"nowhere is not a run folder: it has no config.json; .*")
+    fails(capsys, [*resume, "--steps=9", "--lr=1"], r"--resume=\S+ goes with no other option, found --steps --lr: .*")
+    (run / CHECKPOINT).write_bytes(good[:-9])
+    fails(capsys, resume, rf"\S+{CHECKPOINT} is no checkpoint that can be read: .*")
+    (run / CHECKPOINT).write_bytes((run / "model.safetensors").read_bytes())
+    fails(capsys, resume, rf"\S+{CHECKPOINT} is no checkpoint that can be read: .*")
+    (run / CHECKPOINT).write_bytes(good)
+    (run / "config.json").write_text(config.replace('"decoder_dim": 16', '"decoder_dim": 24'))
+    fails(capsys, resume, rf"\S+{CHECKPOINT} is not of this model: .*")
+    (run / "config.json").write_text(config.replace('"lr"', '"learning_rate"'))
+    fails(capsys, resume, r"\S+ does not say how it was trained: 'lr' is missing in config.json")
+    (run / "config.json").write_text(config)
+    folder.rename(tmp_path / "moved")
+    try:
+        fails(capsys, resume, r"data=\S+pictures is not there: .*")
+    finally:
+        (tmp_path / "moved").rename(folder)
+    assert main(resume) == 0
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ["train", f"--data={folder}", *SHORT, "--steps=3"]
+    assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_checkpoint", lambda *arguments: crash())
+        crashes([*train, f"--run={tmp_path / 'run'}"])
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert end_of(tmp_path / "run") == end_of(tmp_path / "whole")
