@@ -17,7 +17,7 @@ from palme_xt.config import PalmEConfig
 
 @dataclass(frozen=True)
 class Example:
-    """A picture `(c, h, w)`, float32, preprocessed; its caption, and that as token ids with BOS and EOS."""
+    """A picture `(c, h, w)`, uint8, or float32 in 0..1; its caption, and that as token ids with BOS and EOS."""
 
     img: Tensor
     caption: str
@@ -49,7 +49,8 @@ class Batch:
     """What one process computes at once.
 
     Attributes:
-        img: `(b, c, h, w)`, float32. Where no row was usable it holds one blank picture, which counts for nothing.
+        img: `(b, c, h, w)`, as its examples, not normalised. Where no row was usable it holds one blank picture, which
+            counts for nothing.
         text: `(b, n)`, int64, `ignore_index` after EOS.
         targets: how many tokens are predicted; 0 where no row was usable.
         captions, names: of the b pictures.

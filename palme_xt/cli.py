@@ -12,6 +12,7 @@ import palme_xt
 from palme_xt.config import PalmEConfig
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
     from torch import Tensor
 
     from palme_xt.model import PalmE
@@ -57,13 +58,24 @@ def _raised_here(error: Exception) -> bool:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    parser, argv = make_parser(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(argv).as_dict()
+    command = options["command"]
+    if command == "train" and options["train"]["resume"] is not None:
+        _refuse_others(options["train"], parser.parse_args(["train"]).as_dict()["train"])
+    run = {"train": _train, "caption": _caption, "source": _source, "parity": _parity}[command]
+    return run(options[command])
+
+
+def make_parser(argv: Sequence[str]) -> tuple[ArgumentParser, list[str]]:
+    """The parser, whose defaults depend on the arguments, and these as it takes them."""
     from jsonargparse import ArgumentParser
 
     from palme_xt.data import Data
     from palme_xt.drift import TOLERANCE
     from palme_xt.training import Training
 
-    argv = _spelled_out(list(sys.argv[1:] if argv is None else argv))
+    argv = _spelled_out(list(argv))
     train = ArgumentParser(
         prog="palme-xt train",
         usage="palme-xt train [--data DATA] [--run RUN] [OPTION VALUE ...]\n       palme-xt train --resume RUN",
@@ -156,12 +168,7 @@ def _run(argv: Sequence[str] | None) -> int:
     commands.add_subcommand("source", source, help="print the model as an x-transformers program")
     commands.add_subcommand("parity", parity, help="tell whether another x-transformers computes the same")
 
-    options = parser.parse_args(argv).as_dict()
-    command = options["command"]
-    if command == "train" and options["train"]["resume"] is not None:
-        _refuse_others(options["train"], train.get_defaults().as_dict())
-    run = {"train": _train, "caption": _caption, "source": _source, "parity": _parity}[command]
-    return run(options[command])
+    return parser, argv
 
 
 def _spelled_out(argv: list[str]) -> list[str]:
@@ -256,8 +263,12 @@ def _print_outcome(outcome: Outcome) -> None:
         f"held-out exact match: {outcome.exact_match:.1%} of {len(rows)} images; loss {outcome.loss:.3f} nats a token"
     )
     progress = outcome.progress
-    skipped = ", ".join(f"{count} with {reason}" for reason, count in sorted(progress.skipped.items())) or "none"
-    print(f"{progress.step} steps; {progress.rows} rows read for the first time, of which skipped: {skipped}")
+    print(f"{progress.step} steps; {progress.rows} training rows read, of which skipped: {_counted(progress.skipped)}")
+    print(f"{len(rows)} held-out images; skipped: {_counted(outcome.skipped)}")
+
+
+def _counted(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{count} with {reason}" for reason, count in sorted(skipped.items())) or "none"
 
 
 def _caption(options: dict[str, Any]) -> int:

@@ -22,6 +22,7 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 TEXT_COLUMNS = ("text", "caption", "txt")
 HELD_OUT_SHARE = 0.1
 HELD_OUT_OF_A_STREAM = 500
+KEPT_BYTES = 2**30
 
 MISSING, BROKEN, EMPTY, TOO_LONG = "missing image", "broken image", "empty caption", "caption longer than the model"
 
@@ -45,7 +46,8 @@ class Data:
         streaming: read the data as they are needed instead of preparing all of them first. Every process reads the
             whole stream, and decodes its own share.
         shuffle_buffer: rows among which a stream is shuffled; other data are shuffled as a whole.
-        num_workers: processes that read ahead, for each training process; 0: none.
+        num_workers: processes that read ahead, for each training process; 0: none. Each keeps up to 1 GiB of decoded
+            pictures in memory, unless they are streamed.
         strict: stop at the first row that cannot be learned from, instead of skipping and counting such rows.
 
     Raises:
@@ -103,7 +105,7 @@ class Reader:
             detail = f"the caption of {name} has {len(ids)} tokens, max_seq_len={self.max_seq_len}"
             return Defect(TOO_LONG, detail, name)
         try:
-            img = self.preprocessing.read(self._content(image, name), name)
+            img = self.preprocessing.read_pixels(self._content(image, name), name)
         except MissingImageError as error:
             return Defect(MISSING, str(error), name)
         except ImageError as error:
@@ -134,18 +136,32 @@ class Reader:
 
 
 class Rows:
-    """Rows that can be read in any order, shuffled anew in each epoch; or in their own order, without a seed."""
+    """Rows that can be read in any order, shuffled anew in each epoch; or in their own order, without a seed.
+
+    Rows are kept once they are read, up to `KEPT_BYTES` of pictures: those of small data are decoded once.
+    """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], reader: Reader, seed: int | None = None) -> None:
         self.rows, self.reader, self.seed = rows, reader, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._kept: dict[int, Example | Defect] = {}
+        self._room = KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, numbers: range) -> list[Example | Defect]:
         """As `Source.read`."""
-        return [self.reader(self.rows[place], place) for place in map(self._place, numbers)]
+        return [self._row(place) for place in map(self._place, numbers)]
+
+    def _row(self, place: int) -> Example | Defect:
+        row = self._kept.get(place)
+        if row is None:
+            row = self.reader(self.rows[place], place)
+            size = row.img.nbytes if isinstance(row, Example) else 0
+            if size <= self._room:
+                self._kept[place], self._room = row, self._room - size
+        return row
 
     def first_epoch(self, numbers: range) -> int:
         """As `Source.first_epoch`."""

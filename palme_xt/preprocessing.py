@@ -69,8 +69,8 @@ class Preprocessing:
         """Both sides resized, values in 0..1: what scenes of digits are made for."""
         return cls(config.image_size, config.channels, False, (0.0,) * config.channels, (1.0,) * config.channels)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """A picture as `(c, h, w)`, float32, normalised.
+    def pixels(self, image: Image.Image) -> Tensor:
+        """A picture as `(c, h, w)`, uint8: resized and cropped, not normalised.
 
         Raises:
             ImageError: it has more than 8 bits a channel.
@@ -78,9 +78,21 @@ class Preprocessing:
         if image.mode.startswith(("I", "F")):
             raise ImageError(f"has pixels of mode {image.mode}, must have 8 bits a channel: convert it")
         image = _converted(ImageOps.exif_transpose(image), MODES[self.channels])
-        pixels = torch.from_numpy(np.array(self._resized(image))).float() / 255
-        img = pixels.reshape(self.image_size, self.image_size, self.channels).movedim(-1, 0)
-        return (img - _column(self.mean)) / _column(self.std)
+        pixels = torch.from_numpy(np.array(self._resized(image)))
+        return pixels.reshape(self.image_size, self.image_size, self.channels).movedim(-1, 0)
+
+    def normalise(self, img: Tensor) -> Tensor:
+        """What the model takes, float32, of pictures `(..., c, h, w)`, uint8, or floating point in 0..1."""
+        img = img.float() / 255 if img.dtype == torch.uint8 else img
+        return (img - self._column(self.mean, img)) / self._column(self.std, img)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """A picture as `(c, h, w)`, float32, normalised.
+
+        Raises:
+            ImageError: it has more than 8 bits a channel.
+        """
+        return self.normalise(self.pixels(image))
 
     def _resized(self, image: Image.Image) -> Image.Image:
         size = self.image_size
@@ -94,20 +106,30 @@ class Preprocessing:
         left, top = (width - size) // 2, (height - size) // 2
         return image.crop((left, top, left + size, top + size))
 
-    def read(self, file: str | Path | bytes, name: str | None = None) -> Tensor:
-        """An image file, by its path or its content, as `(c, h, w)`, float32, normalised.
+    def read(self, path: str | Path) -> Tensor:
+        """An image file as `(c, h, w)`, float32, normalised.
+
+        Raises:
+            ImageError: the file is missing, unreadable or no image.
+        """
+        return self.normalise(self.read_pixels(path))
+
+    def read_pixels(self, file: str | Path | bytes, name: str | None = None) -> Tensor:
+        """An image file, by its path or its content, as `(c, h, w)`, uint8, not normalised.
 
         Args:
             file: the path, or the content.
             name: what errors call it; by default the path.
 
         Raises:
-            ImageError: the file is missing, unreadable or no image.
+            MissingImageError: the file is not there.
+            ImageError: it is unreadable or no image.
         """
         name = name or ("image" if isinstance(file, bytes) else str(file))
         try:
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                return self(image)
+            content = file if isinstance(file, bytes) else Path(file).read_bytes()
+            with Image.open(io.BytesIO(content)) as image:
+                return self.pixels(image)
         except UnidentifiedImageError as error:
             raise ImageError(f"{name} is not an image that Pillow can read") from error
         except ImageError as error:
@@ -121,7 +143,11 @@ class Preprocessing:
 
     def shown(self, img: Tensor) -> Tensor:
         """The inverse of the normalisation: `(..., c, h, w)` in 0..1."""
-        return (img * _column(self.std) + _column(self.mean)).clamp(0, 1)
+        return (img * self._column(self.std, img) + self._column(self.mean, img)).clamp(0, 1)
+
+    @staticmethod
+    def _column(values: tuple[float, ...], img: Tensor) -> Tensor:
+        return torch.tensor(values, device=img.device)[:, None, None]
 
     def to_json(self) -> str:
         """The content of `preprocessor_config.json`, which `transformers.CLIPImageProcessor` reads as well."""
@@ -173,7 +199,3 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
-
-
-def _column(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values)[:, None, None]

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -126,6 +127,7 @@ class Outcome:
         true: captions of held-out pictures.
         predicted: those that the model generated.
         loss: of the held-out captions, nats a token.
+        skipped: held-out rows that could not be evaluated, by reason.
         progress: steps done, rows read and rows skipped.
         interrupted: by a signal, before all steps were done.
     """
@@ -133,6 +135,7 @@ class Outcome:
     true: list[str]
     predicted: list[str]
     loss: float
+    skipped: dict[str, int]
     progress: Progress
     interrupted: bool = False
 
@@ -184,6 +187,7 @@ def train(
         lr=training.lr,
         betas=(0.9, 0.98),
         weight_decay=training.weight_decay,
+        fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
     trained, prepared = accelerator.prepare(model, optimizer)
@@ -199,10 +203,12 @@ def train(
 
     def evaluate() -> Outcome:
         weights = whole_state_dict(trained)
-        loss, true, predicted = _evaluate(accelerator, _whole(model, weights), held_out, evaluated, tokenizer)
+        loss, true, predicted, skipped = _evaluate(
+            accelerator, _whole(model, weights), held_out, evaluated, preprocessing, tokenizer, data
+        )
         if not math.isfinite(loss):
             raise TrainingError(f"lr={training.lr} led to a held-out loss of {loss} {_so_far(progress, run)}")
-        outcome = Outcome(true, predicted, loss, of_all_processes(progress))
+        outcome = Outcome(true, predicted, loss, skipped, of_all_processes(progress))
         metrics = {"held_out_exact_match": outcome.exact_match, "held_out_loss": loss}
         if accelerator.is_main_process:
             run.save(weights)
@@ -241,7 +247,8 @@ def train(
             losses = []
             for number, batch in enumerate(micro_batches, 1):
                 with contextlib.nullcontext() if number == count else accelerator.no_sync(trained):
-                    loss = trained(batch.img.to(accelerator.device), batch.text.to(accelerator.device))
+                    img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
+                    loss = trained(preprocessing.normalise(img), text)
                     # Processes average their gradients: so weighted, they give that of the mean over all targets.
                     accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
                     losses.append(loss.detach() * (batch.targets / targets))
@@ -282,7 +289,7 @@ def train(
             for row in held_out.read(range(min(evaluated, pictures.COLUMNS * pictures.ROWS)))
             if isinstance(row, Example)
         ]
-        img = preprocessing.shown(torch.stack([example.img for example in examples]))
+        img = preprocessing.shown(preprocessing.normalise(torch.stack([example.img for example in examples])))
         pictures.save_images(img[:SAVED_IMAGES], run.folder / "held_out")
         pictures.draw_samples(img, outcome.predicted, outcome.true, run.folder / "samples.png")
         pictures.draw_loss(run.metrics(), run.folder / "loss.png")
@@ -351,26 +358,36 @@ def _whole(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
 
 @torch.no_grad()
 def _evaluate(
-    accelerator: Accelerator, model: PalmE, held_out: Source, count: int, tokenizer: Tokenizer
-) -> tuple[float, list[str], list[str]]:
-    """The mean loss over held-out tokens, the true captions, and the generated ones; each process does its share."""
+    accelerator: Accelerator,
+    model: PalmE,
+    held_out: Source,
+    count: int,
+    preprocessing: Preprocessing,
+    tokenizer: Tokenizer,
+    data: Data,
+) -> tuple[float, list[str], list[str], dict[str, int]]:
+    """The mean loss over held-out tokens, the true captions, the generated ones, and how many rows were skipped."""
     chunks = [range(start, min(start + EVALUATED_AT_ONCE, count)) for start in range(0, count, EVALUATED_AT_ONCE)]
     mine = range(accelerator.process_index, len(chunks), accelerator.num_processes)
-    found: list[tuple[int, list[str], list[str], float, int]] = []
+    parts: list[tuple[int, list[str], list[str], float, int, list[str]]] = []
     with evaluating(model):
         for number, batch in zip(mine, load_batches(held_out, mine, chunks.__getitem__, model.config, 0), strict=True):
-            if not batch.targets:
-                continue
-            img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
-            loss = model(img, text).item() * batch.targets
-            predicted = caption(model, img, tokenizer) if math.isfinite(loss) else [""] * len(batch.captions)
-            found.append((number, batch.captions, predicted, loss, batch.targets))
-    found = sorted(gather_object(found))
-    if not found:
+            _check_rows([batch], data)
+            loss, predicted = 0.0, list[str]()
+            if batch.targets:
+                img = preprocessing.normalise(batch.img.to(accelerator.device))
+                loss = model(img, batch.text.to(accelerator.device)).item() * batch.targets
+                # Nothing is decoded from nan: the loss tells.
+                predicted = caption(model, img, tokenizer) if math.isfinite(loss) else batch.captions
+            reasons = [defect.reason for defect in batch.defects]
+            parts.append((number, batch.captions, predicted, loss, batch.targets, reasons))
+    parts = sorted(gather_object(parts))
+    targets = sum(part[4] for part in parts)
+    if not targets:
         raise DataError("no held-out row is usable: name another split or number with --held_out")
-    true = [text for _, texts, _, _, _ in found for text in texts]
-    guessed = [text for _, _, texts, _, _ in found for text in texts]
-    return sum(loss for *_, loss, _ in found) / sum(targets for *_, targets in found), true, guessed
+    true, guessed = [text for part in parts for text in part[1]], [text for part in parts for text in part[2]]
+    skipped = Counter(reason for part in parts for reason in part[5])
+    return sum(part[3] for part in parts) / targets, true, guessed, dict(skipped)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from palme_xt.pretrained import PretrainedError
 from palme_xt.run import Run
 from palme_xt.tokens import printable
 from palme_xt.training import DIGITS_MODEL, Training, warm_up_and_decay
+from tests.captioned import TINY, picture, spoil, write_folder
 
 QUICK = [
     *("--batch_size=4", "--eval_every=2", "--eval_images=10"),
@@ -134,8 +136,10 @@ def test_caption_prints_a_line_for_each_image(run: Path, capsys: pytest.CaptureF
     assert lines == [f"{path}: {printable(text)}" for path, text in zip(images, caption(model, img), strict=True)]
 
 
-def captions(capsys: pytest.CaptureFixture[str], run: Path, *options: str) -> list[str]:
-    images = sorted(map(str, (run / "held_out").glob("*.png")))[:3]
+def captions(
+    capsys: pytest.CaptureFixture[str], run: Path, *options: str, images: list[str] | None = None
+) -> list[str]:
+    images = images or sorted(map(str, (run / "held_out").glob("*.png")))[:3]
     capsys.readouterr()
     assert main(["caption", str(run), *images, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -204,6 +208,122 @@ def test_images_that_would_be_misread(tmp_path: Path) -> None:
     image.save(tmp_path / "turned.png", exif=exif)
     pixels = DIGITS.read(tmp_path / "turned.png")
     assert [float(pixels[0, row, 0]) for row in (0, 31)] == [0.0, 1.0]
+
+
+def own_pictures(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A folder whose every split has five rows that cannot be learned from, and how to train on it."""
+    for split in "train", "validation":
+        spoil(write_folder(tmp_path / split, 20))
+    (tmp_path / "data").mkdir()
+    for split in "train", "validation":
+        (tmp_path / split).rename(tmp_path / "data" / split)
+    return tmp_path / "data", ["train", f"--data={tmp_path / 'data'}", "--steps=3", "--batch-size=10", *TINY]
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_rows_that_are_skipped_are_counted(
+    streaming: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, train = own_pictures(tmp_path)
+    assert main([*train, *streaming, "--eval_images=20", f"--run={tmp_path / 'run'}"]) == 0
+    out = capsys.readouterr().out
+    kinds = "2 with broken image, 1 with caption longer than the model, 1 with empty caption, 1 with missing image"
+    assert f"3 steps; 20 training rows read, of which skipped: {kinds}\n" in out
+    assert f"15 held-out images; skipped: {kinds}\n" in out
+    strict = [*train, *streaming, "--strict", f"--run={tmp_path / 'strict'}"]
+    fails(capsys, strict, "[a-z ]+: .*; without --strict such rows are skipped and counted")
+    assert main(["caption", str(tmp_path / "run"), str(data / "train" / "010.png")]) == 0
+
+
+def test_strict_holds_for_held_out_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "whole", 20)
+    broken = write_folder(tmp_path / "broken", 20)
+    spoil(broken)
+    (tmp_path / "data").mkdir()
+    folder.rename(tmp_path / "data" / "train")
+    broken.rename(tmp_path / "data" / "test")
+    train = ["train", f"--data={tmp_path / 'data'}", "--steps=1", *TINY, "--batch_size=4"]
+    assert main([*train, f"--run={tmp_path / 'run'}"]) == 0
+    assert "1 steps; 4 training rows read, of which skipped: none" in capsys.readouterr().out
+    fails(capsys, [*train, "--strict", f"--run={tmp_path / 'strict'}"], "missing image: .*000.png cannot be read: .*")
+
+
+def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "data", 12)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line | {"text": "long " * 30}) + "\n" for line in lines))
+    train = ["train", f"--data={folder}", "--steps=2", "--batch_size=4", *TINY]
+    fails(capsys, [*train, f"--run={tmp_path / 'run'}"], r"step 1 has no usable row: .* has 152 tokens, max_seq_len=80")
+
+
+def test_training_learns_one_s_own_pictures_and_captions_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "data", 18)
+    train = ["train", f"--data={folder}", "--held_out=1", "--steps=150", "--batch_size=17", "--lr=3e-3", *TINY]
+    assert main([*train, "--encoder_dim=32", "--decoder_dim=32", f"--run={tmp_path / 'run'}"]) == 0
+    losses = [line["loss"] for line in Run(tmp_path / "run").metrics() if "loss" in line]
+    assert losses[0] > 5
+    assert losses[-1] < 0.5
+    images = sorted(map(str, folder.glob("*.png")))
+    capsys.readouterr()
+    assert main(["caption", str(tmp_path / "run"), *images]) == 0
+    said = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    colours = [text.split(" ")[0] for text in said]
+    assert sum(colour == picture(n)[1].split(" ")[0] for n, colour in enumerate(colours)) >= 14
+
+
+def test_attention_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = str(run / "held_out" / "00.png")
+    (said,) = captions(capsys, run, images=[image])
+    pictures = []
+    for layer in "0", "1", "-1":
+        out = tmp_path / f"{layer}.png"
+        assert main(["caption", f"--attention={out}", f"--layer={layer}", str(run), image]) == 0
+        assert capsys.readouterr().out == f"{image}: {said}\n{out} written\n"
+        with Image.open(out) as picture:
+            pictures.append(picture.convert("RGB").tobytes())
+    assert pictures[1] == pictures[2] != pictures[0]
+    out = tmp_path / "x.png"
+    attention = ["caption", str(run), image, f"--attention={out}"]
+    fails(
+        capsys,
+        ["caption", str(run), image, image, f"--attention={out}"],
+        r"--attention=\S+ draws one image, without --stream: found 2 images",
+    )
+    fails(capsys, [*attention, "--stream"], r"--attention=\S+ draws one image, without --stream: found 1 images")
+    fails(capsys, [*attention, "--layer=2"], r"layer=2 must be within -2\.\.1: .*")
+    fails(capsys, ["caption", str(run), image, "--attention=/nowhere/x.png"], ".*No such file or directory.*")
+
+
+def test_a_run_folder_is_what_the_hub_stores(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from palme_xt.hub import PalmE
+
+    model = PalmE.from_pretrained(run)
+    model.save_pretrained(tmp_path / "copy")
+    ours = Run(run).load().state_dict()
+    for name, weight in Run(tmp_path / "copy").load().state_dict().items():
+        assert torch.equal(weight, ours[name])
+    assert Run(tmp_path / "copy").training() == Run(run).training()
+    images = [str(path) for path in sorted((run / "held_out").glob("*.png"))]
+    assert captions(capsys, tmp_path / "copy", images=images) == captions(capsys, run, images=images)
+    card = (tmp_path / "copy" / "README.md").read_text()
+    for stated in "held_out_exact_match", "| data | digits |", "| encoder_dim | 16 |":
+        assert stated in card
+
+
+def test_trackers_log_what_metrics_hold(tmp_path: Path) -> None:
+    EventAccumulator = importlib.import_module(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator
+    assert main(["train", "--steps=4", *QUICK, "--log-with=tensorboard", f"--run={tmp_path / 'run'}"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "palme_xt")).Reload()
+    metrics = Run(tmp_path / "run").metrics()
+    for name in "loss", "held_out_exact_match", "held_out_loss":
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(line["step"], pytest.approx(line[name])) for line in metrics if name in line]
+        assert logged == expected
+    assert [event.step for event in events.Scalars("lr")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])

@@ -103,8 +103,8 @@ def test_pixels_are_those_of_the_file(folder: Path) -> None:
     for row in source.read(range(5)):
         assert isinstance(row, Example)
         number = int(row.caption.rpartition(" ")[2])
-        assert torch.equal(row.img, preprocessing(picture(number)[0]))
-        assert not torch.equal(row.img, preprocessing(picture(number + 3)[0]))
+        assert torch.equal(row.img, preprocessing.pixels(picture(number)[0]))
+        assert not torch.equal(row.img, preprocessing.pixels(picture(number + 3)[0]))
         assert row.ids == ByteTokenizer().encode(row.caption)
         assert row.name.endswith(f"{number:03}.png")
 
@@ -217,7 +217,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     preprocessing = Preprocessing.for_pictures(CONFIG)
     for row in rows:
         assert isinstance(row, Example)
-        assert torch.equal(row.img, preprocessing(picture(int(row.caption.rpartition(" ")[2]))[0]))
+        assert torch.equal(row.img, preprocessing.pixels(picture(int(row.caption.rpartition(" ")[2]))[0]))
     for column, message in (
         ("size", "image_column=size holds int, must hold images: name another column"),
         ("alt", ""),

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from palme_xt.cli import make_parser
 from palme_xt.config import LANDS_AT
 from tests.test_config import CONTRACT
 
@@ -48,6 +52,31 @@ def test_every_test_that_the_readme_names_exists() -> None:
     named = re.findall(r"`(test_\w+)`", README)
     assert len(named) > 10
     assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+COMMANDS = [
+    re.split(r"(?:palme-xt|-m palme_xt) ", line, maxsplit=1)[1].split("#")[0]
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.splitlines()
+    if re.search(r"(palme-xt|-m palme_xt) (train|caption|source|parity)", line) and not line.startswith("pip ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_of_each_command_are_there(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vocabulary = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    vocabulary.save("tokenizer.json")
+    parser, arguments = make_parser(shlex.split(command))
+    options = parser.parse_args(arguments).as_dict()
+    assert options["command"] == arguments[0]
+
+
+def test_commands_with_unknown_options_are_noticed() -> None:
+    assert len(COMMANDS) > 10
+    parser, arguments = make_parser(["train", "--dat", "pictures"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(arguments)
 
 
 def test_the_two_commands_come_first() -> None:
