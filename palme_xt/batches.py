@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from palme_xt.config import PalmEConfig
+from palme_xt.interrupts import ignore_interrupts
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Defect:
     reason: str
     detail: str
     name: str
+
+
+class DataError(ValueError):
+    """Data that cannot be loaded, or rows that cannot be learned from under `strict`."""
 
 
 class Source(Protocol):
@@ -69,7 +73,7 @@ class Batch:
     new_defects: int
 
 
-class Batches(IterableDataset[Batch]):
+class Batches(IterableDataset["Batch | DataError"]):
     """Batches of a source, dealt out to the workers of a `DataLoader` in turn, which keeps their order.
 
     Rows that cannot be learned from are left out, not replaced: which rows a batch holds depends on nothing but their
@@ -85,11 +89,15 @@ class Batches(IterableDataset[Batch]):
     def __init__(self, source: Source, indices: range, numbers: Callable[[int], range], config: PalmEConfig) -> None:
         self.source, self.indices, self.numbers, self.config = source, indices, numbers, config
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        """The batches, and at last an error if there was one: raised in a worker, it would arrive as a traceback."""
         worker = get_worker_info()
         first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for index in self.indices[first::every]:
-            yield self.batch(self.numbers(index))
+        try:
+            for index in self.indices[first::every]:
+                yield self.batch(self.numbers(index))
+        except DataError as error:
+            yield error
 
     def batch(self, numbers: range) -> Batch:
         """The batch of these rows."""
@@ -138,20 +146,21 @@ class Share:
 def load_batches(
     source: Source, indices: range, numbers: Callable[[int], range], config: PalmEConfig, num_workers: int
 ) -> Iterator[Batch]:
-    """Batches in order, read ahead by `num_workers` processes; 0 reads them in this one."""
+    """Batches in order, read ahead by `num_workers` processes; 0 reads them in this one.
+
+    Raises:
+        DataError: as `Source.read`.
+    """
     batches = Batches(source, indices, numbers, config)
     # A generator of its own: the loader would draw the seeds of its workers from the one that dropout draws from.
-    return iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=min(num_workers, len(indices)),
-            generator=torch.Generator(),
-            worker_init_fn=_ignore_interrupts,
-        )
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=min(num_workers, len(indices)),
+        generator=torch.Generator(),
+        worker_init_fn=ignore_interrupts,
     )
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: the training process decides when to stop, and needs its batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from palme_xt.processes import Errors
 from palme_xt.run import Run, RunError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -54,8 +55,9 @@ def random_state() -> dict[str, Tensor]:
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
+    device = torch.get_device_module()
+    if device is not torch.cpu:
+        states["device"] = device.get_rng_state()
     return states
 
 
@@ -64,8 +66,9 @@ def set_random_state(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     random.setstate((version, tuple(words), *(states["python.gauss"].tolist() or [None])))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    device = torch.get_device_module()
+    if "device" in states and device is not torch.cpu:
+        device.set_rng_state(states["device"])
 
 
 def of_all_processes(progress: Progress) -> Progress:
@@ -139,25 +142,31 @@ def load_checkpoint(
     Raises:
         RunError: the file is damaged, or of another model.
     """
-    many = accelerator.num_processes > 1
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=many)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
     parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "random": {}}
     values: dict[str, Any] | None = None
     path = run.folder / CHECKPOINT
-    if accelerator.is_main_process and path.is_file():
-        values = _read(path, parts)
-    values, randoms = broadcast_object_list([values, parts["random"]])
-    if values is None:
-        return Progress()
+    errors = Errors()
+    with errors.held():
+        if accelerator.is_main_process and path.is_file():
+            values = _read(path, parts)
+    errors.meet()
     moments: dict[str, Any] = {}
-    if accelerator.is_main_process:
+    if values is not None:
         moments = {"state": {}, "param_groups": values["param_groups"]}
         for name, value in parts["optimizer"].items():
             parameter, _, key = name.rpartition(".")
             moments["state"].setdefault(parameter, {})[key] = value
+    values, randoms, learned = broadcast_object_list([values, parts["random"], list(moments.get("state", {}))])
+    if values is None:
+        return Progress()
     try:
         set_model_state_dict(model, parts["model"], options=options)
-        set_optimizer_state_dict(model, optimizer, moments, options=options)
+        set_optimizer_state_dict(model, optimizer, moments, options=replace(options, strict=False))
+        # torch 2.9 to 2.13 makes a state, of one step done, also for parameters that had no gradient yet.
+        for name, weight in model.named_parameters():
+            if name.removeprefix("module.") not in learned:
+                optimizer.state.pop(weight, None)
         schedule.load_state_dict(values["schedule"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise RunError(f"{path} is not of this model: {str(error).splitlines()[0]}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -36,18 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("palme_xt"):
             raise
-        print(f"palme-xt: error: {error.name} is not installed: pip install 'palme-xt[train]'", file=sys.stderr)
+        _complain(f"error: {error.name} is not installed: pip install 'palme-xt[train]'")
     except (ValueError, TypeError) as error:
         # Errors of this package explain themselves; one from elsewhere is a defect and shows where it is from.
         if not _raised_here(error):
             raise
-        print(f"palme-xt: error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
     except OSError as error:
-        print(f"palme-xt: error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
     except KeyboardInterrupt:
-        print("palme-xt: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return INTERRUPTED
     return 2
+
+
+def _complain(message: str) -> None:
+    """One line on stderr, from the first of many processes: they fail together."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"palme-xt: {message}", file=sys.stderr)
 
 
 def _raised_here(error: Exception) -> bool:
@@ -234,7 +242,7 @@ def _train(options: dict[str, Any]) -> int:
             load_tokenizer(*(options[name] for name in ("tokenizer", "bos_token", "eos_token"))),
         )
         config = PalmEConfig(**{argument.name: options[argument.name] for argument in fields(PalmEConfig)})
-        name = Path(options["data"].rpartition(":")[2]).stem
+        name = re.sub(r"[^\w.-]+", "-", Path(options["data"].rpartition(":")[2]).stem).strip("-.") or "data"
         run = Run(options["run"] or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
     try:
         training = Training(**{option.name: values[option.name] for option in fields(Training)})

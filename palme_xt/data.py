@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from palme_xt.batches import Defect, Example, Source
+from palme_xt.batches import DataError, Defect, Example, Source
 from palme_xt.config import PalmEConfig
 from palme_xt.preprocessing import ImageError, MissingImageError, Preprocessing
 from palme_xt.tokenizer import Tokenizer
@@ -22,13 +22,9 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 TEXT_COLUMNS = ("text", "caption", "txt")
 HELD_OUT_SHARE = 0.1
 HELD_OUT_OF_A_STREAM = 500
-KEPT_BYTES = 2**30
+KEPT_BYTES = 2**28
 
 MISSING, BROKEN, EMPTY, TOO_LONG = "missing image", "broken image", "empty caption", "caption longer than the model"
-
-
-class DataError(ValueError):
-    """Data that cannot be loaded, or rows that cannot be learned from under `strict`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Data:
         streaming: read the data as they are needed instead of preparing all of them first. Every process reads the
             whole stream, and decodes its own share.
         shuffle_buffer: rows among which a stream is shuffled; other data are shuffled as a whole.
-        num_workers: processes that read ahead, for each training process; 0: none. Each keeps up to 1 GiB of decoded
+        num_workers: processes that read ahead, for each training process; 0: none. Each keeps up to 256 MiB of decoded
             pictures in memory, unless they are streamed.
         strict: stop at the first row that cannot be learned from, instead of skipping and counting such rows.
 
@@ -133,19 +129,21 @@ class Reader:
                 return bytes(file.read())
         except FileNotFoundError as error:
             raise MissingImageError(f"{name} cannot be read: {error}") from error
+        except Exception as error:  # of whatever network or archive it is in
+            raise ImageError(f"{name} cannot be read: {error}") from error
 
 
 class Rows:
     """Rows that can be read in any order, shuffled anew in each epoch; or in their own order, without a seed.
 
-    Rows are kept once they are read, up to `KEPT_BYTES` of pictures: those of small data are decoded once.
+    In shuffled order, pictures are kept once they are decoded, up to `KEPT_BYTES`.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], reader: Reader, seed: int | None = None) -> None:
         self.rows, self.reader, self.seed = rows, reader, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._kept: dict[int, Example | Defect] = {}
-        self._room = KEPT_BYTES
+        self._room = 0 if seed is None else KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,9 +156,8 @@ class Rows:
         row = self._kept.get(place)
         if row is None:
             row = self.reader(self.rows[place], place)
-            size = row.img.nbytes if isinstance(row, Example) else 0
-            if size <= self._room:
-                self._kept[place], self._room = row, self._room - size
+            if isinstance(row, Example) and row.img.nbytes <= self._room:
+                self._kept[place], self._room = row, self._room - row.img.nbytes
         return row
 
     def first_epoch(self, numbers: range) -> int:
@@ -213,7 +210,7 @@ class Stream:
                 read += 1
                 yield place, {name: value[0] for name, value in row.items()}
             if not read:
-                raise DataError("the data have no rows to train on")
+                raise DataError("held_out takes all rows of the stream, must leave some: give a smaller --held_out")
             self._epoch_starts.append(self._number)
 
 
@@ -240,13 +237,12 @@ def load_data(
         count = _held_out_rows(wanted or str(HELD_OUT_OF_A_STREAM), None, splits)
         evaluated, train = train.take(count), train.skip(count)
     else:
-        if not len(train):
-            raise DataError(f"data={data.data} has no rows")
         count = _held_out_rows(wanted or str(HELD_OUT_SHARE), len(train), splits)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-        evaluated, train = train.select(order[:count]), train.select(sorted(order[count:]))
-    reader = Reader(*_columns(data, train), preprocessing, tokenizer, config.max_seq_len)
-    train, evaluated = (_undecoded(rows, reader.image_column) for rows in (train, evaluated))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        evaluated, train = train.select(order[:count].numpy()), train.select(order[count:].sort().values.numpy())
+    image, text = _columns(data, train)
+    reader = Reader(image, text, preprocessing, tokenizer, config.max_seq_len)
+    train, evaluated = (_undecoded(rows, image, text, data) for rows in (train, evaluated))
     rows = Rows(list(evaluated.take(held_out)) if data.streaming else evaluated, reader)
     if not len(rows):
         raise DataError(f"data={data.data} has no held-out rows: name another split or number with --held_out")
@@ -276,12 +272,16 @@ def _load(data: Data) -> Mapping[str, Any]:
         if builder is None:
             raise DataError(f"data={name} must end in {' or '.join(BUILDERS)}, or be a folder of images")
         arguments, keywords = (builder,), {"data_files": {"train": files}}
+    loaded: Mapping[str, Any]
     try:
-        loaded: Mapping[str, Any] = load_dataset(*arguments, **keywords, streaming=data.streaming)
+        loaded = load_dataset(*arguments, **keywords, streaming=data.streaming)
     except Exception as error:  # the library, and what it reads with, raise what they like
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise DataError(f"data={name} cannot be loaded: {reason}") from error
+    for split, rows in loaded.items():
+        if not data.streaming and not len(rows):
+            raise DataError(f"data={name} has no rows in its split {split}: leave it out, or fill it")
     return loaded
 
 
@@ -320,10 +320,14 @@ def _columns(data: Data, rows: Any) -> tuple[str, str]:
     return str(image), str(text)
 
 
-def _undecoded(rows: Any, image_column: str) -> Any:
-    """Images as paths or bytes: what is broken is found out here, and read as captioning reads it."""
+def _undecoded(rows: Any, image_column: str, text_column: str, data: Data) -> Any:
+    """Only what is needed, and images as paths or bytes: what is broken is found out as captioning finds it out."""
     from datasets import Image
 
+    columns = list(rows.features or next(iter(rows.take(1)), {}))
+    if missing := {image_column, text_column} - set(columns):
+        raise DataError(f"data={data.data} has held-out rows without {', '.join(sorted(missing))}: name another split")
+    rows = rows.select_columns([name for name in (image_column, text_column, "__key__") if name in columns])
     if isinstance((rows.features or {}).get(image_column), Image):
         rows = rows.cast_column(image_column, Image(decode=False))
     return rows

@@ -23,6 +23,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for images of so many ch
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+LONGEST = 100  # times its shorter side: resized, the longer one could fill the memory
+
 
 class ImageError(ValueError):
     """A file that cannot be read as an image."""
@@ -101,6 +103,8 @@ class Preprocessing:
         # Sizes and offsets are rounded as transformers' CLIPImageProcessor rounds them.
         width, height = image.size
         shorter = min(width, height)
+        if max(width, height) > LONGEST * shorter:
+            raise ImageError(f"has {width} x {height} pixels, must be at most {LONGEST} times as long as wide: cut it")
         width, height = (size if side == shorter else int(size * side / shorter) for side in (width, height))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2

@@ -90,14 +90,18 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def metrics_size(self) -> int:
-        """Bytes of `metrics.jsonl`."""
+        """Bytes of `metrics.jsonl` that are on the disk."""
         path = self.folder / METRICS
-        return path.stat().st_size if path.exists() else 0
+        if not path.exists():
+            return 0
+        _sync(path)
+        return path.stat().st_size
 
     def forget_metrics_after(self, size: int) -> None:
         """Cut `metrics.jsonl` to its first `size` bytes."""
-        if (self.folder / METRICS).exists():
-            os.truncate(self.folder / METRICS, size)
+        path = self.folder / METRICS
+        if path.exists():
+            os.truncate(path, min(size, path.stat().st_size))
 
     def config(self) -> PalmEConfig:
         """The arguments of the model.
@@ -149,14 +153,10 @@ class Run:
             write(new)
             new.chmod(0o666 & ~_umask())  # safetensors 0.8 lets the owner alone read what it writes
             # On the disk before the name points to it: a power failure leaves the old file or the new one, too.
-            with open(new, "rb") as file:
-                os.fsync(file.fileno())
+            _sync(new)
             new.replace(self.folder / name)
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            if os.name == "posix":
+                _sync(self.folder)
         except (OSError, safetensors.SafetensorError) as error:
             with contextlib.suppress(OSError):
                 new.unlink(missing_ok=True)
@@ -164,6 +164,14 @@ class Run:
             raise RunError(
                 f"{self.folder / name} cannot be written: {reason}; what was there before is as it was"
             ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import signal
-import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from palme_xt import digits, pictures, tokens
-from palme_xt.batches import Batch, Example, Share, Source, load_batches
+from palme_xt.batches import Batch, DataError, Example, Share, Source, load_batches
 from palme_xt.captioning import caption
 from palme_xt.checkpoint import (
     Progress,
@@ -34,11 +28,13 @@ from palme_xt.checkpoint import (
     whole_state_dict,
 )
 from palme_xt.config import PalmEConfig
-from palme_xt.data import DIGITS, Data, DataError, load_data
+from palme_xt.data import DIGITS, Data, load_data
 from palme_xt.decoding import evaluating
+from palme_xt.interrupts import told_to_stop
 from palme_xt.model import PalmE
 from palme_xt.model_card import model_card
 from palme_xt.preprocessing import PREPROCESSING, Preprocessing
+from palme_xt.processes import PRECISIONS, Errors, TrainingError, make_accelerator
 from palme_xt.run import METRICS, Run
 from palme_xt.tokenizer import Tokenizer
 
@@ -63,6 +59,7 @@ PICTURES_MODEL = replace(DIGITS_MODEL, image_size=64, max_seq_len=128, vit_kwarg
 
 SAVED_IMAGES = 8
 EVALUATED_AT_ONCE = 128
+UNUSABLE_AT_MOST = 1000
 NAMED = 8
 
 
@@ -113,9 +110,9 @@ class Training:
             if isinstance(value, int | float) and not (value > 0 or (value == 0 and option.name in may_be_zero)):
                 rule = "0 or more" if option.name in may_be_zero else "greater than 0"
                 raise ValueError(f"{option.name}={value} must be {rule}")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed} must be below 2**32")
-        if self.mixed_precision not in (None, "no", "bf16"):
+        if self.seed >= 2**31:
+            raise ValueError(f"seed={self.seed} must be below 2**31")
+        if self.mixed_precision not in (None, *PRECISIONS):
             raise ValueError(f"mixed_precision={self.mixed_precision} must be no or bf16: fp16 would need loss scaling")
 
 
@@ -145,10 +142,6 @@ class Outcome:
         return sum(map(str.__eq__, self.predicted, self.true)) / len(self.true)
 
 
-class TrainingError(ValueError):
-    """A training that cannot go on."""
-
-
 def warm_up_and_decay(step: int, steps: int) -> float:
     """The share of the peak learning rate at `step` of `steps`: linear up in the first tenth, then half a cosine."""
     warm_up = steps // 10
@@ -163,25 +156,31 @@ def train(
     """Train a new model, or go on with one, keeping `run` usable all the while.
 
     Called in all processes alike. SIGINT (Ctrl-C) and SIGTERM end the training after the step, not the run: what has
-    been learned is evaluated, saved and shown, and can be resumed. A second one ends at once.
+    been learned is evaluated, saved and shown, and can be resumed. A second one ends at once. The first process alone
+    writes.
 
     Raises:
         ValueError: the model cannot learn these data.
         DataError: the data cannot be loaded, or a row is wrong and `data.strict`.
         RunError: the run folder cannot be written; its last checkpoint is as it was.
-        TrainingError: the loss is not finite; the last checkpoint is from before.
+        TrainingError: the loss is not finite, and the last checkpoint is from before; or these processes cannot train.
     """
-    accelerator = _accelerator(training, run)
+    accelerator = make_accelerator(training.mixed_precision, training.log_with, run.folder / "logs", config)
+    main = accelerator.is_main_process
+    errors = Errors()
     share = _share(training, accelerator)
+    preprocessing = Preprocessing.plain(config) if data.data == DIGITS else Preprocessing.for_pictures(config)
+    with errors.held():
+        source, held_out, evaluated = _open(config, training, data, preprocessing, tokenizer)
+    errors.meet()
+    described = asdict(data) | asdict(training) | {"mixed_precision": accelerator.mixed_precision}
+    with errors.held():
+        if main and not resume:
+            run.create(config, described, tokenizer.files() | {PREPROCESSING: preprocessing.to_json().encode()})
+    errors.meet()
+
     set_seed(training.seed)
     model = PalmE.from_config(config)
-    preprocessing = Preprocessing.plain(config) if data.data == DIGITS else Preprocessing.for_pictures(config)
-    source, held_out, evaluated = _open(config, training, data, preprocessing, tokenizer)
-    described = asdict(data) | asdict(training)
-    if accelerator.is_main_process and not resume:
-        run.create(config, described, tokenizer.files() | {PREPROCESSING: preprocessing.to_json().encode()})
-    accelerator.wait_for_everyone()
-
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=training.lr,
@@ -192,76 +191,96 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
     trained, prepared = accelerator.prepare(model, optimizer)
     set_seed(training.seed, device_specific=True)
-    progress = Progress()
-    if resume:
-        progress = load_checkpoint(run, accelerator, trained, optimizer, schedule)
-        if accelerator.is_main_process:
+    progress = load_checkpoint(run, accelerator, trained, optimizer, schedule) if resume else Progress()
+    with errors.held():
+        if main and resume:
             run.forget_metrics_after(progress.metrics_size)
-    if training.log_with:
-        accelerator.init_trackers("palme_xt", {name: value for name, value in described.items() if value is not None})
+        if training.log_with:
+            accelerator.init_trackers(
+                "palme_xt", {name: value for name, value in described.items() if value is not None}
+            )
+    errors.meet()
     count = training.gradient_accumulation_steps
+
+    def learn(micro_batches: list[Batch], targets: int) -> float:
+        """Gradients of the mean loss over the targets of all processes; that loss."""
+        losses = []
+        for number, batch in enumerate(micro_batches, 1):
+            with contextlib.nullcontext() if number == count else accelerator.no_sync(trained):
+                img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
+                loss = trained(preprocessing.normalise(img), text)
+                # Processes average their gradients: so weighted, they give that of the mean over all targets.
+                accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
+                losses.append(loss.detach() * (batch.targets / targets))
+        mean = float(accelerator.reduce(torch.stack(losses).sum()))
+        norm = float(accelerator.clip_grad_norm_(trained.parameters(), training.grad_clip))
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            names = gather_object([name for batch in micro_batches for name in batch.names])
+            with errors.held():
+                if main:
+                    run.log(step=progress.step + 1, loss=mean, gradient_norm=norm, batch=names)
+                raise TrainingError(_not_finite(mean, norm, names, progress, training, run))
+            errors.meet()
+        return mean
 
     def evaluate() -> Outcome:
         weights = whole_state_dict(trained)
         loss, true, predicted, skipped = _evaluate(
-            accelerator, _whole(model, weights), held_out, evaluated, preprocessing, tokenizer, data
+            accelerator, _whole(model, weights), held_out, evaluated, 4 * len(share(0)), preprocessing, tokenizer, data
         )
         if not math.isfinite(loss):
             raise TrainingError(f"lr={training.lr} led to a held-out loss of {loss} {_so_far(progress, run)}")
         outcome = Outcome(true, predicted, loss, skipped, of_all_processes(progress))
         metrics = {"held_out_exact_match": outcome.exact_match, "held_out_loss": loss}
-        if accelerator.is_main_process:
-            run.save(weights)
-            run.log(step=progress.step, **metrics)
-            described_metrics = {"step": progress.step, "held_out_images": len(true)} | metrics
-            run.write("README.md", model_card(config, described, described_metrics).encode())
-        accelerator.log(metrics, step=progress.step)
+        with errors.held():
+            if main:
+                run.save(weights)
+                run.log(step=progress.step, **metrics)
+                described_metrics = {"step": progress.step, "held_out_images": len(true)} | metrics
+                run.write("README.md", model_card(config, described, described_metrics).encode())
+            accelerator.log(metrics, step=progress.step)
+        errors.meet()
         return outcome
 
+    def save(random_states: dict[str, Tensor]) -> None:
+        with errors.held():
+            save_checkpoint(run, accelerator, trained, optimizer, schedule, progress, random_states)
+        errors.meet()
+
     interrupted = False
+    unusable = 0
     shown = {"held-out exact match": "-"}
-    bar = tqdm(
-        total=training.steps,
-        initial=progress.step,
-        desc="training",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    with bar, _told_to_stop() as told:
+    bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not main)
+    with bar, told_to_stop() as told:
         todo = range(progress.step * count, training.steps * count)
         batches = load_batches(source, todo, share, config, data.num_workers)
         started = time.perf_counter()
         while progress.step < training.steps:
-            micro_batches = [next(batches) for _ in range(count)]
-            _check_rows(micro_batches, data)
-            mine = [sum(batch.targets for batch in micro_batches), int(told.is_set())]
-            targets, stop = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
+            micro_batches: list[Batch] = []
+            with errors.held():
+                micro_batches = [next(batches) for _ in range(count)]
+                _check_rows(micro_batches, data)
+            mine = [sum(batch.targets for batch in micro_batches), int(told.is_set()), int(errors.mine is not None)]
+            targets, stop, failed = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
+            if failed:
+                errors.meet()
             if stop:
                 interrupted = True
                 break
-            if not targets:
-                raise DataError(f"step {progress.step + 1} has no usable row: {micro_batches[0].defects[0].detail}")
-
             due = progress.step % training.save_every == 0
             random_states = random_state() if due else {}
-            losses = []
-            for number, batch in enumerate(micro_batches, 1):
-                with contextlib.nullcontext() if number == count else accelerator.no_sync(trained):
-                    img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
-                    loss = trained(preprocessing.normalise(img), text)
-                    # Processes average their gradients: so weighted, they give that of the mean over all targets.
-                    accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
-                    losses.append(loss.detach() * (batch.targets / targets))
-            mean = accelerator.reduce(torch.stack(losses).sum()).item()
-            norm = float(accelerator.clip_grad_norm_(trained.parameters(), training.grad_clip))
-            if not (math.isfinite(mean) and math.isfinite(norm)):
-                names = gather_object([name for batch in micro_batches for name in batch.names])
-                if accelerator.is_main_process:
-                    run.log(step=progress.step + 1, loss=mean, gradient_norm=norm, batch=names)
-                raise TrainingError(_not_finite(mean, norm, names, progress, training, run))
-            if due:  # and known to be good: the loss and the gradient of these weights are finite
-                progress.metrics_size = run.metrics_size()
-                save_checkpoint(run, accelerator, trained, optimizer, schedule, progress, random_states)
+            mean = math.nan
+            if targets:
+                mean = learn(micro_batches, targets)
+                if due:  # and known to be good: the loss and the gradient of these weights are finite
+                    progress.metrics_size = run.metrics_size()
+                    save(random_states)
+            unusable = 0 if targets else unusable + training.batch_size
+            if unusable >= UNUSABLE_AT_MOST:
+                raise DataError(
+                    f"data={data.data} has no usable row among {unusable} in a row: "
+                    f"{micro_batches[0].defects[0].detail}"
+                )
             prepared.step()
             schedule.step()
             prepared.zero_grad()
@@ -269,9 +288,11 @@ def train(
             _count_rows(progress, micro_batches)
 
             speed = training.batch_size / (time.perf_counter() - started)
-            if accelerator.is_main_process:
-                run.log(step=progress.step, loss=mean, images_per_second=speed)
-            accelerator.log({"loss": mean, "lr": schedule.get_last_lr()[0], "images_per_second": speed}, progress.step)
+            with errors.held():
+                if main:
+                    run.log(step=progress.step, loss=mean, images_per_second=speed)
+                logged = {"loss": mean, "lr": schedule.get_last_lr()[0], "images_per_second": speed}
+                accelerator.log(logged, step=progress.step)
             bar.set_postfix({"loss": f"{mean:.3f}", **shown, "images/s": f"{speed:.0f}"}, refresh=False)
             bar.update()
             if progress.step % training.eval_every == 0 and progress.step < training.steps:
@@ -280,37 +301,25 @@ def train(
         # A run that goes on from here evaluates at the end again, or not here.
         progress.metrics_size = run.metrics_size()
         outcome = replace(evaluate(), interrupted=interrupted)
-        save_checkpoint(run, accelerator, trained, optimizer, schedule, progress, random_state())
+        save(random_state())
         shown["held-out exact match"] = f"{outcome.exact_match:.1%}"
         bar.set_postfix(shown)
-    if accelerator.is_main_process:
-        examples = [
-            row
-            for row in held_out.read(range(min(evaluated, pictures.COLUMNS * pictures.ROWS)))
-            if isinstance(row, Example)
-        ]
-        img = preprocessing.shown(preprocessing.normalise(torch.stack([example.img for example in examples])))
-        pictures.save_images(img[:SAVED_IMAGES], run.folder / "held_out")
-        pictures.draw_samples(img, outcome.predicted, outcome.true, run.folder / "samples.png")
-        pictures.draw_loss(run.metrics(), run.folder / "loss.png")
+    with errors.held():
+        if main:
+            _draw(held_out, evaluated, preprocessing, outcome, run)
+    errors.meet()
     accelerator.end_training()
     return outcome
 
 
-def _accelerator(training: Training, run: Run) -> Accelerator:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`log_with=")  # an error, below
-            accelerator = Accelerator(
-                mixed_precision=training.mixed_precision, log_with=training.log_with, project_dir=run.folder / "logs"
-            )
-    except ValueError as error:
-        raise TrainingError(f"accelerate refuses: {error}") from error
-    if training.log_with and not accelerator.log_with:
-        raise TrainingError(f"log_with={training.log_with} is not installed: pip install {training.log_with}")
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
-        raise TrainingError("--use_fsdp has no effect on CPUs, where accelerate does not shard: leave it out")
-    return accelerator
+def _draw(held_out: Source, evaluated: int, preprocessing: Preprocessing, outcome: Outcome, run: Run) -> None:
+    rows = held_out.read(range(min(evaluated, pictures.COLUMNS * pictures.ROWS)))
+    pixels = [row.img for row in rows if isinstance(row, Example)]
+    if pixels:
+        img = preprocessing.shown(preprocessing.normalise(torch.stack(pixels)))
+        pictures.save_images(img[:SAVED_IMAGES], run.folder / "held_out")
+        pictures.draw_samples(img, outcome.predicted, outcome.true, run.folder / "samples.png")
+    pictures.draw_loss(run.metrics(), run.folder / "loss.png")
 
 
 def _share(training: Training, accelerator: Accelerator) -> Share:
@@ -350,9 +359,9 @@ def _whole(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
     """`model`, or where it is sharded, a copy that any process can run on its own."""
     if not isinstance(model, FSDPModule):
         return model
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         copy = PalmE.from_config(model.config)
-    copy.load_state_dict(weights)
+    copy.load_state_dict(weights, assign=True)
     return copy.to(next(iter(weights.values())).device)
 
 
@@ -362,15 +371,18 @@ def _evaluate(
     model: PalmE,
     held_out: Source,
     count: int,
+    at_once: int,
     preprocessing: Preprocessing,
     tokenizer: Tokenizer,
     data: Data,
 ) -> tuple[float, list[str], list[str], dict[str, int]]:
     """The mean loss over held-out tokens, the true captions, the generated ones, and how many rows were skipped."""
-    chunks = [range(start, min(start + EVALUATED_AT_ONCE, count)) for start in range(0, count, EVALUATED_AT_ONCE)]
+    at_once = min(at_once, EVALUATED_AT_ONCE)
+    chunks = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
     mine = range(accelerator.process_index, len(chunks), accelerator.num_processes)
     parts: list[tuple[int, list[str], list[str], float, int, list[str]]] = []
-    with evaluating(model):
+    errors = Errors()
+    with errors.held(), evaluating(model):
         for number, batch in zip(mine, load_batches(held_out, mine, chunks.__getitem__, model.config, 0), strict=True):
             _check_rows([batch], data)
             loss, predicted = 0.0, list[str]()
@@ -381,6 +393,7 @@ def _evaluate(
                 predicted = caption(model, img, tokenizer) if math.isfinite(loss) else batch.captions
             reasons = [defect.reason for defect in batch.defects]
             parts.append((number, batch.captions, predicted, loss, batch.targets, reasons))
+    errors.meet()
     parts = sorted(gather_object(parts))
     targets = sum(part[4] for part in parts)
     if not targets:
@@ -388,29 +401,6 @@ def _evaluate(
     true, guessed = [text for part in parts for text in part[1]], [text for part in parts for text in part[2]]
     skipped = Counter(reason for part in parts for reason in part[5])
     return sum(part[3] for part in parts) / targets, true, guessed, dict(skipped)
-
-
-@contextlib.contextmanager
-def _told_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, once; whichever comes second does what it did before."""
-    told = threading.Event()
-    before: dict[int, Any] = {}
-
-    def tell(number: int, frame: object) -> None:
-        told.set()
-        restore()
-
-    def restore() -> None:
-        while before:
-            signal.signal(*before.popitem())
-
-    if threading.current_thread() is threading.main_thread():
-        for number in signal.SIGINT, signal.SIGTERM:
-            before[number] = signal.signal(number, tell)
-    try:
-        yield told
-    finally:
-        restore()
 
 
 def _check_rows(micro_batches: list[Batch], data: Data) -> None:

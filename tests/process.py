@@ -24,6 +24,7 @@ def shard() -> None:
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "Attention,FeedForward",
     }

@@ -70,7 +70,7 @@ def test_a_run_folder_holds_what_it_promises(run: Path) -> None:
     assert all(line["images_per_second"] > 0 for line in metrics if "loss" in line)
 
     values = json.loads((run / "config.json").read_text())
-    given = {"steps": 4, "batch_size": 4, "eval_every": 2, "eval_images": 10}
+    given = {"steps": 4, "batch_size": 4, "eval_every": 2, "eval_images": 10, "mixed_precision": "no"}
     assert values.pop("training") == asdict(Data()) | asdict(Training()) | given
     assert PalmEConfig.from_dict(values).encoder_dim == 16
 
@@ -235,6 +235,27 @@ def test_rows_that_are_skipped_are_counted(
     assert main(["caption", str(tmp_path / "run"), str(data / "train" / "010.png")]) == 0
 
 
+def test_a_batch_of_bad_rows_is_no_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "data", 9)
+    spoil(folder)
+    train = ["train", f"--data={folder}", "--held_out=1", "--steps=8", "--batch_size=1", *TINY]
+    assert main([*train, f"--run={tmp_path / 'run'}"]) == 0
+    assert "8 steps; 8 training rows read, of which skipped: 2 with broken image" in capsys.readouterr().out
+    losses = [line["loss"] for line in Run(tmp_path / "run").metrics() if "loss" in line]
+    assert losses.count("nan") == 5  # nothing was learned in these steps
+
+
+def test_errors_of_reading_processes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "data", 9)
+    rows = [{"file_name": f"{n:03}.png", "text": f"picture {n}", "size": n} for n in range(9)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ["train", f"--data={folder}", "--steps=3", "--batch_size=2", *TINY, "--num_workers=1"]
+    message = "text_column=size holds int, must hold text: name another column"
+    fails(capsys, [*train, "--text_column=size", f"--run={tmp_path / 'run'}"], message)
+    message = "held_out takes all rows of the stream, must leave some: give a smaller --held_out"
+    fails(capsys, [*train, "--streaming", f"--run={tmp_path / 'stream'}"], message)
+
+
 def test_strict_holds_for_held_out_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_folder(tmp_path / "whole", 20)
     broken = write_folder(tmp_path / "broken", 20)
@@ -253,7 +274,10 @@ def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line | {"text": "long " * 30}) + "\n" for line in lines))
     train = ["train", f"--data={folder}", "--steps=2", "--batch_size=4", *TINY]
-    fails(capsys, [*train, f"--run={tmp_path / 'run'}"], r"step 1 has no usable row: .* has 152 tokens, max_seq_len=80")
+    fails(capsys, [*train, f"--run={tmp_path / 'run'}"], "no held-out row is usable: name another split or .*")
+    many = [*train, "--steps=300", "--save_every=400", "--eval_every=400", f"--run={tmp_path / 'many'}"]
+    message = r"data=\S+ has no usable row among 1000 in a row: .* has 152 tokens, max_seq_len=80"
+    fails(capsys, many, message)
 
 
 def test_training_learns_one_s_own_pictures_and_captions_them(
@@ -408,7 +432,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--image_size=4", "--patch_size=2"], "image_size=4 must be at least 8 pixels to show digits"),
         (["--steps=0"], "steps=0 must be greater than 0"),
         (["--seed=-1"], "seed=-1 must be 0 or more"),
-        (["--seed=4294967296"], r"seed=4294967296 must be below 2\*\*32"),
+        (["--seed=2147483648"], r"seed=2147483648 must be below 2\*\*31"),
         (["--mixed-precision=fp16"], "mixed_precision=fp16 must be no or bf16: fp16 would need loss scaling"),
         (["--num_workers=-1"], "num_workers=-1 must be 0 or more"),
         (["--shuffle_buffer=0"], "shuffle_buffer=0 must be 1 or more"),

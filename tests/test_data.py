@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 
 from palme_xt import PalmEConfig
-from palme_xt.batches import Batch, Batches, Example, Share, Source, load_batches
-from palme_xt.data import Data, DataError, load_data
+from palme_xt.batches import Batch, DataError, Example, Share, Source, load_batches
+from palme_xt.data import Data, load_data
 from palme_xt.preprocessing import Preprocessing
 from palme_xt.tokenizer import ByteTokenizer
 from tests.captioned import content, picture, spoil, write_folder
@@ -158,7 +159,7 @@ def test_rows_that_cannot_be_learned_from_are_left_out_and_counted(streaming: bo
     source, rows, count = load(Data(str(tmp_path), streaming=streaming, shuffle_buffer=7))
     assert count == 5
     assert len(captions(rows, range(5))) == 5
-    batches = list(Batches(source, range(8), Share(10), CONFIG))
+    batches = list(load_batches(source, range(8), Share(10), CONFIG, 0))
     found: dict[str, int] = {}
     for batch in batches[:3]:
         assert batch.rows == 10
@@ -178,12 +179,24 @@ def test_rows_that_cannot_be_learned_from_are_left_out_and_counted(streaming: bo
     ]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_are_not_decoded(streaming: bool, tmp_path: Path) -> None:
+    images = [{"bytes": content(number), "path": f"{number}.png"} for number in range(5)]
+    masks = [{"bytes": b"no picture", "path": "mask.png"}] * 5
+    features = Features({"image": Image(), "mask": Image(), "text": Value("string")})
+    rows = {"image": images, "mask": masks, "text": [picture(number)[1] for number in range(5)]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "x.parquet")
+    data = Data(str(tmp_path / "x.parquet"), held_out="1", image_column="image", streaming=streaming)
+    source, _, _ = load(data)
+    assert sorted(captions(source, range(4)))[0].startswith("blue")
+
+
 def test_a_batch_without_a_usable_row_counts_for_nothing(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "pictures", 8)
     for path in folder.glob("*.png"):
         path.unlink()
     source, _, _ = load(Data(str(folder), held_out="2"))
-    (batch,) = Batches(source, range(1), Share(4), CONFIG)
+    (batch,) = load_batches(source, range(1), Share(4), CONFIG, 0)
     assert batch.targets == 0
     assert batch.img.shape == (1, 3, 16, 16)
     assert batch.text.shape == (1, 2)
@@ -192,7 +205,7 @@ def test_a_batch_without_a_usable_row_counts_for_nothing(tmp_path: Path) -> None
 
 def test_targets_are_those_that_the_loss_is_a_mean_of(folder: Path) -> None:
     source, _, _ = load(Data(str(folder)))
-    batch = next(iter(Batches(source, range(1), Share(6), CONFIG)))
+    batch = next(iter(load_batches(source, range(1), Share(6), CONFIG, 0)))
     assert batch.targets == int((batch.text[:, 1:] != CONFIG.ignore_index).sum())
     assert len({len(caption) for caption in batch.captions}) > 1
 
