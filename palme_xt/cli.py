@@ -329,7 +329,8 @@ def _draw_attention(
     (ids,) = caption_ids(model, img, tokenizer, **how).tolist()
     ids = ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
     piece = tokenizer.pieces()
-    found = words([piece(token) for token in ids])
+    pieces = [piece(token) for token in ids]
+    found = words([*pieces[:-1], pieces[-1] + piece(tokenizer.eos)] if pieces else [])
     text = torch.tensor([[tokenizer.bos, *ids, tokenizer.eos]])
     maps = cross_attention_maps(model, img, text, options["layer"])[0]
     names = [printable(word) for word, _ in found]

@@ -186,11 +186,14 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
         return Preprocessing.plain(config)
     try:
         values: dict[str, Any] = json.loads(path.read_text())
-        size, mean, std = values["crop_size"]["height"], tuple(values["image_mean"]), tuple(values["image_std"])
+        size, width = (values["crop_size"][side] for side in ("height", "width"))
+        mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
+        if width != size or len(mean) != len(std) or not all(std):
+            raise ValueError("crop_size is no square, or image_std has a zero or another length than image_mean")
         found = Preprocessing(size, len(mean), bool(values["do_center_crop"]), mean, std)
     except (ValueError, KeyError, TypeError) as error:
         raise ImageError(f"{path} does not say how pictures are preprocessed: {error!r}") from error
-    if (found.image_size, found.channels, len(std)) != (config.image_size, config.channels, config.channels):
+    if (found.image_size, found.channels) != (config.image_size, config.channels):
         raise ImageError(
             f"{path} is for {found.channels} channels of {found.image_size} pixels, the model takes {config.channels} "
             f"of {config.image_size}: they do not belong together"

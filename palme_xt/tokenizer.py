@@ -94,6 +94,7 @@ class VocabularyTokenizer:
         self._tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # a caption that spells out EOS does not end there
         known = next((pair for pair in KNOWN_ENDS if all(tokenizer.token_to_id(end) is not None for end in pair)), None)
         self.bos_token, self.eos_token = bos_token or (known or ("", ""))[0], eos_token or (known or ("", ""))[1]
         for option, token in ("bos_token", self.bos_token), ("eos_token", self.eos_token):
@@ -102,7 +103,7 @@ class VocabularyTokenizer:
                 raise TokenizerError(f"{option}: {found}; name the token that begins or ends a text with --{option}")
         self.bos: int = tokenizer.token_to_id(self.bos_token)
         self.eos: int = tokenizer.token_to_id(self.eos_token)
-        self.num_tokens: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.num_tokens: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
 
     def encode(self, text: str) -> list[int]:
         """Token ids: BOS, the text, EOS."""
@@ -120,10 +121,22 @@ class VocabularyTokenizer:
 
     def pieces(self) -> Callable[[int], str]:
         """A function that takes the ids of one text in turn and returns the text that each completes, '' often."""
-        from tokenizers.decoders import DecodeStream
+        # Not the DecodeStream of tokenizers 0.23: it raises at broken runs of bytes, and keeps the end of a text back.
+        ids: list[int] = []
+        seen = shown = ""
 
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+        def piece(token: int) -> str:
+            nonlocal seen, shown
+            ids.append(token)
+            before, seen = seen, self.decode(ids)
+            # What may still change: half a character, and a run of byte tokens, which is text only if all of it is.
+            byte = (self._tokenizer.id_to_token(token) or "").startswith("<0x") if token >= 0 else False
+            if token != self.eos and (byte or seen == before or seen.endswith("\ufffd")):
+                return ""
+            new, shown = seen[len(shown) :], seen
+            return new
+
+        return piece
 
     def files(self) -> dict[str, bytes]:
         """`tokenizer.json` and `tokenizer_config.json`, as Hugging Face libraries name them."""
@@ -179,6 +192,8 @@ def read_tokenizer(folder: Path) -> ByteTokenizer | VocabularyTokenizer:
             ends = [special[name] for name in ("bos_token", "eos_token")]
             # Hugging Face libraries also write tokens as objects.
             special = dict(zip(("bos", "eos"), [e["content"] if isinstance(e, dict) else e for e in ends], strict=True))
+            if not all(isinstance(end, str | None) for end in special.values()):
+                raise TypeError("they are not text")
         except (ValueError, KeyError, TypeError) as error:
             raise TokenizerError(f"{folder / SPECIAL_TOKENS} does not name bos_token and eos_token: {error}") from error
     return load_tokenizer(str(path), special.get("bos"), special.get("eos"))
