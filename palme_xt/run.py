@@ -16,9 +16,9 @@ logs/                     what trackers write
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +36,7 @@ from palme_xt.pretrained import CONFIG, WEIGHTS
 
 PARITY = "parity.safetensors"
 METRICS = "metrics.jsonl"
+UNFINISHED = "unfinished"
 
 __all__ = ["CONFIG", "METRICS", "PARITY", "WEIGHTS", "Run", "RunError"]
 
@@ -148,18 +149,23 @@ class Run:
         self._replace(name, lambda path: safetensors.torch.save_file(contiguous, path, dict(metadata or {})))
 
     def _replace(self, name: str, write: Callable[[Path], object]) -> None:
-        new = self.folder / (name + ".new")
+        # A folder, because safetensors writes to a file of its own choice beside the one that it is told: whatever is
+        # left of an interrupted write goes with the folder at the next.
+        aside = self.folder / UNFINISHED
+        new = aside / name
         try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
             write(new)
             new.chmod(0o666 & ~_umask())  # safetensors 0.8 lets the owner alone read what it writes
             # On the disk before the name points to it: a power failure leaves the old file or the new one, too.
             _sync(new)
             new.replace(self.folder / name)
+            aside.rmdir()
             if os.name == "posix":
                 _sync(self.folder)
         except (OSError, safetensors.SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(
                 f"{self.folder / name} cannot be written: {reason}; what was there before is as it was"

@@ -21,6 +21,7 @@ import torch
 from palme_xt import pictures, training  # noqa: F401  # imported before the forks
 from palme_xt.checkpoint import CHECKPOINT
 from palme_xt.cli import main
+from palme_xt.run import UNFINISHED
 from tests.captioned import TINY
 
 STEPS = 12
@@ -53,6 +54,16 @@ def finish(arguments: list[str]) -> float:
     return time.monotonic() - started
 
 
+def wait_for(path: Path, times: int, pid: int) -> None:
+    """Until the file has come so many times, or the process has ended."""
+    for _ in range(times):
+        while path.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
+            pass
+        while not path.exists():
+            if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                return
+
+
 def end_of(run: Path) -> dict[str, Any]:
     """All that a run comes to, but for its speed."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -83,14 +94,14 @@ def kill_and_resume(folder: Path, data: str, kills: int) -> None:
         pid = start([*train, f"--run={run}"])
         while not (run / "config.json").exists():
             time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.7 * duration))
-        if number % 4 == 0:  # in the middle of writing a checkpoint
-            while not (run / f"{CHECKPOINT}.new").exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
-                pass
-        os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):  # it has ended and been waited for
+        if number % 4:
+            time.sleep(moments.uniform(0, 0.6 * duration))
+        else:  # in the middle of writing
+            wait_for(run / UNFINISHED, moments.randint(1, STEPS // 2), pid)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has ended, and been waited for
+            os.kill(pid, signal.SIGKILL)
             died += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-        while_writing += (run / f"{CHECKPOINT}.new").exists()
+        while_writing += (run / UNFINISHED).exists()
         steps.add(len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0)
         finish(["train", f"--resume={run}"])
         found = end_of(run)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, Value, load_dataset
 
 from palme_xt import PalmEConfig
 from palme_xt.batches import Batch, DataError, Example, Share, Source, load_batches
@@ -268,6 +268,29 @@ def test_data_that_cannot_be_used(options: dict[str, Any], message: str, folder:
     data = options.pop("data", "{folder}").format(folder=folder)
     with pytest.raises(DataError, match=message):
         load(Data(data, **options))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("name", "arguments"), [("hf:me/x", ("me/x", None)), ("hf:me/x:small", ("me/x", "small"))])
+def test_names_of_the_hub(
+    name: str, arguments: tuple[str, str | None], streaming: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = load_dataset("imagefolder", data_dir=str(folder), streaming=streaming)
+    asked: list[Any] = []
+
+    def stand_in(*given: Any, **keywords: Any) -> Any:
+        asked.append((given, keywords))
+        return found
+
+    monkeypatch.setattr("datasets.load_dataset", stand_in)
+    source, _, _ = load(Data(name, held_out="6", streaming=streaming))
+    assert asked == [(arguments, {"streaming": streaming})]
+    assert len(set(captions(source, range(24)))) == 24
+
+
+def test_what_the_hub_does_not_have() -> None:
+    with pytest.raises(DataError, match=r"data=hf:palme-xt/none cannot be loaded: .+"):
+        load(Data("hf:palme-xt/none"))
 
 
 def test_folders_that_hold_no_captions(tmp_path: Path) -> None:

