@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,8 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
         model: one that cross-attends, with or without `attn_flash`; left as it was.
         img: `(b, c, h, w)`, one image a text, as in `PalmE.encode`.
         text: `(b, n)` token ids, BOS first, n >= 2, without `ignore_index`.
-        layer: which decoder block; negative counts from the last.
+        layer: which cross-attention, in the order in which they run; negative counts from the last. A block that runs
+            several times counts each time.
 
     Returns:
         `(b, n - 1, rows, columns)`, float32, rows = columns = image_size / patch_size: the map at t - 1 is of the
@@ -33,19 +35,14 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
 
     Raises:
         TypeError: `img`, `text` or `layer` is of the wrong type.
-        ValueError: the model does not cross-attend, there is no such layer, or `img` or `text` has the wrong shape or
-            values.
+        ValueError: the model does not cross-attend, there is no such layer, `img` or `text` has the wrong shape or
+            values, or memory tokens stand within the text.
     """
     config = model.config
     if not config.cross_attend:
         raise ValueError("model has cross_attend=False, must cross-attend: it never looks at an image")
-    attentions = [module for module in model.decoder.net.attn_layers.modules() if _crosses(module)]
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise TypeError(f"layer={layer!r} must be an int, not {type(layer).__name__}")
-    if not -len(attentions) <= layer < len(attentions):
-        raise ValueError(
-            f"layer={layer} must be within {-len(attentions)}..{len(attentions) - 1}: so many blocks cross-attend"
-        )
     check_img(img, config)
     if img.ndim != 4:
         raise ValueError(f"img has shape {tuple(img.shape)}, must be (b, c, h, w): pass one image for each text")
@@ -57,8 +54,8 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
         )
 
     rows = config.image_size // config.patch_size
-    heard: list[tuple[tuple[Tensor, ...], dict[str, Any]]] = []
-    attend = attentions[layer].attend
+    net = model.decoder.net
+    heard: list[tuple[Any, tuple[Tensor, ...], dict[str, Any]]] = []
     with evaluating(model):
         context = model.encode(img)
         if context.shape[1] != rows**2:
@@ -66,10 +63,23 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
                 f"model encodes img to {context.shape[1]} embeddings, must be {rows}x{rows}, one for each patch: "
                 "remove the hook that adds or drops some"
             )
-        with attend.register_forward_pre_hook(lambda _, *call: heard.append(call), with_kwargs=True):
-            model.decoder.net(text[:, :-1].long(), context=context)
+        with contextlib.ExitStack() as hooks:
+            for attention in filter(_crosses, net.attn_layers.modules()):
+                hook = attention.attend.register_forward_pre_hook(lambda *call: heard.append(call), with_kwargs=True)
+                hooks.enter_context(hook)
+            net(text[:, :-1].long(), context=context)
+        if not -len(heard) <= layer < len(heard):
+            raise ValueError(
+                f"layer={layer} must be within {-len(heard)}..{len(heard) - 1}: so many blocks cross-attend"
+            )
+        attend, (q, k, _), keywords = heard[layer]
+        positions = net.num_memory_tokens + text.shape[1] - 1
+        if q.shape[-2] != positions:
+            raise ValueError(
+                f"model attends from {q.shape[-2]} positions, must be {positions}, its memory tokens and text's: "
+                "build it without memory_tokens_interspersed_every, which puts memory tokens within the text"
+            )
         # Flash attention does not tell its weights. With the identity as values, they are what any attention returns.
-        (q, k, _), keywords = heard[-1]
         identity = torch.eye(k.shape[-2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
         weights, _ = attend(q, k, identity, **keywords)
     # Memory keys come before the patches, memory tokens before the text.

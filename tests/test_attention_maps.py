@@ -41,6 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "l2 distance": {"qk_norm": False, "decoder_kwargs": {"attn_l2_distance": True}},
     "residual streams": {"decoder_kwargs": {"num_residual_streams": 2}},
     "register tokens": {"vit_kwargs": {"num_register_tokens": 2}},
+    "one block, run twice": {"decoder_kwargs": {"weight_tie_layers": True}},
+    "blocks in another order": {
+        "decoder_depth": 3,
+        "decoder_kwargs": {"layers_execute_order": (0, 1, 2, 6, 7, 8, 3, 4, 5)},
+    },
 }
 WITH_OTHER_KEYS: dict[str, dict[str, Any]] = {
     "memory key-values": {"decoder_kwargs": {"attn_num_mem_kv": 3}},
@@ -181,6 +186,18 @@ IMG, TEXT = batch(small())
         (small(cross_attend=False), (IMG, TEXT), ValueError, "model has cross_attend=False, must cross-attend: it ne"),
         (small(), (IMG, TEXT, 2), ValueError, "layer=2 must be within -2..1: so many blocks cross-attend"),
         (small(), (IMG, TEXT, -3), ValueError, "layer=-3 must be within -2..1: so many blocks cross-attend"),
+        (
+            small(decoder_kwargs={"weight_tie_layers": True}),
+            (IMG, TEXT, 2),
+            ValueError,
+            "layer=2 must be within -2..1: so many blocks cross-attend",
+        ),
+        (
+            small(transformer_kwargs={"num_memory_tokens": 2, "memory_tokens_interspersed_every": 5}),
+            (IMG, TEXT),
+            ValueError,
+            "model attends from 14 positions, must be 11, its memory tokens and text's: build it without memory_token",
+        ),
         (small(), (IMG, TEXT, 1.0), TypeError, "layer=1.0 must be an int, not float"),
         (small(), (IMG, TEXT, True), TypeError, "layer=True must be an int, not bool"),
         (small(), (IMG[:, None], TEXT), ValueError, "img has shape (2, 1, 3, 8, 8), must be (b, c, h, w): pass one i"),
