@@ -27,7 +27,8 @@ class PalmE(model.PalmE, ModelHubMixin):
 
     Attributes:
         companions: files beside the weights, by name, that it was loaded with and is saved with: the tokenizer's, the
-            preprocessing's, the model card. Each of `palme_xt.pretrained.COMPANIONS` may be put there.
+            preprocessing's, the model card. Each of `palme_xt.pretrained.COMPANIONS` may be put there. The card is that
+            of the loaded weights: after training on, `model.companions = {}`, or those but README.md, for a new one.
         how_trained: what `config.json` says under "training", saved again; None for a model that was not loaded.
     """
 
@@ -102,7 +103,7 @@ class PalmE(model.PalmE, ModelHubMixin):
             config: None: it is the model's own.
             repo_id: with `push_to_hub`, the repository; by default, the folder's name.
             push_to_hub: push it as well.
-            model_card_kwargs: for `generate_model_card`, where the model was not loaded with a card.
+            model_card_kwargs: for `generate_model_card`, whose card then replaces one that the model was loaded with.
             **push_to_hub_kwargs: for `push_to_hub`.
 
         Returns:
@@ -118,7 +119,7 @@ class PalmE(model.PalmE, ModelHubMixin):
         companions = dict(self.companions)
         if (Path(save_directory) / CARD).exists():
             companions.pop(CARD, None)
-        elif CARD not in companions:
+        elif CARD not in companions or model_card_kwargs is not None:
             companions[CARD] = str(self.generate_model_card(**model_card_kwargs or {})).encode()
         pretrained.save(self, save_directory, self.how_trained, companions)
         if not push_to_hub:
@@ -126,10 +127,26 @@ class PalmE(model.PalmE, ModelHubMixin):
         name = repo_id or Path(save_directory).name
         return self.push_to_hub(name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
-    def generate_model_card(self, metrics: Mapping[str, Any] | None = None) -> ModelCard:
-        """The card of a model that was not loaded with one: `palme_xt.model_card`, with these metrics."""
+    # The mixin's own saves into a folder of its choice, without saying for which repository.
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **how: Any) -> str:
+        """Upload what `save_pretrained` writes, in one commit, to a repository made where it is missing.
+
+        Args:
+            repo_id: "user/name", or "name" of one's own.
+            model_card_kwargs: as in `save_pretrained`.
+            **how: for `huggingface_hub.ModelHubMixin.push_to_hub`.
+
+        Returns:
+            The URL of the commit.
+        """
+        if "/" in repo_id and (CARD not in self.companions or model_card_kwargs is not None):
+            model_card_kwargs = {"repo_id": repo_id} | (model_card_kwargs or {})
+        return super().push_to_hub(repo_id, model_card_kwargs=model_card_kwargs, **how)
+
+    def generate_model_card(self, metrics: Mapping[str, Any] | None = None, repo_id: str | None = None) -> ModelCard:
+        """A new card, whatever the model was loaded with: `palme_xt.model_card`, with these arguments."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return ModelCard(model_card(self.config, self.how_trained, metrics, parameters=parameters))
+        return ModelCard(model_card(self.config, self.how_trained, metrics, parameters=parameters, repo_id=repo_id))
 
 
 def _download(name: str, *, token: str | bool | None, local_files_only: bool, revision: str | None, **how: Any) -> Path:

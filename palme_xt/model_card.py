@@ -24,7 +24,7 @@ TEMPLATE = """---
 ```python
 from palme_xt.hub import PalmE
 
-model = PalmE.from_pretrained("NAME")  # of this repository, or of a folder that holds its files
+model = PalmE.from_pretrained("{name}")  # of this repository, or of a folder that holds its files
 ```
 
 {caption}
@@ -58,6 +58,7 @@ def model_card(
     metrics: Mapping[str, Any] | None = None,
     *,
     parameters: int | None = None,
+    repo_id: str | None = None,
 ) -> str:
     """A model card in Markdown, its metadata in front as YAML.
 
@@ -66,6 +67,7 @@ def model_card(
         training: how it was trained, as `config.json` has it: `{"data": ..., "steps": ..., ...}`.
         metrics: of its evaluation. Finite floats go into the metadata too, where the data are known; ints are counts.
         parameters: how many the model has.
+        repo_id: "user/name" of the repository that the card is for, where it is known.
 
     Raises:
         TypeError: an override in `config` that has no JSON form.
@@ -83,6 +85,7 @@ def model_card(
     count = "" if parameters is None else f" It has {parameters:,} parameters."
     return TEMPLATE.format(
         front_matter=data.to_yaml(),
+        name=repo_id or "NAME",
         what=f"{what}{count}\nBuilt with `palme_xt` over [x-transformers](https://github.com/lucidrains/x-transformers).",
         caption=CAPTION if config.cross_attend else "It captions no images.",
         arguments=_table("argument", config.to_dict()),
@@ -96,11 +99,12 @@ def _results(config: PalmEConfig, data: object, metrics: Mapping[str, Any]) -> l
     if data is None:
         return []
     name = _one_line(data)
+    # The hub makes a link of the type, and checks that it could be the name of a data set there. Folders could be too.
+    on_the_hub = re.fullmatch(r"hf:((?:[\w-][\w.-]*/)?[\w-][\w.-]*)(?::.*)?", name, re.ASCII)
     return [
         EvalResult(
             task_type="image-to-text" if config.cross_attend else "text-generation",
-            # The hub checks that it could be the name of a data set there; a path or a glob could not.
-            dataset_type=name if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name, re.ASCII) else "custom",
+            dataset_type=on_the_hub[1] if on_the_hub else "custom",
             dataset_name=name,
             metric_type=metric,
             metric_value=value,

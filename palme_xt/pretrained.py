@@ -30,6 +30,7 @@ WEIGHTS = "model.safetensors"
 CARD = "README.md"
 COMPANIONS = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", CARD)
 TRAINING = "training"
+UNFINISHED = "save.new"
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 LOOKS_LIKE = {
@@ -154,8 +155,10 @@ def save(
 ) -> None:
     """Write a model folder, made where it is missing.
 
-    All files are written beside those that they replace, and take their names when all of them are complete: a full
-    disk leaves the folder as it was. Other files in the folder stay.
+    All files are written into the folder `save.new` within it, and take their names when all of them are complete and
+    on the disk: a full disk or a power cut before leaves the folder as it was. Killed between two renames, it has new
+    files beside old ones, the weights last, and in `save.new` the new ones that are left; the next save removes them.
+    Other files in the folder stay.
 
     Args:
         model: its arguments and its weights are written. Tensors that share memory are written one by one.
@@ -173,21 +176,26 @@ def save(
     values = model.config.to_dict() | ({} if training is None else {TRAINING: dict(training)})
     contents = {**companions, CONFIG: json.dumps(values, indent=2).encode() + b"\n"}
     folder = Path(folder)
-    new = {name: folder / f"{name}.new" for name in (*contents, WEIGHTS)}
+    aside = folder / UNFINISHED
+    new = {name: aside / name for name in (*contents, WEIGHTS)}
     try:
+        shutil.rmtree(aside, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
         for name, content in contents.items():
             new[name].write_bytes(content)
         save_file(_apart(model.state_dict()), new[WEIGHTS], {"format": "pt"})
         shutil.copymode(new[CONFIG], new[WEIGHTS])  # safetensors 0.8 lets the owner alone read what it writes
+        for path in new.values():
+            sync(path)
         for name, path in new.items():
             path.replace(folder / name)
+        with contextlib.suppress(OSError):  # Windows opens no folders, and some file systems sync none
+            sync(folder)
     except (OSError, SafetensorError) as error:
         raise PretrainedError(f"{folder} cannot be written: {_one_line(error)}") from error
     finally:
-        for path in new.values():
-            with contextlib.suppress(OSError):
-                path.unlink()
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_files(where: object, names: Collection[str], required: Collection[str] = (CONFIG, WEIGHTS)) -> None:
@@ -220,6 +228,15 @@ def _check_folder(folder: str | os.PathLike[str], *required: str) -> None:
 
 def _names(folder: str | os.PathLike[str]) -> list[str]:
     return [path.name for path in Path(folder).iterdir() if path.is_file()] if Path(folder).is_dir() else []
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _apart(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

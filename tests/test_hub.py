@@ -202,6 +202,34 @@ def test_a_full_disk_leaves_the_old_files(folder: Path) -> None:
     assert (folder / WEIGHTS).read_bytes() != before[WEIGHTS]
 
 
+def test_files_are_on_the_disk_before_they_take_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[int | str] = []
+
+    def fsync(descriptor: int) -> None:
+        events.append(os.fstat(descriptor).st_ino)
+
+    def replace(path: Path, target: Path) -> None:
+        events.append(target.name)
+        os.replace(path, target)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    pretrained.save(hub(), tmp_path, TRAINING, OTHER_FILES)
+    names = [*OTHER_FILES, CONFIG, WEIGHTS]
+    files = [(tmp_path / name).stat().st_ino for name in names]
+    assert events == [*files, *names, tmp_path.stat().st_ino]
+
+
+def test_what_a_killed_save_has_left_is_removed(folder: Path) -> None:
+    (folder / "save.new").mkdir()
+    (folder / "save.new" / ".tmpweights").write_bytes(b"half")
+    names = {path.name for path in folder.iterdir()}
+    hub(seed=1).save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == names - {"save.new"}
+    assert same(PalmE.from_pretrained(folder), hub(seed=1))
+    assert not same(PalmE.from_pretrained(folder), hub())
+
+
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     model = hub()
     (tmp_path / "file").touch()
@@ -482,6 +510,38 @@ def test_what_is_pushed(uploads: list[tuple[str, dict[str, bytes]]], tmp_path: P
     assert (result.dataset_name, result.metric_type, result.metric_value) == ("digits", "loss", 0.5)
 
 
+def test_a_card_is_made_anew_from_arguments(tmp_path: Path) -> None:
+    pretrained.save(hub(), tmp_path / "run", TRAINING, OTHER_FILES)
+    model = PalmE.from_pretrained(tmp_path / "run")
+    model.save_pretrained(tmp_path / "one")
+    assert (tmp_path / "one" / "README.md").read_bytes() == OTHER_FILES["README.md"]
+    model.save_pretrained(tmp_path / "two", model_card_kwargs={"metrics": {"loss": 0.5}})
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert card == str(model.generate_model_card({"loss": 0.5})) != str(model.generate_model_card())
+    assert rows(ModelCard(card), "Metrics") == {"loss": "0.5"}
+    assert (tmp_path / "two" / "tokenizer.json").read_bytes() == OTHER_FILES["tokenizer.json"]
+    model.save_pretrained(tmp_path / "one", model_card_kwargs={"metrics": {"loss": 0.5}})
+    assert (tmp_path / "one" / "README.md").read_bytes() == OTHER_FILES["README.md"]  # one that is there stays
+    assert model.companions == OTHER_FILES
+
+
+@pytest.mark.parametrize(("repo_id", "named"), [("me/name", "me/name"), ("name", "NAME")])
+def test_a_pushed_card_names_its_repository(
+    repo_id: str, named: str, uploads: list[tuple[str, dict[str, bytes]]], tmp_path: Path
+) -> None:
+    model = hub()
+    model.push_to_hub(repo_id)
+    model.companions = OTHER_FILES
+    model.push_to_hub(repo_id, model_card_kwargs={"metrics": {"loss": 0.5}})
+    model.push_to_hub(repo_id)
+    model.save_pretrained(tmp_path / "saved", repo_id=repo_id, push_to_hub=True, model_card_kwargs={})
+    cards = [files["README.md"].decode() for _, files in uploads]
+    for card in cards[0], cards[1], cards[3]:
+        assert re.findall(r'from_pretrained\("(.*)"\)', card) == [named]
+    assert ["| loss | 0.5 |" in card for card in cards] == [False, True, False, False]
+    assert cards[2].encode() == OTHER_FILES["README.md"]
+
+
 def metadata(card: ModelCard) -> Any:
     """What its YAML says; the library's types do not know its fields."""
     return card.data
@@ -503,7 +563,7 @@ def test_a_card_of_all_that_is_known() -> None:
     results = {result.metric_type: result.metric_value for result in metadata(card).eval_results}
     assert results == {"held_out_exact_match": 0.972, "held_out_loss": 0.03}
     assert {(result.dataset_type, result.dataset_name) for result in metadata(card).eval_results} == {
-        ("digits", "digits")
+        ("custom", "digits")
     }
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     assert rows(card, "Arguments") == {name: str(value) for name, value in config.to_dict().items()}
@@ -533,7 +593,13 @@ def test_a_card_of_a_model_that_sees_nothing() -> None:
 @pytest.mark.parametrize(
     ("data", "kind", "shown"),
     [
-        ("user/pictures-1.0", "user/pictures-1.0", "user/pictures-1.0"),
+        ("hf:user/pictures-1.0", "user/pictures-1.0", "hf:user/pictures-1.0"),
+        ("hf:user/pictures-1.0:small set/2", "user/pictures-1.0", "hf:user/pictures-1.0:small set/2"),
+        ("hf:beans", "beans", "hf:beans"),
+        ("hf:a/b/c", "custom", "hf:a/b/c"),
+        ("hf:", "custom", "hf:"),
+        ("user/pictures", "custom", "user/pictures"),
+        ("pictures", "custom", "pictures"),
         ("a|b/*.tar", "custom", r"a\|b/\*.tar"),
         ("{x}\n---\n# <b>", "custom", r"{x} --- # \<b>"),
         ("a: [1, &x", "custom", r"a: \[1, &x"),
