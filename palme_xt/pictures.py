@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
+import os
 import re
 import textwrap
 import warnings
@@ -145,10 +147,10 @@ def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) 
         maps: `(number of words, rows, columns)`, the share of attention of each patch, as
             `palme_xt.attention_maps.word_maps` returns them. Each panel is coloured from 0 to its own largest share,
             which is written above it.
-        path: of the PNG.
+        path: of the PNG, ending in .png.
 
     Raises:
-        ValueError: `maps` has the wrong shape.
+        ValueError: `maps` has the wrong shape, or `path` another ending.
         OSError: `path` cannot be written.
     """
     if maps.ndim != 3 or len(maps) != len(words):
@@ -156,6 +158,8 @@ def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) 
             f"maps has shape {tuple(maps.shape)}, must be (number of words, rows, columns) for {len(words)} words: "
             "pass what word_maps returns"
         )
+    if not path.name.lower().endswith(".png"):
+        raise ValueError(f"path={path} must end in .png: no other format is written")
     count = 1 + len(words)
     side = SIDE if count <= 12 else SMALLER_SIDE
     columns = min(count, max(5, math.ceil(math.sqrt(1.3 * count))))
@@ -277,6 +281,8 @@ def _plot(axes: Axes, steps: list[float], values: list[float], color: str, label
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG whole or not at all."""
+    if path.is_dir():  # '', '.' and '/' have no name to write beside
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=DPI)
     new = path.with_name(path.name + ".new")

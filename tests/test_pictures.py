@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,24 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.rglob("*")) == ["file", "folder"]
     draw_loss([], tmp_path / "file")
     assert (tmp_path / "file").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_a_path_without_a_name(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IsADirectoryError, match=rf"Is a directory: '{re.escape(path or '.')}'$"):
+        draw_loss([], Path(path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["at.jpg", "at", "at.png.gz", "."])
+def test_attention_is_a_png(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^path={re.escape(name)} must end in \.png: no other format is written$"):
+        draw_attention(torch.rand(1, 8, 8), [], torch.rand(0, 2, 2), Path(name))
+    assert not list(tmp_path.iterdir())
+    draw_attention(torch.rand(1, 8, 8), [], torch.rand(0, 2, 2), Path("at.PNG"))
+    assert read(tmp_path / "at.PNG").size
 
 
 def test_a_failed_write_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
