@@ -47,6 +47,9 @@ class Source(Protocol):
     def first_epoch(self, numbers: range) -> int:
         """How many of these rows have not been there before."""
 
+    def fingerprint(self) -> str:
+        """What tells these rows from others: a resumed training compares it; '' where only reading all would tell."""
+
 
 @dataclass(frozen=True)
 class Batch:

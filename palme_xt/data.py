@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import glob
+import hashlib
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from palme_xt.batches import DataError, Defect, Example, Source
 from palme_xt.config import PalmEConfig
+from palme_xt.opening import SHARD_IMAGES, columns_of, open_splits, reading
+from palme_xt.options import check_types
 from palme_xt.preprocessing import ImageError, MissingImageError, Preprocessing
 from palme_xt.tokenizer import Tokenizer
 
 DIGITS = "digits"
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
+IMAGE_COLUMNS = ("image", *SHARD_IMAGES)
 TEXT_COLUMNS = ("text", "caption", "txt")
 HELD_OUT_SHARE = 0.1
 HELD_OUT_OF_A_STREAM = 500
 KEPT_BYTES = 2**28
+NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "streaming", "strict")
 
 MISSING, BROKEN, EMPTY, TOO_LONG = "missing image", "broken image", "empty caption", "caption longer than the model"
 
@@ -33,21 +36,25 @@ class Data:
 
     Args:
         data: `digits`: scenes of handwritten digits, drawn on the fly. DIR: a folder of images with `metadata.jsonl` or
-            `metadata.csv` (columns `file_name` and `text`), or of parquet files, or of webdataset shards. A file or a
-            quoted pattern such as `'shards/*.tar'`. `hf:NAME` or `hf:NAME:CONFIG`: a data set on the hub.
+            `metadata.csv` (columns `file_name` and `text`), or of parquet files, or of webdataset shards, or one that
+            `save_to_disk` wrote. A file or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or `hf:NAME:CONFIG`: a
+            data set on the hub. Paths are relative to the working directory.
         held_out: what to evaluate on: a split of the data (`validation`), a share of its rows (0.1) or a number of rows
             (500). Default: the data's own `validation` or `test`, else a share of 0.1; of a stream, the first 500 rows.
-        image_column: column of the images (default: the one of image type, or `image`, `jpg`, `png` or `webp`).
+        image_column: column of the images (default: `image`, `jpg`, `jpeg`, `png`, `webp`, or the one of image type; of
+            webdataset shards, in each row the first of these that it has).
         text_column: column of the captions (default: `text`, `caption` or `txt`).
-        streaming: read the data as they are needed instead of preparing all of them first. Every process reads the
-            whole stream, and decodes its own share.
+        streaming: read the data as they are needed instead of preparing all of them first; may stand alone. Every
+            process, and each of its `num_workers`, reads the whole stream from its start and decodes its own share; so
+            does a resumed run.
         shuffle_buffer: rows among which a stream is shuffled; other data are shuffled as a whole.
         num_workers: processes that read ahead, for each training process; 0: none. Each keeps up to 256 MiB of decoded
             pictures in memory, unless they are streamed.
-        strict: stop at the first row that cannot be learned from, instead of skipping and counting such rows.
+        strict: stop at the first row that cannot be learned from, instead of skipping and counting such rows; may stand
+            alone.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a value of another type or out of its range, or one that has no effect on `digits`.
     """
 
     data: str = DIGITS
@@ -60,6 +67,13 @@ class Data:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if self.data == DIGITS and option.name in NOT_OF_DIGITS and value != option.default:
+                raise ValueError(
+                    f"{option.name}={value} has no effect with data={DIGITS}, whose scenes are drawn: leave it out"
+                )
         for name, least in ("shuffle_buffer", 1), ("num_workers", 0):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
@@ -70,13 +84,14 @@ class Reader:
     """Rows of a data set to examples, or to what is wrong with them.
 
     Args:
-        image_column, text_column: of the rows.
+        image_columns: of the rows; the image is in the first of them that is not None.
+        text_column: of the rows.
         preprocessing: of the images.
         tokenizer: of the captions.
         max_seq_len: tokens that a caption may have, BOS and EOS included.
     """
 
-    image_column: str
+    image_columns: tuple[str, ...]
     text_column: str
     preprocessing: Preprocessing
     tokenizer: Tokenizer
@@ -88,12 +103,13 @@ class Reader:
         Raises:
             DataError: its caption is no text, or its image no image: the columns are not what they should be.
         """
-        image, caption = row[self.image_column], row[self.text_column]
+        image = next((row[column] for column in self.image_columns if row[column] is not None), None)
+        caption = row[self.text_column]
         name = _name(image, row) or f"row {number}"
         if not isinstance(caption, str | None):
-            raise DataError(
-                f"text_column={self.text_column} holds {type(caption).__name__}, must hold text: name another column"
-            )
+            rule = "text: one caption a row; name" if isinstance(caption, list) else "text: name"
+            found = type(caption).__name__
+            raise DataError(f"text_column={self.text_column} holds {found}, must hold {rule} another column")
         if not caption or not caption.strip():
             return Defect(EMPTY, f"{name} has no caption", name)
         ids = self.tokenizer.encode(caption)
@@ -117,9 +133,8 @@ class Reader:
         if path is None:
             raise MissingImageError(f"{name} has no image")
         if not isinstance(path, str):
-            raise DataError(
-                f"image_column={self.image_column} holds {type(image).__name__}, must hold images: name another column"
-            )
+            column, found = "/".join(self.image_columns), type(image).__name__
+            raise DataError(f"image_column={column} holds {found}, must hold images: name another column")
         if "://" not in path:
             return path
         import fsspec
@@ -134,12 +149,12 @@ class Reader:
 
 
 class Rows:
-    """Rows that can be read in any order, shuffled anew in each epoch; or in their own order, without a seed.
+    """Rows of a `datasets.Dataset` or a list, shuffled anew in each epoch; or in their own order, without a seed.
 
     In shuffled order, pictures are kept once they are decoded, up to `KEPT_BYTES`.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], reader: Reader, seed: int | None = None) -> None:
+    def __init__(self, rows: Any, reader: Reader, seed: int | None = None) -> None:
         self.rows, self.reader, self.seed = rows, reader, seed
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._kept: dict[int, Example | Defect] = {}
@@ -155,7 +170,9 @@ class Rows:
     def _row(self, place: int) -> Example | Defect:
         row = self._kept.get(place)
         if row is None:
-            row = self.reader(self.rows[place], place)
+            with reading(f"data cannot be read at row {place}"):
+                content = self.rows[place]
+            row = self.reader(content, place)
             if isinstance(row, Example) and row.img.nbytes <= self._room:
                 self._kept[place], self._room = row, self._room - row.img.nbytes
         return row
@@ -163,6 +180,17 @@ class Rows:
     def first_epoch(self, numbers: range) -> int:
         """As `Source.first_epoch`."""
         return max(0, min(len(numbers), len(self.rows) - numbers.start))
+
+    def fingerprint(self) -> str:
+        """As `Source.fingerprint`: of how many rows there are, and of their captions in order."""
+        column = self.reader.text_column
+        digest = hashlib.sha256(f"{len(self.rows)}\n".encode())
+        with reading("data cannot be read"):
+            texts: Any = [self.rows] if isinstance(self.rows, list) else self.rows.select_columns([column]).iter(1000)
+            for part in texts:
+                captions = part[column] if isinstance(part, dict) else [row[column] for row in part]
+                digest.update("".join(json.dumps(caption, default=repr) + "\n" for caption in captions).encode())
+        return digest.hexdigest()
 
     def _place(self, number: int) -> int:
         epoch, place = divmod(number, len(self.rows))
@@ -200,15 +228,24 @@ class Stream:
         end = self._epoch_starts[1] if len(self._epoch_starts) > 1 else math.inf
         return sum(number < end for number in numbers)
 
+    def fingerprint(self) -> str:
+        """As `Source.fingerprint`: not known."""
+        return ""
+
     def _endless(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         while True:
             epoch, read = len(self._epoch_starts) - 1, 0
             self.stream.set_epoch(epoch)
             # Not `iter(stream)`, which gives each worker of a DataLoader other rows: all read the same here, and keep
             # those of their own numbers.
-            for place, row in enumerate(self.stream.iter(batch_size=1)):
+            rows = self.stream.iter(batch_size=1)
+            while True:
+                with reading(f"data cannot be read after {read} rows of the stream"):
+                    row = next(rows, None)
+                if row is None:
+                    break
                 read += 1
-                yield place, {name: value[0] for name, value in row.items()}
+                yield read - 1, {name: value[0] for name, value in row.items()}
             if not read:
                 raise DataError("held_out takes all rows of the stream, must leave some: give a smaller --held_out")
             self._epoch_starts.append(self._number)
@@ -217,12 +254,14 @@ class Stream:
 def load_data(
     data: Data, config: PalmEConfig, preprocessing: Preprocessing, tokenizer: Tokenizer, *, seed: int, held_out: int
 ) -> tuple[Source, Rows]:
-    """Rows to train on, and at most `held_out` rows to evaluate on. None is in both, if none is in the data twice.
+    """Rows to train on, and rows to evaluate on. None is in both, if none is in the data twice.
+
+    Of a split to evaluate on, at most `held_out` rows are taken: a sample, always the same, or the first of a stream.
 
     Raises:
         DataError: the data cannot be loaded, or have not the columns or splits that were asked for.
     """
-    splits = _load(data)
+    splits = open_splits(data.data, data.streaming)
     name = "train" if "train" in splits else next(iter(splits))
     if name != "train" and len(splits) > 1:
         raise DataError(f"data={data.data} has the splits {', '.join(splits)}, must have one named train, or only one")
@@ -231,58 +270,25 @@ def load_data(
     wanted = data.held_out or own
     if wanted is not None and wanted in splits and wanted != name:
         evaluated = splits[wanted]
-        if data.streaming:
-            evaluated = evaluated.take(held_out)
+        if not data.streaming and len(evaluated) > held_out:  # where rows are sorted, the first are all of a kind
+            evaluated = evaluated.select(_shuffled(len(evaluated))[:held_out].numpy())
     elif data.streaming:
         count = _held_out_rows(wanted or str(HELD_OUT_OF_A_STREAM), None, splits)
         evaluated, train = train.take(count), train.skip(count)
     else:
         count = _held_out_rows(wanted or str(HELD_OUT_SHARE), len(train), splits)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        order = _shuffled(len(train))
         evaluated, train = train.select(order[:count].numpy()), train.select(order[count:].sort().values.numpy())
-    image, text = _columns(data, train)
-    reader = Reader(image, text, preprocessing, tokenizer, config.max_seq_len)
-    train, evaluated = (_undecoded(rows, image, text, data) for rows in (train, evaluated))
-    rows = Rows(list(evaluated.take(held_out)) if data.streaming else evaluated, reader)
+    images, text = _columns(data, train)
+    reader = Reader(images, text, preprocessing, tokenizer, config.max_seq_len)
+    train, evaluated = (_undecoded(rows, images, text, data) for rows in (train, evaluated))
+    with reading(f"data={data.data} cannot be read"):
+        rows = Rows(list(evaluated.take(held_out)) if data.streaming else evaluated, reader)
     if not len(rows):
         raise DataError(f"data={data.data} has no held-out rows: name another split or number with --held_out")
     if not data.streaming:
         return Rows(train, reader, seed), rows
     return Stream(train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer), reader), rows
-
-
-def _load(data: Data) -> Mapping[str, Any]:
-    from datasets import load_dataset
-
-    name = data.data
-    arguments: tuple[str | None, ...]
-    keywords: dict[str, Any] = {}
-    if name.startswith("hf:"):
-        repository, _, configuration = name[3:].partition(":")
-        arguments = repository, configuration or None
-    elif Path(name).is_dir():
-        described = any(path.stem == "metadata" for path in Path(name).rglob("metadata.*"))
-        arguments = ("imagefolder",) if described else (name,)
-        keywords = {"data_dir": name} if described else {}
-    else:
-        files = sorted(glob.glob(name))
-        builder = BUILDERS.get(Path(name).suffix)
-        if not files:
-            raise DataError(f"data={name} is not there: give a folder, a file, a quoted pattern, or hf:NAME of the hub")
-        if builder is None:
-            raise DataError(f"data={name} must end in {' or '.join(BUILDERS)}, or be a folder of images")
-        arguments, keywords = (builder,), {"data_files": {"train": files}}
-    loaded: Mapping[str, Any]
-    try:
-        loaded = load_dataset(*arguments, **keywords, streaming=data.streaming)
-    except Exception as error:  # the library, and what it reads with, raise what they like
-        cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise DataError(f"data={name} cannot be loaded: {reason}") from error
-    for split, rows in loaded.items():
-        if not data.streaming and not len(rows):
-            raise DataError(f"data={name} has no rows in its split {split}: leave it out, or fill it")
-    return loaded
 
 
 def _held_out_rows(wanted: str, rows: int | None, splits: Mapping[str, Any]) -> int:
@@ -304,33 +310,43 @@ def _held_out_rows(wanted: str, rows: int | None, splits: Mapping[str, Any]) -> 
     return min(rows - 1, max(1, round(number * rows))) if share else int(number)
 
 
-def _columns(data: Data, rows: Any) -> tuple[str, str]:
+def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], str]:
     from datasets import Image
 
-    features = dict(rows.features or next(iter(rows.take(1)), {}))
+    features = columns_of(rows, data.data)
     pictures = [name for name, feature in features.items() if isinstance(feature, Image)]
-    image = data.image_column or next((name for name in [*pictures, *IMAGE_COLUMNS] if name in features), None)
+    usual = [name for name in IMAGE_COLUMNS if name in (pictures or features)]
+    if not (data.image_column or usual) and len(pictures) > 1:
+        raise DataError(f"data={data.data} has the image columns {', '.join(pictures)}: name one with --image_column")
+    images = [data.image_column] if data.image_column else usual or pictures
     text = data.text_column or next((name for name in TEXT_COLUMNS if name in features), None)
-    for option, column in ("image_column", image), ("text_column", text):
+    for option, column in ("image_column", images[0] if images else None), ("text_column", text):
         if column not in features:
             found = "which is not a column" if column else "no usual name is"
             raise DataError(
                 f"{option}={column}, {found} of {data.data}, which has {', '.join(features)}: name one with --{option}"
             )
-    return str(image), str(text)
+    # Rows of webdataset shards need not all have the same kind of image.
+    return tuple(images if "__key__" in features else images[:1]), str(text)
 
 
-def _undecoded(rows: Any, image_column: str, text_column: str, data: Data) -> Any:
+def _undecoded(rows: Any, images: tuple[str, ...], text: str, data: Data) -> Any:
     """Only what is needed, and images as paths or bytes: what is broken is found out as captioning finds it out."""
     from datasets import Image
 
-    columns = list(rows.features or next(iter(rows.take(1)), {}))
-    if missing := {image_column, text_column} - set(columns):
+    columns = columns_of(rows, data.data)
+    needed = [*images, text]
+    if missing := set(needed) - set(columns):
         raise DataError(f"data={data.data} has held-out rows without {', '.join(sorted(missing))}: name another split")
-    rows = rows.select_columns([name for name in (image_column, text_column, "__key__") if name in columns])
-    if isinstance((rows.features or {}).get(image_column), Image):
-        rows = rows.cast_column(image_column, Image(decode=False))
+    rows = rows.select_columns([*needed, *({"__key__"} & set(columns) - set(needed))])
+    for name in images:
+        if isinstance(columns[name], Image):
+            rows = rows.cast_column(name, Image(decode=False))
     return rows
+
+
+def _shuffled(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def _name(image: Any, row: Mapping[str, Any]) -> str | None:

@@ -105,6 +105,10 @@ class VocabularyTokenizer:
         self.eos: int = tokenizer.token_to_id(self.eos_token)
         self.num_tokens: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True  # which the library does not pickle
+
     def encode(self, text: str) -> list[int]:
         """Token ids: BOS, the text, EOS."""
         return [self.bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, self.eos]

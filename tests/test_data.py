@@ -68,20 +68,38 @@ def as_parquet(folder: Path, to: Path) -> str:
     return f"{to}/part-*.parquet"
 
 
+def write_shard(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
 def as_webdataset(folder: Path, to: Path) -> str:
     to.mkdir()
     for part in range(2):
-        with tarfile.open(to / f"{part}.tar", "w") as tar:
-            for number in range(part, COUNT, 2):
-                for name, data in (f"{number}.png", content(number)), (f"{number}.txt", picture(number)[1].encode()):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        numbers = range(part, COUNT, 2)
+        pairs = [((f"{n}.png", content(n)), (f"{n}.txt", picture(n)[1].encode())) for n in numbers]
+        write_shard(to / f"{part}.tar", [member for pair in pairs for member in pair])
     return f"{to}/*.tar"
 
 
+def as_saved(folder: Path, to: Path) -> str:
+    load_dataset("imagefolder", data_dir=str(folder))["train"].save_to_disk(to)
+    return str(to)
+
+
+def as_saved_splits(folder: Path, to: Path) -> str:
+    load_dataset("imagefolder", data_dir=str(folder)).save_to_disk(to)
+    return str(to)
+
+
+SAVES = [as_saved, as_saved_splits]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("write", [lambda folder, to: str(folder), as_csv, as_parquet, as_webdataset])
+@pytest.mark.parametrize("write", [lambda folder, to: str(folder), as_csv, as_parquet, as_webdataset, *SAVES])
 def test_every_format_gives_every_row_once(write: Any, streaming: bool, folder: Path, tmp_path: Path) -> None:
     data = Data(write(folder, tmp_path / "other"), held_out="6", streaming=streaming)
     source, held_out, count = load(data)
@@ -251,6 +269,9 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     [
         ({"data": "{folder}/none"}, r"data=\S+/none is not there: give a folder, a file, a quoted pattern, or hf:NAME"),
         ({"data": "{folder}/000.png"}, r"data=\S+/000.png must end in .parquet or .tar, or be a folder of images"),
+        ({"data": ""}, r"data='' is not there: give a folder, a file, a quoted pattern, or hf:NAME of the hub"),
+        ({"data": "hf:"}, "data=hf: names no data set: give hf:NAME or hf:NAME:CONFIG"),
+        ({"data": "hf::small"}, "data=hf::small names no data set: give hf:NAME or hf:NAME:CONFIG"),
         ({"image_column": "photo"}, r"image_column=photo, which is not a column of \S+, which has image, text: .*"),
         ({"text_column": "alt"}, r"text_column=alt, which is not a column of \S+, which has image, text: .*"),
         ({"held_out": "half"}, r"held_out=half must be a split other than the trained one \(train\), a share below 1,"),
@@ -302,5 +323,208 @@ def test_folders_that_hold_no_captions(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data=\S+pictures cannot be loaded: .*"):
         load(Data(str(folder)))
     (folder / "metadata.jsonl").unlink()
-    with pytest.raises(DataError, match=r"text_column=None, no usual name is of .*, which has image: name one with"):
-        load(Data(str(folder)))
+    (folder / "metadata.json").write_text("[]")  # which says nothing to `datasets`
+    for streaming in False, True:
+        message = (
+            r"data=\S+pictures holds images without captions, must have a metadata.jsonl or metadata.csv with the "
+        )
+        with pytest.raises(DataError, match=message + "columns file_name and text: add one"):
+            load(Data(str(folder), streaming=streaming))
+
+
+NAMES = ["train.png", "test-tube.png", "val.png", "train/0.png", "test/a/1.png", "[2] x.png"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_names_of_pictures_are_no_splits(suffix: str, streaming: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures [all]"
+    rows = {"file_name": NAMES, "text": [picture(number)[1] for number in range(len(NAMES))]}
+    for number, name in enumerate(NAMES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content(number))
+    getattr(Dataset.from_dict(rows), {"jsonl": "to_json"}.get(suffix, f"to_{suffix}"))(folder / f"metadata.{suffix}")
+    source, held_out, _ = load(Data(str(folder), held_out="1", streaming=streaming))
+    found = captions(source, range(len(NAMES) - 1)) + captions(held_out, range(1))
+    assert sorted(found) == sorted(rows["text"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_named_metadata_make_no_image_folder(streaming: bool, folder: Path, tmp_path: Path) -> None:
+    as_parquet(folder, tmp_path / "parquet")
+    (tmp_path / "parquet" / "metadata.json").write_text("{}")
+    source, held_out, _ = load(Data(str(tmp_path / "parquet"), held_out="6", streaming=streaming))
+    assert sorted(captions(source, range(COUNT - 6)) + captions(held_out, range(6))) == everything()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_are_found_by_name_before_pattern_and_in_sub_folders(
+    streaming: bool, folder: Path, tmp_path: Path
+) -> None:
+    as_webdataset(folder, tmp_path / "a")
+    (tmp_path / "a" / "1.tar").rename(tmp_path / "x[1].tar")
+    (tmp_path / "a" / "b").mkdir()
+    (tmp_path / "a" / "0.tar").rename(tmp_path / "a" / "b" / "x1.tar")
+    for name, first in ("x[1].tar", 1), ("**/x1.tar", 0):
+        source, held_out, _ = load(Data(f"{tmp_path}/{name}", held_out="1", streaming=streaming))
+        found = captions(source, range(14)) + captions(held_out, range(1))
+        assert sorted(found) == sorted(picture(number)[1] for number in range(first, COUNT, 2))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("as_folder", [False, True])
+@pytest.mark.parametrize("kinds", [["png", "jpg"] * 5, ["png"] * 7 + ["jpg"] * 3])
+def test_shards_may_mix_kinds_of_images(kinds: list[str], as_folder: bool, streaming: bool, tmp_path: Path) -> None:
+    members = []
+    for number, kind in enumerate(kinds):
+        members += [(f"{number}.{kind}", content(number)), (f"{number}.txt", picture(number)[1].encode())]
+    write_shard(tmp_path / "x.tar", members)
+    data = Data(str(tmp_path if as_folder else tmp_path / "x.tar"), held_out="1", streaming=streaming)
+    source, held_out, _ = load(data)
+    found = captions(source, range(9)) + captions(held_out, range(1))
+    assert sorted(found) == sorted(picture(number)[1] for number in range(10))
+
+
+def test_one_of_several_image_columns(tmp_path: Path) -> None:
+    columns = {"mask": [5, 6, 7], "photo": [8, 9, 10], "png": [0, 1, 2]}
+    images = {name: [{"bytes": content(n), "path": None} for n in numbers] for name, numbers in columns.items()}
+    texts = [picture(number)[1] for number in range(3)]
+    for names in ["mask", "photo"], list(columns):
+        features = Features({name: Image() for name in names} | {"text": Value("string")})
+        rows = {name: images[name] for name in names} | {"text": texts}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{len(names)}.parquet")
+    with pytest.raises(DataError, match=r"data=\S+ has the image columns mask, photo: name one with --image_column"):
+        load(Data(str(tmp_path / "2.parquet"), held_out="1"))
+    (row,) = load(Data(str(tmp_path / "3.parquet"), held_out="1"))[0].read(range(1))
+    assert isinstance(row, Example)
+    number = texts.index(row.caption)
+    assert torch.equal(row.img, Preprocessing.for_pictures(CONFIG).pixels(picture(number)[0]))
+
+
+def test_a_list_of_captions_is_no_caption(tmp_path: Path) -> None:
+    rows = {"image": [content(0)] * 3, "text": [["a", "b"]] * 3}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
+    for streaming in False, True:
+        source, _, _ = load(Data(str(tmp_path / "x.parquet"), held_out="1", streaming=streaming))
+        with pytest.raises(
+            DataError, match="text_column=text holds list, must hold text: one caption a row; name another"
+        ):
+            source.read(range(1))
+
+
+def damaged(kind: str, folder: Path) -> str:
+    """Data whose first rows are well, and the last are not."""
+    members = []
+    for number in range(20):
+        text = b"\xff" if kind == "text" and number == 19 else picture(number)[1].encode()
+        members += [(f"{number:02}.png", content(number)), (f"{number:02}.txt", text)]
+    if kind == "parquet":
+        table = pa.table({"image": [content(n) for n in range(20)], "text": [picture(n)[1] for n in range(20)]})
+        pa.parquet.write_table(table, folder / "x.parquet", row_group_size=2, use_dictionary=False)
+        place = pyarrow.parquet.read_metadata(folder / "x.parquet").row_group(9).column(0).data_page_offset
+        with open(folder / "x.parquet", "r+b") as file:
+            file.seek(place)
+            file.write(b"\xff" * 60)
+        return str(folder / "x.parquet")
+    write_shard(folder / "x.tar", members)
+    if kind == "tar":
+        (folder / "x.tar").write_bytes((folder / "x.tar").read_bytes()[:-14000])
+    return str(folder / "x.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "cause"), [("text", "UnicodeDecodeError"), ("tar", "ReadError"), ("parquet", "OSError")]
+)
+def test_streams_that_break_off(kind: str, cause: str, workers: int, tmp_path: Path) -> None:
+    data = Data(damaged(kind, tmp_path), held_out="1", streaming=True, shuffle_buffer=2)
+    source, _, _ = load(data)
+    with pytest.raises(DataError, match=rf"data cannot be read after \d+ rows of the stream: {cause}: .+") as error:
+        list(load_batches(source, range(9), Share(4), CONFIG, workers))
+    assert "\n" not in str(error.value)
+    assert (error.value.__cause__ is None) == bool(workers)
+    with pytest.raises(DataError, match=rf"data=\S+ cannot be read: {cause}: .+"):
+        load(Data(data.data, held_out="20", streaming=True))
+    with pytest.raises(DataError, match=rf"data=\S+ cannot be loaded: {cause}: .+"):
+        load(Data(data.data, held_out="1"))
+
+
+def test_errors_of_our_own_are_no_data_errors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr("palme_xt.data.Reader.__call__", fail)
+    for streaming in False, True:
+        source, _, _ = load(Data(str(folder), held_out="6", streaming=streaming))
+        with pytest.raises(KeyError, match="a mistake"):
+            source.read(range(1))
+
+
+def test_rows_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _, _ = load(Data(str(folder), held_out="6"))
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk\nis gone")
+
+    monkeypatch.setattr(Dataset, "__getitem__", fail)
+    with pytest.raises(DataError, match=r"data cannot be read at row \d+: OSError: the disk$"):
+        source.read(range(1))
+
+
+def test_the_sample_of_a_split_is_seeded(folder: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", 5)
+    write_folder(tmp_path / "validation", COUNT)
+    _, rows, count = load(Data(str(tmp_path)), held_out=8)
+    assert count == 8
+    sample = captions(rows, range(8))
+    assert len(set(sample)) == 8
+    assert set(sample) <= set(everything())
+    assert set(sample) != {picture(number)[1] for number in range(8)}
+    assert captions(load(Data(str(tmp_path)), seed=1, held_out=8)[1], range(8)) == sample
+    _, rows, count = load(Data(str(tmp_path)), held_out=COUNT)
+    assert captions(rows, range(count)) == [picture(number)[1] for number in range(COUNT)]
+    _, rows, count = load(Data(str(tmp_path), streaming=True), held_out=8)
+    assert captions(rows, range(count)) == [picture(number)[1] for number in range(8)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fingerprints_are_those_of_the_captions(streaming: bool, tmp_path: Path) -> None:
+    def prints(texts: list[str | None]) -> tuple[str, str]:
+        table = pa.table({"image": [content(0)] * len(texts), "text": pa.array(texts, pa.string())})
+        pa.parquet.write_table(table, tmp_path / "x.parquet")
+        source, rows, _ = load(Data(str(tmp_path / "x.parquet"), held_out="3", streaming=streaming))
+        return source.fingerprint(), rows.fingerprint()
+
+    texts: list[str | None] = [f"caption {number}" for number in range(1200)]
+    found = prints(texts)
+    assert found == prints(texts)
+    assert all(len(print_) == 64 for print_ in found[streaming:])
+    assert (found[0] == "") == streaming
+    others: list[list[str | None]] = [[*texts, "more"], texts[:-1], [*texts[:-1], "other"], [None, *texts[1:]]]
+    others += [["None", *texts[1:]], texts[1::-1] + texts[2:], [f"{texts[0]}{texts[1]}", "", *texts[2:]]]
+    seen = {found, *map(prints, others)}
+    # Of a stream, what is held out is the first rows, and all that is known.
+    assert len(seen) == (5 if streaming else 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": "5"}, "held_out=5 has no effect with data=digits, whose scenes are drawn: leave it out"),
+        ({"image_column": "x"}, "image_column=x has no effect with data=digits, whose .*"),
+        ({"text_column": "x"}, "text_column=x has no effect with data=digits, whose .*"),
+        ({"streaming": True}, "streaming=True has no effect with data=digits, whose .*"),
+        ({"strict": True}, "strict=True has no effect with data=digits, whose .*"),
+        ({"shuffle_buffer": "x"}, "shuffle_buffer='x' must be an int"),
+        ({"num_workers": True}, "num_workers=True must be an int"),
+        ({"num_workers": 1.0}, "num_workers=1.0 must be an int"),
+        ({"data": None}, "data=None must be text"),
+        ({"data": "x", "held_out": 5}, "held_out=5 must be text or None"),
+        ({"data": "x", "strict": 1}, "strict=1 must be true or false"),
+        ({"data": "x", "streaming": "true"}, "streaming='true' must be true or false"),
+    ],
+)
+def test_options_that_are_none(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Data(**options)
+    assert Data(num_workers=0, shuffle_buffer=9).data == "digits"

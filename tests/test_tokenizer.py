@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -315,6 +316,15 @@ def test_files_make_the_same_tokenizer(kind: str, files: dict[str, Path], tmp_pa
 def test_bytes_need_no_files(tmp_path: Path) -> None:
     assert ByteTokenizer().files() == {}
     assert isinstance(read_tokenizer(tmp_path), ByteTokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_workers_that_are_spawned_have_the_same_tokenizer(kind: str, files: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(str(files[kind]))
+    text = f"the cat {KINDS[kind][2]} sat"
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode(text) == tokenizer.encode(text)
+    assert again.files() == tokenizer.files()
 
 
 @pytest.mark.parametrize("as_object", [False, True])
