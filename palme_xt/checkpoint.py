@@ -185,10 +185,9 @@ def _read(path: Path, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name, tensor in load_file(path).items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        if values["format"] != FORMAT:
-            raise RunError(
-                f"{path} is of format {values['format']}, must be {FORMAT}: resume with the version it is from"
-            )
-    except (safetensors.SafetensorError, KeyError) as error:
+        format_ = values["format"]
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is no checkpoint that can be read: {error}") from error
+    if format_ != FORMAT:
+        raise RunError(f"{path} is of format {format_}, must be {FORMAT}: resume with the version it is from")
     return values

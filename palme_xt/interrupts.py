@@ -5,19 +5,31 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
+
+SECONDS = 2.0
 
 
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, once; whichever comes second does what it did before."""
+    """An event that SIGINT or SIGTERM sets; one that comes more than `SECONDS` later does what it did before.
+
+    Those that come sooner are the same wish, told twice: by the terminal or the job, and by the launcher.
+    """
     told = threading.Event()
     before: dict[int, Any] = {}
+    first = 0.0
 
     def tell(number: int, frame: object) -> None:
-        told.set()
-        restore()
+        nonlocal first
+        if not told.is_set():
+            told.set()
+            first = time.monotonic()
+        elif time.monotonic() > first + SECONDS:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         while before:

@@ -12,17 +12,19 @@ loss.png                  the loss curve
 parity.safetensors        what `palme-xt parity record` has written
 held_out/*.png            some of the held-out images, to caption
 logs/                     what trackers write
+training.lock             while it is trained
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -32,11 +34,17 @@ from torch import Tensor
 from palme_xt import pretrained
 from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
-from palme_xt.pretrained import CONFIG, WEIGHTS
+from palme_xt.pretrained import CONFIG, WEIGHTS, sync
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 PARITY = "parity.safetensors"
 METRICS = "metrics.jsonl"
 UNFINISHED = "unfinished"
+LOCK = "training.lock"
 
 __all__ = ["CONFIG", "METRICS", "PARITY", "WEIGHTS", "Run", "RunError"]
 
@@ -50,6 +58,7 @@ class Run:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
+        self._lock: IO[bytes] | None = None
 
     def create(
         self, config: PalmEConfig, training: Mapping[str, Any], companions: Mapping[str, bytes] = MappingProxyType({})
@@ -71,6 +80,34 @@ class Run:
         for name, content in companions.items():
             self.write(name, content)
         self.write(CONFIG, json.dumps(config.to_dict() | {"training": dict(training)}, indent=2).encode() + b"\n")
+
+    def lock(self) -> None:
+        """Keep other processes from training this run until `unlock`, or until this process has ended, however.
+
+        Raises:
+            RunError: another process trains it, or the folder cannot be written.
+        """
+        try:
+            file = open(self.folder / LOCK, "wb")  # noqa: SIM115  # open until `unlock`
+        except OSError as error:
+            raise RunError(f"{self.folder / LOCK} cannot be written: {error.strerror}") from error
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked readers would hold on to
+        except (BlockingIOError, PermissionError) as error:
+            file.close()
+            raise RunError(f"{self.folder} is being trained by another process: wait for its end") from error
+        except OSError:  # a file system without locks
+            pass
+        self._lock = file
+
+    def unlock(self) -> None:
+        """The reverse of `lock`."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                (self.folder / LOCK).unlink()
+            self._lock.close()
+            self._lock = None
 
     def save(self, state_dict: Mapping[str, Tensor]) -> None:
         """Write the weights."""
@@ -95,7 +132,7 @@ class Run:
         path = self.folder / METRICS
         if not path.exists():
             return 0
-        _sync(path)
+        sync(path)
         return path.stat().st_size
 
     def forget_metrics_after(self, size: int) -> None:
@@ -159,25 +196,17 @@ class Run:
             write(new)
             new.chmod(0o666 & ~_umask())  # safetensors 0.8 lets the owner alone read what it writes
             # On the disk before the name points to it: a power failure leaves the old file or the new one, too.
-            _sync(new)
+            sync(new)
             new.replace(self.folder / name)
             aside.rmdir()
             if os.name == "posix":
-                _sync(self.folder)
+                sync(self.folder)
         except (OSError, safetensors.SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(
                 f"{self.folder / name} cannot be written: {reason}; what was there before is as it was"
             ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
@@ -13,12 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from palme_xt import digits, pictures, tokens
 from palme_xt.batches import Batch, DataError, Example, Share, Source, load_batches
-from palme_xt.captioning import caption
 from palme_xt.checkpoint import (
     Progress,
     load_checkpoint,
@@ -29,12 +26,21 @@ from palme_xt.checkpoint import (
 )
 from palme_xt.config import PalmEConfig
 from palme_xt.data import DIGITS, Data, load_data
-from palme_xt.decoding import evaluating
+from palme_xt.evaluation import Evaluation, check_rows, evaluate, whole
 from palme_xt.interrupts import told_to_stop
 from palme_xt.model import PalmE
 from palme_xt.model_card import model_card
+from palme_xt.options import check_types
 from palme_xt.preprocessing import PREPROCESSING, Preprocessing
-from palme_xt.processes import PRECISIONS, Errors, TrainingError, make_accelerator
+from palme_xt.processes import (
+    PRECISIONS,
+    Errors,
+    TrainingError,
+    ended,
+    make_accelerator,
+    refuse_parameters_without_gradient,
+    start_trackers,
+)
 from palme_xt.run import METRICS, Run
 from palme_xt.tokenizer import Tokenizer
 
@@ -58,7 +64,6 @@ DIGITS_MODEL = PalmEConfig(
 PICTURES_MODEL = replace(DIGITS_MODEL, image_size=64, max_seq_len=128, vit_kwargs={})
 
 SAVED_IMAGES = 8
-EVALUATED_AT_ONCE = 128
 UNUSABLE_AT_MOST = 1000
 NAMED = 8
 
@@ -86,7 +91,7 @@ class Training:
         seed: of the weights, of dropout and of the order of the data; held-out pictures are always the same.
 
     Raises:
-        ValueError: a number out of its range, or an unknown precision.
+        ValueError: a value of another type, a number out of its range, or an unknown precision.
     """
 
     steps: int = 500
@@ -104,6 +109,7 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         may_be_zero = {"seed", "weight_decay", "jitter"}
         for option in fields(self):
             value = getattr(self, option.name)
@@ -121,25 +127,14 @@ class Outcome:
     """What training came to.
 
     Attributes:
-        true: captions of held-out pictures.
-        predicted: those that the model generated.
-        loss: of the held-out captions, nats a token.
-        skipped: held-out rows that could not be evaluated, by reason.
+        evaluation: of the weights that it came to.
         progress: steps done, rows read and rows skipped.
         interrupted: by a signal, before all steps were done.
     """
 
-    true: list[str]
-    predicted: list[str]
-    loss: float
-    skipped: dict[str, int]
+    evaluation: Evaluation
     progress: Progress
-    interrupted: bool = False
-
-    @property
-    def exact_match(self) -> float:
-        """Share of held-out pictures whose caption is right to the last character."""
-        return sum(map(str.__eq__, self.predicted, self.true)) / len(self.true)
+    interrupted: bool
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:
@@ -156,27 +151,48 @@ def train(
     """Train a new model, or go on with one, keeping `run` usable all the while.
 
     Called in all processes alike. SIGINT (Ctrl-C) and SIGTERM end the training after the step, not the run: what has
-    been learned is evaluated, saved and shown, and can be resumed. A second one ends at once. The first process alone
-    writes.
+    been learned is saved, evaluated and shown, and can be resumed. A second one, some seconds later, ends at once. The
+    first process alone writes.
 
     Raises:
         ValueError: the model cannot learn these data.
-        DataError: the data cannot be loaded, or a row is wrong and `data.strict`.
-        RunError: the run folder cannot be written; its last checkpoint is as it was.
+        DataError: the data cannot be loaded, or are not those that the run began with, or a row is wrong and
+            `data.strict`.
+        RunError: the run folder cannot be written, or another process trains it; its last checkpoint is as it was.
         TrainingError: the loss is not finite, and the last checkpoint is from before; or these processes cannot train.
     """
     accelerator = make_accelerator(training.mixed_precision, training.log_with, run.folder / "logs", config)
+    with ended(accelerator):
+        try:
+            return _train(accelerator, config, training, data, tokenizer, run, resume)
+        finally:
+            run.unlock()
+
+
+def _train(
+    accelerator: Accelerator,
+    config: PalmEConfig,
+    training: Training,
+    data: Data,
+    tokenizer: Tokenizer,
+    run: Run,
+    resume: bool,
+) -> Outcome:
     main = accelerator.is_main_process
     errors = Errors()
     share = _share(training, accelerator)
     preprocessing = Preprocessing.plain(config) if data.data == DIGITS else Preprocessing.for_pictures(config)
-    with errors.held():
-        source, held_out, evaluated = _open(config, training, data, preprocessing, tokenizer)
-    errors.meet()
     described = asdict(data) | asdict(training) | {"mixed_precision": accelerator.mixed_precision}
     with errors.held():
-        if main and not resume:
-            run.create(config, described, tokenizer.files() | {PREPROCESSING: preprocessing.to_json().encode()})
+        source, held_out, evaluated = _open(config, training, data, preprocessing, tokenizer)
+        if main:
+            fingerprints = {"rows_fingerprint": source.fingerprint(), "held_out_fingerprint": held_out.fingerprint()}
+            if resume:
+                _check_fingerprints(fingerprints, data, run)
+            else:
+                files = tokenizer.files() | {PREPROCESSING: preprocessing.to_json().encode()}
+                run.create(config, described | fingerprints, files)
+            run.lock()
     errors.meet()
 
     set_seed(training.seed)
@@ -196,9 +212,7 @@ def train(
         if main and resume:
             run.forget_metrics_after(progress.metrics_size)
         if training.log_with:
-            accelerator.init_trackers(
-                "palme_xt", {name: value for name, value in described.items() if value is not None}
-            )
+            start_trackers(accelerator, described, progress.step)
     errors.meet()
     count = training.gradient_accumulation_steps
 
@@ -212,6 +226,7 @@ def train(
                 # Processes average their gradients: so weighted, they give that of the mean over all targets.
                 accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
                 losses.append(loss.detach() * (batch.targets / targets))
+        refuse_parameters_without_gradient(trained)
         mean = float(accelerator.reduce(torch.stack(losses).sum()))
         norm = float(accelerator.clip_grad_norm_(trained.parameters(), training.grad_clip))
         if not (math.isfinite(mean) and math.isfinite(norm)):
@@ -223,32 +238,40 @@ def train(
             errors.meet()
         return mean
 
-    def evaluate() -> Outcome:
+    def evaluate_and_save_weights() -> tuple[Evaluation, Progress]:
         weights = whole_state_dict(trained)
-        loss, true, predicted, skipped = _evaluate(
-            accelerator, _whole(model, weights), held_out, evaluated, 4 * len(share(0)), preprocessing, tokenizer, data
+        at_once = 4 * len(share(0))
+        evaluation = evaluate(
+            accelerator, whole(model, weights), held_out, evaluated, at_once, preprocessing, tokenizer, data.strict
         )
-        if not math.isfinite(loss):
-            raise TrainingError(f"lr={training.lr} led to a held-out loss of {loss} {_so_far(progress, run)}")
-        outcome = Outcome(true, predicted, loss, skipped, of_all_processes(progress))
-        metrics = {"held_out_exact_match": outcome.exact_match, "held_out_loss": loss}
+        if not math.isfinite(evaluation.loss):
+            raise TrainingError(
+                f"lr={training.lr} led to a held-out loss of {evaluation.loss} {_so_far(progress, run)}"
+            )
+        total = of_all_processes(progress)
+        metrics = {"held_out_exact_match": evaluation.exact_match, "held_out_loss": evaluation.loss}
         with errors.held():
             if main:
                 run.save(weights)
-                run.log(step=progress.step, **metrics)
-                described_metrics = {"step": progress.step, "held_out_images": len(true)} | metrics
+                run.log(step=progress.step, **metrics, skipped_rows=sum(total.skipped.values()))
+                described_metrics = {"step": progress.step, "held_out_images": len(evaluation.true)} | metrics
                 run.write("README.md", model_card(config, described, described_metrics).encode())
             accelerator.log(metrics, step=progress.step)
         errors.meet()
-        return outcome
+        return evaluation, total
+
+    def remember_metrics() -> None:
+        with errors.held():
+            if main:
+                progress.metrics_size = run.metrics_size()
 
     def save(random_states: dict[str, Tensor]) -> None:
         with errors.held():
             save_checkpoint(run, accelerator, trained, optimizer, schedule, progress, random_states)
         errors.meet()
 
-    interrupted = False
-    unusable = 0
+    stop = unusable = 0
+    random_states: dict[str, Tensor] = {}
     shown = {"held-out exact match": "-"}
     bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not main)
     with bar, told_to_stop() as told:
@@ -259,22 +282,21 @@ def train(
             micro_batches: list[Batch] = []
             with errors.held():
                 micro_batches = [next(batches) for _ in range(count)]
-                _check_rows(micro_batches, data)
+                check_rows(micro_batches, data.strict)
             mine = [sum(batch.targets for batch in micro_batches), int(told.is_set()), int(errors.mine is not None)]
             targets, stop, failed = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
             if failed:
                 errors.meet()
-            if stop:
-                interrupted = True
-                break
-            due = progress.step % training.save_every == 0
+            due = stop or progress.step % training.save_every == 0
             random_states = random_state() if due else {}
             mean = math.nan
             if targets:
                 mean = learn(micro_batches, targets)
                 if due:  # and known to be good: the loss and the gradient of these weights are finite
-                    progress.metrics_size = run.metrics_size()
+                    remember_metrics()
                     save(random_states)
+            if stop:
+                break
             unusable = 0 if targets else unusable + training.batch_size
             if unusable >= UNUSABLE_AT_MOST:
                 raise DataError(
@@ -293,32 +315,34 @@ def train(
                     run.log(step=progress.step, loss=mean, images_per_second=speed)
                 logged = {"loss": mean, "lr": schedule.get_last_lr()[0], "images_per_second": speed}
                 accelerator.log(logged, step=progress.step)
+            if progress.skipped:
+                shown["skipped"] = f"{sum(progress.skipped.values())}"
             bar.set_postfix({"loss": f"{mean:.3f}", **shown, "images/s": f"{speed:.0f}"}, refresh=False)
             bar.update()
             if progress.step % training.eval_every == 0 and progress.step < training.steps:
-                shown["held-out exact match"] = f"{evaluate().exact_match:.1%}"
+                evaluation, _ = evaluate_and_save_weights()
+                shown["held-out exact match"] = f"{evaluation.exact_match:.1%}"
             started = time.perf_counter()
-        # A run that goes on from here evaluates at the end again, or not here.
-        progress.metrics_size = run.metrics_size()
-        outcome = replace(evaluate(), interrupted=interrupted)
-        save(random_state())
-        shown["held-out exact match"] = f"{outcome.exact_match:.1%}"
+        remember_metrics()  # a run that goes on from here evaluates at the end again, or not here
+        random_states = random_states if stop else random_state()
+        evaluation, total = evaluate_and_save_weights()
+        save(random_states)
+        shown["held-out exact match"] = f"{evaluation.exact_match:.1%}"
         bar.set_postfix(shown)
     with errors.held():
         if main:
-            _draw(held_out, evaluated, preprocessing, outcome, run)
+            _draw(held_out, evaluated, preprocessing, evaluation, run)
     errors.meet()
-    accelerator.end_training()
-    return outcome
+    return Outcome(evaluation, total, bool(stop))
 
 
-def _draw(held_out: Source, evaluated: int, preprocessing: Preprocessing, outcome: Outcome, run: Run) -> None:
+def _draw(held_out: Source, evaluated: int, preprocessing: Preprocessing, evaluation: Evaluation, run: Run) -> None:
     rows = held_out.read(range(min(evaluated, pictures.COLUMNS * pictures.ROWS)))
     pixels = [row.img for row in rows if isinstance(row, Example)]
     if pixels:
         img = preprocessing.shown(preprocessing.normalise(torch.stack(pixels)))
         pictures.save_images(img[:SAVED_IMAGES], run.folder / "held_out")
-        pictures.draw_samples(img, outcome.predicted, outcome.true, run.folder / "samples.png")
+        pictures.draw_samples(img, evaluation.predicted, evaluation.true, run.folder / "samples.png")
     pictures.draw_loss(run.metrics(), run.folder / "loss.png")
 
 
@@ -355,58 +379,14 @@ def _open(
     )
 
 
-def _whole(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
-    """`model`, or where it is sharded, a copy that any process can run on its own."""
-    if not isinstance(model, FSDPModule):
-        return model
-    with torch.random.fork_rng(devices=[]):
-        copy = PalmE.from_config(model.config)
-    copy.load_state_dict(weights, assign=True)
-    return copy.to(next(iter(weights.values())).device)
-
-
-@torch.no_grad()
-def _evaluate(
-    accelerator: Accelerator,
-    model: PalmE,
-    held_out: Source,
-    count: int,
-    at_once: int,
-    preprocessing: Preprocessing,
-    tokenizer: Tokenizer,
-    data: Data,
-) -> tuple[float, list[str], list[str], dict[str, int]]:
-    """The mean loss over held-out tokens, the true captions, the generated ones, and how many rows were skipped."""
-    at_once = min(at_once, EVALUATED_AT_ONCE)
-    chunks = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
-    mine = range(accelerator.process_index, len(chunks), accelerator.num_processes)
-    parts: list[tuple[int, list[str], list[str], float, int, list[str]]] = []
-    errors = Errors()
-    with errors.held(), evaluating(model):
-        for number, batch in zip(mine, load_batches(held_out, mine, chunks.__getitem__, model.config, 0), strict=True):
-            _check_rows([batch], data)
-            loss, predicted = 0.0, list[str]()
-            if batch.targets:
-                img = preprocessing.normalise(batch.img.to(accelerator.device))
-                loss = model(img, batch.text.to(accelerator.device)).item() * batch.targets
-                # Nothing is decoded from nan: the loss tells.
-                predicted = caption(model, img, tokenizer) if math.isfinite(loss) else batch.captions
-            reasons = [defect.reason for defect in batch.defects]
-            parts.append((number, batch.captions, predicted, loss, batch.targets, reasons))
-    errors.meet()
-    parts = sorted(gather_object(parts))
-    targets = sum(part[4] for part in parts)
-    if not targets:
-        raise DataError("no held-out row is usable: name another split or number with --held_out")
-    true, guessed = [text for part in parts for text in part[1]], [text for part in parts for text in part[2]]
-    skipped = Counter(reason for part in parts for reason in part[5])
-    return sum(part[3] for part in parts) / targets, true, guessed, dict(skipped)
-
-
-def _check_rows(micro_batches: list[Batch], data: Data) -> None:
-    defect = next((defect for batch in micro_batches for defect in batch.defects), None)
-    if data.strict and defect is not None:
-        raise DataError(f"{defect.reason}: {defect.detail}; without --strict such rows are skipped and counted")
+def _check_fingerprints(fingerprints: dict[str, str], data: Data, run: Run) -> None:
+    before = run.training()
+    for name, fingerprint in fingerprints.items():
+        if before.get(name, fingerprint) != fingerprint:
+            raise DataError(
+                f"data={data.data} has not the {name.removesuffix('_fingerprint')} that {run.folder} began with: a run "
+                "goes on with the same data; restore them, or begin a new run"
+            )
 
 
 def _count_rows(progress: Progress, micro_batches: list[Batch]) -> None:

@@ -79,6 +79,14 @@ def end_of(run: Path) -> dict[str, Any]:
     return end | {str(path.relative_to(run)): path.read_bytes() for path in sorted(names)}
 
 
+def kill(pid: int) -> bool:
+    """Kill a process, unless it has ended; whether it was killed."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    return False
+
+
 def kill_and_resume(folder: Path, data: str, kills: int) -> None:
     train = ["train", f"--data={data}", *TINY, *OPTIONS]
     duration = finish([*train, f"--run={folder / 'whole'}"])
@@ -98,11 +106,13 @@ def kill_and_resume(folder: Path, data: str, kills: int) -> None:
             time.sleep(moments.uniform(0, 0.6 * duration))
         else:  # in the middle of writing
             wait_for(run / UNFINISHED, moments.randint(1, STEPS // 2), pid)
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has ended, and been waited for
-            os.kill(pid, signal.SIGKILL)
-            died += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        died += kill(pid)
         while_writing += (run / UNFINISHED).exists()
         steps.add(len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0)
+        if number % 2:  # and once more
+            pid = start(["train", f"--resume={run}"])
+            time.sleep(moments.uniform(0, 0.6 * duration))
+            kill(pid)
         finish(["train", f"--resume={run}"])
         found = end_of(run)
         for name in expected | found:

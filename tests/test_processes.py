@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from accelerate.state import AcceleratorState
 
 from palme_xt.checkpoint import CHECKPOINT
 from palme_xt.cli import main
@@ -126,6 +128,36 @@ def test_many_processes_resume_bitwise(how: str, folder: Path, tmp_path: Path) -
     assert differ(tmp_path / "told", tmp_path / "whole", "model.safetensors") == 0
 
 
+def test_two_processes_share_a_stream(folder: Path, tmp_path: Path) -> None:
+    options = [f"--data={folder}", *TRAIN, "--streaming", "--shuffle_buffer=9", "--lr=2e-4"]
+    assert main(["train", *options, f"--run={tmp_path / 'alone'}"]) == 0
+    train("ddp", *options, "--num_workers=1", f"--run={tmp_path / 'run'}")
+    assert (losses(tmp_path / "run") - losses(tmp_path / "alone")).abs().max() < TOLERANCE
+    assert differ(tmp_path / "run", tmp_path / "alone") < TOLERANCE
+    assert progress(tmp_path / "run") == progress(tmp_path / "alone")
+    assert progress(tmp_path / "run")["rows"] == 24
+
+
+def test_parameters_without_gradient_are_refused(folder: Path, tmp_path: Path) -> None:
+    options = [f"--data={folder}", *TRAIN, "--vit_kwargs.num_classes=3", f"--run={tmp_path / 'run'}"]
+    codes, _, err = launch("ddp", "train", *options)
+    assert codes == [2, 2]
+    message = r"palme-xt: error: encoder\.\S+ and \d+ more parameters get no gradient, and data-parallel .*"
+    assert [line for line in err.splitlines() if "palme-xt" in line and re.search(message, line)], err
+    assert "Traceback" not in err
+
+
+def test_errors_that_processes_do_not_share_are_told_by_each_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, local, told in ("0", "0", ""), ("8", "0", r" \(process 8\)"), ("9", "1", None):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert main(["train", f"--resume={tmp_path}"]) == 2
+        err = capsys.readouterr().err
+        assert err == "" if told is None else re.fullmatch(rf"palme-xt: error: .* is not a run folder: .*{told}\n", err)
+
+
 def test_accelerate_launch_starts_processes(folder: Path, alone: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--quiet"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -141,6 +173,34 @@ def test_sharding_that_accelerate_would_leave_out_silently(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
     message = "--use_fsdp has no effect on CPUs, where accelerate does not shard: leave it out"
     fails(capsys, ["train", f"--data={folder}", *TRAIN, f"--run={tmp_path / 'run'}"], message)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "eager", "--dynamo_backend eager of accelerate launch must be no: .*"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "4",
+            "--gradient_accumulation_steps 4 of accelerate launch has no effect: give it to palme-xt train",
+        ),
+    ],
+)
+def test_what_accelerate_launch_may_not_say(
+    variable: str,
+    value: str,
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, value)
+    AcceleratorState._reset_state()
+    try:
+        fails(capsys, ["train", f"--data={folder}", *TRAIN, f"--run={tmp_path / 'run'}"], message)
+    finally:
+        AcceleratorState._reset_state()
 
 
 def test_bfloat16_is_near_float32(folder: Path, alone: Path, tmp_path: Path) -> None:

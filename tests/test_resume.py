@@ -20,7 +20,7 @@ import torch
 from palme_xt import PalmE, checkpoint, training
 from palme_xt.checkpoint import CHECKPOINT, random_state, set_random_state
 from palme_xt.cli import main
-from palme_xt.run import UNFINISHED, Run
+from palme_xt.run import LOCK, UNFINISHED, Run
 from tests.captioned import TINY, write_folder
 from tests.killing import end_of
 from tests.test_cli import fails
@@ -31,7 +31,7 @@ VARIANTS = {
     "pictures": [],
     "stream": ["--streaming", "--shuffle_buffer=7"],
     "accumulated, with a worker": ["--gradient_accumulation_steps=2", "--num-workers=1"],
-    "digits": ["--data=digits"],
+    "digits": [],
     "before the first checkpoint but one": ["--save_every=50"],
     "some parameters had no gradient yet": ["--decoder_kwargs.layer_dropout=0.9"],
 }
@@ -57,6 +57,11 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Any) -> None:
     monkeypatch.setattr(Run, "log", log_or_crash)
 
 
+def step_of(run: Path) -> int:
+    with safetensors.safe_open(str(run / CHECKPOINT), "pt") as file:
+        return int(json.loads(file.metadata()["state"])["progress"]["step"])
+
+
 def crash() -> None:
     raise Crash
 
@@ -70,7 +75,8 @@ def crashes(arguments: list[str]) -> None:
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     variant: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = ["train", f"--data={folder}", *SHORT, *DROPOUT, *VARIANTS[variant]]
+    data = ["--data=digits"] if variant == "digits" else [f"--data={folder}", "--held_out=6"]
+    train = ["train", *data, *(option for option in SHORT if option != "--held_out=6"), *DROPOUT, *VARIANTS[variant]]
     assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patch:
         crash_at(patch, 6, crash)
@@ -130,11 +136,84 @@ def test_a_signal_to_all_processes_of_a_job_leaves_the_readers_to_the_training(f
     assert (run / "samples.png").exists()
 
 
+def test_a_signal_told_twice_is_one_wish(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_the_job_and_by_the_launcher() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    crash_at(monkeypatch, 5, by_the_job_and_by_the_launcher)
+    assert main(["train", f"--data={folder}", *SHORT, f"--run={tmp_path / 'run'}"]) == 130
+    assert (tmp_path / "run" / "samples.png").exists()
+
+
+def test_what_is_learned_is_saved_before_it_is_evaluated(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ["train", f"--data={folder}", *SHORT, *DROPOUT, "--save_every=50", "--eval_every=50"]
+    assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
+    with monkeypatch.context() as patch:
+        crash_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(training, "evaluate", lambda *arguments: crash())  # the launcher has lost its patience
+        crashes([*train, f"--run={tmp_path / 'run'}"])
+    assert step_of(tmp_path / "run") == 5
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert end_of(tmp_path / "run") == end_of(tmp_path / "whole")
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    resumed: list[subprocess.CompletedProcess[str]] = []
+
+    def resume() -> None:
+        command = [sys.executable, "-m", "palme_xt", "train", f"--resume={run}"]
+        resumed.append(subprocess.run(command, capture_output=True, text=True))
+
+    crash_at(monkeypatch, 5, resume)
+    assert main(["train", f"--data={folder}", *SHORT, f"--run={run}"]) == 0
+    explain(resumed[0], rf"{run} is being trained by another process: wait for its end")
+    assert not (run / LOCK).exists()
+    monkeypatch.undo()
+    assert main(["train", f"--resume={run}"]) == 0
+
+
+def test_a_run_goes_on_with_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, run = write_folder(tmp_path / "data", 22), tmp_path / "run"
+    train = ["train", "--data=data", *SHORT]
+    assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
+    with monkeypatch.context() as patch:
+        crash_at(patch, 5, crash)
+        crashes([*train, f"--run={run}"])
+    shutil.copytree(run, tmp_path / "other")
+
+    elsewhere = tmp_path / "elsewhere"
+    data.rename(elsewhere)
+    capsys.readouterr()
+    fails(capsys, ["train", f"--resume={run}"], "data=data is not there: .*")
+    assert main(["train", f"--resume={run}", f"--data={elsewhere}"]) == 0
+    found, expected = end_of(run), end_of(tmp_path / "whole")
+    assert found.pop("README.md") != expected.pop("README.md")  # it says where the data are
+    assert found == expected
+
+    lines = (elsewhere / "metadata.jsonl").read_text().splitlines()
+    changed = json.loads(lines[0]) | {"text": "another caption"}
+    for content in [json.dumps(changed), *lines[1:]], lines[:-1]:
+        (elsewhere / "metadata.jsonl").write_text("\n".join(content) + "\n")
+        capsys.readouterr()
+        message = r"data=\S+ has not the (rows|held_out) that \S+other began with: a run goes on with the same data; .*"
+        fails(capsys, ["train", f"--resume={tmp_path / 'other'}", f"--data={elsewhere}"], message)
+
+
 def test_a_second_signal_ends_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
+    monkeypatch.setattr("palme_xt.interrupts.SECONDS", 0.0)
     crash_at(monkeypatch, 5, twice)
     assert main(["train", f"--data={folder}", *SHORT, f"--run={tmp_path / 'run'}"]) == 130
     assert [line["step"] for line in Run(tmp_path / "run").metrics()][-1] == 4
@@ -199,22 +278,32 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path) ->
     assert end_of(copy) == end_of(tmp_path / "whole")
 
 
-def test_a_read_only_run_folder_leaves_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_becomes_read_only_leaves_the_last_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        crash_at(patch, 4, crash)
-        crashes(["train", f"--data={folder}", *SHORT, f"--run={run}"])
-    before = (run / CHECKPOINT).read_bytes()
-    run.chmod(0o500)
     unprivileged = ["setpriv", "--bounding-set=-all"] if os.geteuid() == 0 else []
-    command = [*unprivileged, sys.executable, "-m", "palme_xt", "train", f"--resume={run}"]
+    palme_xt = [*unprivileged, sys.executable, "-m", "palme_xt"]
+    endless = ["train", f"--data={folder}", *SHORT, "--steps=100000", "--eval_every=100000", f"--run={run}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        with subprocess.Popen([*palme_xt, *endless], stderr=subprocess.PIPE, text=True) as process:
+            while len(Run(run).metrics()) < 5:
+                assert process.poll() is None
+                time.sleep(0.01)
+            run.chmod(0o500)
+            _, err = process.communicate()
+        done = subprocess.CompletedProcess(endless, process.returncode, "", err)
+        message = "cannot be written: .*Permission denied.*; what was there before is as it was"
+        explain(done, rf"\S+{CHECKPOINT} {message}")
+        (run / LOCK).unlink(missing_ok=True)
+        again = subprocess.run([*palme_xt, "train", f"--resume={run}"], capture_output=True, text=True)
+        explain(again, rf"\S+{LOCK} cannot be written: Permission denied")
     finally:
         run.chmod(0o700)
-    explain(done, rf"\S+{CHECKPOINT} cannot be written: .*Permission denied.*; what was there before is as it was")
-    assert (run / CHECKPOINT).read_bytes() == before
-    assert main(["train", f"--resume={run}"]) == 0
+    step = step_of(run)
+    crash_at(monkeypatch, step + 3, crash)
+    crashes(["train", f"--resume={run}"])
+    assert [line["step"] for line in Run(run).metrics()] == list(range(1, step + 3))
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(
@@ -222,7 +311,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(
 ) -> None:
     train = ["train", f"--data={folder}", *SHORT, "--save_every=1"]
     with monkeypatch.context() as patch:
-        crash_at(patch, 5, crash)
+        crash_at(patch, 4, crash)  # after the checkpoint of step 3
         crashes([*train, f"--run={tmp_path / 'good'}"])
     forward = PalmE.forward
     calls = iter(range(1, 100))
@@ -243,20 +332,22 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(
     assert (last["step"], last["loss"], len(last["batch"])) == (5, "nan", 4)
     # Those of step 3: that those of step 4 have a finite loss was not seen.
     found, good = (safetensors.torch.load_file(tmp_path / name / CHECKPOINT) for name in ("run", "good"))
-    assert all(torch.isfinite(tensor).all() for tensor in found.values() if tensor.is_floating_point())
-    with safetensors.safe_open(str(tmp_path / "run" / CHECKPOINT), "pt") as file:
-        assert json.loads(file.metadata()["state"])["progress"]["step"] == 3
+    assert good.keys() == found.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, good[name])] == []
+    assert step_of(tmp_path / "run") == 3
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "good")]
+    assert weights[0] == weights[1]
     monkeypatch.undo()
     assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
-    assert good.keys() == found.keys()
+    after = safetensors.torch.load_file(tmp_path / "run" / CHECKPOINT)
+    assert any(not torch.equal(tensor, good[name]) for name, tensor in after.items())
 
 
 def test_weights_that_explode_are_not_saved(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     train = ["train", f"--data={folder}", *SHORT, "--save_every=1", "--lr=1e30", "--grad_clip=1e30"]
     fails(capsys, [*train, f"--run={run}"], r"lr=1e\+30 led to a (loss|gradient norm) of (nan|inf) at step 2, .*")
-    with safetensors.safe_open(str(run / CHECKPOINT), "pt") as file:
-        assert json.loads(file.metadata()["state"])["progress"]["step"] == 0
+    assert step_of(run) == 0
 
 
 def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +357,10 @@ def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     resume = ["train", f"--resume={run}"]
     fails(capsys, ["train", "--resume=nowhere"], r"nowhere is not a run folder: it has no config.json; .*")
-    fails(capsys, [*resume, "--steps=9", "--lr=1"], r"--resume=\S+ goes with no other option, found --steps --lr: .*")
+    for steps in 9, 500:  # the default, too
+        others = [f"--steps={steps}", "--lr=1", "--decoder_kwargs.ff_glu=true", "--data=x"]
+        message = r"--resume=\S+ goes with no other option but --data, found --steps --lr --decoder_kwargs: .*"
+        fails(capsys, [*resume, *others], message)
     (run / CHECKPOINT).write_bytes(good[:-9])
     fails(capsys, resume, rf"\S+{CHECKPOINT} is no checkpoint that can be read: .*")
     (run / CHECKPOINT).write_bytes((run / "model.safetensors").read_bytes())
@@ -276,6 +370,8 @@ def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytes
     fails(capsys, resume, rf"\S+{CHECKPOINT} is not of this model: .*")
     (run / "config.json").write_text(config.replace('"lr"', '"learning_rate"'))
     fails(capsys, resume, r"\S+ does not say how it was trained: 'lr' is missing in config.json")
+    (run / "config.json").write_text(re.sub('"lr": [^,]*', '"lr": "high"', config))
+    fails(capsys, resume, "lr='high' must be a number")
     (run / "config.json").write_text(config)
     folder.rename(tmp_path / "moved")
     try:
