@@ -13,12 +13,14 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from palme_xt import PalmEConfig
+from palme_xt import PalmEConfig, tokens
+from palme_xt.attention_maps import cross_attention_maps
 from palme_xt.captioning import caption
 from palme_xt.cli import main
 from palme_xt.data import Data
@@ -66,13 +68,41 @@ def test_a_run_folder_holds_what_it_promises(run: Path) -> None:
 
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4]
-    assert [line["step"] for line in metrics if "held_out_exact_match" in line] == [2, 4]
+    assert [(line["step"], line["skipped_rows"]) for line in metrics if "held_out_exact_match" in line] == [
+        (2, 0),
+        (4, 0),
+    ]
     assert all(line["images_per_second"] > 0 for line in metrics if "loss" in line)
 
     values = json.loads((run / "config.json").read_text())
     given = {"steps": 4, "batch_size": 4, "eval_every": 2, "eval_images": 10, "mixed_precision": "no"}
-    assert values.pop("training") == asdict(Data()) | asdict(Training()) | given
+    fingerprints = {"rows_fingerprint": "", "held_out_fingerprint": ""}
+    assert values.pop("training") == asdict(Data()) | asdict(Training()) | given | fingerprints
     assert PalmEConfig.from_dict(values).encoder_dim == 16
+
+
+def test_one_unreadable_image_does_not_keep_the_others_from_captions(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("palme_xt.cli.CAPTIONED_AT_ONCE", 3)
+    images = sorted(map(str, (run / "held_out").glob("*.png")))
+    expected = captions(capsys, run, images=images)
+    (tmp_path / "bad.png").touch()
+    given = [*images[:4], str(tmp_path / "bad.png"), *images[4:], images[0]]
+    assert main(["caption", str(run), *given]) == 2
+    captured = capsys.readouterr()
+    pairs = [*zip(images, expected, strict=True), (images[0], expected[0])]
+    assert captured.out.splitlines() == [f"{path}: {text}" for path, text in pairs]
+    assert re.fullmatch(r"palme-xt: error: \S+bad.png is not an image that Pillow can read\n", captured.err)
+
+
+def test_long_captions_are_cut_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = ["--max_seq_len=200", "--steps=1", *QUICK, f"--run={tmp_path / 'a run'}"]
+    assert main(["train", *long]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^wrong  .{59}…  \w+", out, flags=re.MULTILINE)
+    folder = f"'{tmp_path / 'a run'}'"
+    assert f"palme-xt caption {folder} {folder}/held_out/*.png\n" in out
 
 
 def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,6 +206,9 @@ def test_captions_can_be_streamed_searched_and_sampled(run: Path, capsys: pytest
         (["--beams=2", "--seed=1"], "--beams=2 goes with no other option: .*"),
         (["--top-p=0.5", "--temperature=0"], "--top-p=0.5 has no effect with --temperature=0, .*"),
         (["--seed=-1"], r"--seed=-1 must be within 0..2\*\*63-1"),
+        (["--seed=3"], "--seed=3 has no effect without --temperature or --top-p: leave it out"),
+        (["--seed=3", "--temperature=0"], "--seed=3 has no effect without --temperature or --top-p: leave it out"),
+        (["--layer=0"], "--layer=0 has no effect without --attention: leave it out"),
         (["--top-p=0"], "--top-p=0.0 must be greater than 0 and at most 1"),
     ],
 )
@@ -227,6 +260,8 @@ def test_rows_that_are_skipped_are_counted(
     data, train = own_pictures(tmp_path)
     assert main([*train, *streaming, "--eval_images=20", f"--run={tmp_path / 'run'}"]) == 0
     out = capsys.readouterr().out
+    metrics = Run(tmp_path / "run").metrics()
+    assert [line["skipped_rows"] for line in metrics if "skipped_rows" in line] == [5]
     kinds = "2 with broken image, 1 with caption longer than the model, 1 with empty caption, 1 with missing image"
     assert f"3 steps; 20 training rows read, of which skipped: {kinds}\n" in out
     assert f"15 held-out images; skipped: {kinds}\n" in out
@@ -266,7 +301,8 @@ def test_strict_holds_for_held_out_rows(tmp_path: Path, capsys: pytest.CaptureFi
     train = ["train", f"--data={tmp_path / 'data'}", "--steps=1", *TINY, "--batch_size=4"]
     assert main([*train, f"--run={tmp_path / 'run'}"]) == 0
     assert "1 steps; 4 training rows read, of which skipped: none" in capsys.readouterr().out
-    fails(capsys, [*train, "--strict", f"--run={tmp_path / 'strict'}"], "missing image: .*000.png cannot be read: .*")
+    message = r"(missing image|broken image|empty caption|caption longer than the model): .*/data/test/00[0-4]\.png .*"
+    fails(capsys, [*train, "--strict", f"--run={tmp_path / 'strict'}"], message)
 
 
 def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,6 +333,32 @@ def test_training_learns_one_s_own_pictures_and_captions_them(
     assert sum(colour == picture(n)[1].split(" ")[0] for n, colour in enumerate(colours)) >= 14
 
 
+def test_attention_is_that_of_each_word(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("palme_xt.pictures.draw_attention", lambda *arguments: drawn.append(arguments))
+    ids = [*b"six top", tokens.EOS]
+    monkeypatch.setattr("palme_xt.captioning.caption_ids", lambda *_, **how: torch.tensor([ids]))
+    image = run / "held_out" / "00.png"
+    assert main(["caption", str(run), str(image), f"--attention={tmp_path / 'x.png'}", "--layer=0"]) == 0
+    ((img, words, maps, _),) = drawn
+    model, read = Run(run).load(), DIGITS.read(image)
+    assert torch.equal(img, read)
+    each = cross_attention_maps(model, read[None], torch.tensor([[tokens.BOS, *ids]]), layer=0)[0]
+    assert words == ["six", "top"]
+    assert torch.allclose(maps, torch.stack([each[:3].mean(0), each[4:7].mean(0)]), atol=1e-6)
+    assert not torch.allclose(maps, torch.stack([each[1:4].mean(0), each[5:8].mean(0)]), atol=1e-6)
+
+
+def test_attention_of_a_caption_as_long_as_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absolute = ["--use_abs_pos_emb=true", "--rotary_xpos=false", "--alibi_pos_bias=false"]
+    assert main(["train", "--steps=1", *QUICK, *absolute, f"--run={tmp_path / 'run'}"]) == 0
+    monkeypatch.setattr("palme_xt.captioning.caption_ids", lambda *_, **how: torch.full((1, 63), ord("a")))
+    image = str(tmp_path / "run" / "held_out" / "00.png")
+    assert main(["caption", str(tmp_path / "run"), image, f"--attention={tmp_path / 'x.png'}"]) == 0
+
+
 def test_attention_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = str(run / "held_out" / "00.png")
     (said,) = captions(capsys, run, images=[image])
@@ -316,6 +378,9 @@ def test_attention_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         r"--attention=\S+ draws one image, without --stream: found 2 images",
     )
     fails(capsys, [*attention, "--stream"], r"--attention=\S+ draws one image, without --stream: found 1 images")
+    for other in tmp_path / "x.jpg", image, ".":
+        message = r"--attention=\S+ must be a PNG file, and not the image itself: name another"
+        fails(capsys, ["caption", str(run), image, f"--attention={other}"], message)
     fails(capsys, [*attention, "--layer=2"], r"layer=2 must be within -2\.\.1: .*")
     fails(capsys, ["caption", str(run), image, "--attention=/nowhere/x.png"], ".*No such file or directory.*")
 
@@ -459,7 +524,18 @@ def test_unknown_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--decoder_dept=3"])
     assert exit_.value.code == 2
-    assert "--decoder_dept" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--decoder_dept" in err
+    assert "palme-xt train --help" in err
+
+
+def test_hyphens_do_as_well_as_underscores(capsys: pytest.CaptureFixture[str]) -> None:
+    programs = []
+    for option in "--encoder-dim", "--encoder_dim":
+        assert main(["source", f"{option}=48", "--encoder_heads=2", "--decoder-kwargs.ff-glu=true"]) == 0
+        programs.append(capsys.readouterr().out)
+    assert programs[0] == programs[1]
+    assert "dim=48" in programs[0]
 
 
 def test_a_run_is_never_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,4 +97,4 @@ def test_what_cannot_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["source", str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
     assert main(["source", str(tmp_path), "--encoder_dim=64"]) == 2
-    assert "pass a run, or arguments, not both" in capsys.readouterr().err
+    assert "goes with no other option, found --encoder_dim: leave out" in capsys.readouterr().err
