@@ -23,4 +23,6 @@ def main() -> None:
         for seed in SEEDS:
             started = time.perf_counter()
             outcome = train(DIGITS_MODEL, Training(seed=seed), Data(), ByteTokenizer(), Run(Path(folder) / str(seed)))
-            print(f"| {seed} | {outcome.exact_match:.1%} | {time.perf_counter() - started:.0f} |", flush=True)
+            print(
+                f"| {seed} | {outcome.evaluation.exact_match:.1%} | {time.perf_counter() - started:.0f} |", flush=True
+            )

@@ -75,10 +75,10 @@ def main() -> None:
         started = time.perf_counter()
         outcome = train(PICTURES_MODEL, TRAINING, Data(str(Path(folder) / "emoji")), ByteTokenizer(), run)
         minutes = (time.perf_counter() - started) / 60
-    held_out = list(outcome.true)
+    held_out = list(outcome.evaluation.true)
     trained = {row["text"].split(": ")[0] for row in rows if row["text"] not in held_out}
     right: dict[str, list[bool]] = {"all": [], "another skin tone was trained on": [], "none was": []}
-    for true, predicted in zip(outcome.true, outcome.predicted, strict=True):
+    for true, predicted in zip(outcome.evaluation.true, outcome.evaluation.predicted, strict=True):
         kind = list(right)[1 if true.split(": ")[0] in trained else 2]
         for which in "all", kind:
             right[which].append(true == predicted)

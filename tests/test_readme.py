@@ -9,10 +9,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from palme_xt.cli import make_parser
+from benchmarks.__main__ import SUBSETS
+from palme_xt.command_line import make_parser
 from palme_xt.config import LANDS_AT
 from tests.test_config import CONTRACT
 
@@ -77,6 +79,25 @@ def test_commands_with_unknown_options_are_noticed() -> None:
     parser, arguments = make_parser(["train", "--dat", "pictures"])
     with pytest.raises(SystemExit):
         parser.parse_args(arguments)
+
+
+def test_every_table_and_every_picture_is_there() -> None:
+    measured = re.findall(r"<!-- python -m benchmarks (\w+) -->\n(.)", README)
+    assert len(measured) > 5
+    assert [subset for subset, first in measured if subset not in SUBSETS or first != "|"] == []
+    linked = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
+    assert len(linked) >= 3
+    assert [path for path in linked if not (ROOT / path).is_file()] == []
+
+
+def test_accelerate_takes_its_options() -> None:
+    lines = [line for line in README.splitlines() if "accelerate launch -" in line and not line.startswith("`")]
+    assert len(lines) == 4
+    for line in lines:
+        words = shlex.split(line.partition("accelerate launch ")[2].partition("-m palme_xt")[0])
+        launch_command_parser().parse_args([*words, "-m", "palme_xt", "train"])
+    with pytest.raises(SystemExit):
+        launch_command_parser().parse_args(["--num_process_es", "2", "-m", "palme_xt"])
 
 
 def test_the_two_commands_come_first() -> None:
