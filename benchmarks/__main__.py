@@ -12,7 +12,7 @@ SUBSETS = {
     "decoding": "time a token: compiled, upstream, uncached, floor, and the profile (15 minutes)",
     "startup": "time of importing the package and of constructing a model (4 minutes)",
     "versions": "install releases of x-transformers in turn, and run the parity and decoding tests (10 minutes)",
-    "loop": "what the training loop costs beside the computation, data loading included (10 minutes)",
+    "loop": "what the training loop costs beside the computation, data loading included (6 minutes)",
     "emoji": "train on 3,786 emoji with their official names; downloads them with npm (15 minutes)",
     "digits": "train the shipped digits captioner from five seeds (10 minutes)",
 }

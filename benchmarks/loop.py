@@ -6,7 +6,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,46 +23,59 @@ from palme_xt.tokenizer import ByteTokenizer
 from palme_xt.training import PICTURES_MODEL, Training, train
 
 STEPS = 160  # five epochs, of which the first decodes the pictures
-FIRST_EPOCH = 31
 PICTURES = 1000
-BURN_IN = 10
-ROUNDS = 5
+ROUNDS = 4
+BLOCK = 10  # steps that each contestant does in turn
+AHEAD = 3  # steps of each block that are not counted: their batches were read while the other had its turn
+EPOCHS = {"five epochs": range(1, 16), "the first, which decodes": range(1, 3), "the others": range(4, 16)}  # in blocks
 BARE, OURS = "bare loop: forward, backward, step on batches in memory", "`palme-xt train --log-with tensorboard`"
 
 
-Contestant = Callable[[], list[float]]
+class TakingTurns(Run):
+    """A run folder that times each step of the training that it is for, and after each block as many bare steps."""
 
-
-class Clock(Run):
-    """A run folder that notes when each step was logged."""
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bare_step: Callable[[int], None]) -> None:
         super().__init__(folder)
-        self.times: list[float] = []
+        self.bare_step = bare_step
+        self.ours: list[float] = []
+        self.bare: list[float] = []
+        self._started = time.perf_counter()
 
     def log(self, **metrics: Any) -> None:
         super().log(**metrics)
-        if "loss" in metrics:
-            self.times.append(time.perf_counter())
+        if "loss" not in metrics:
+            return
+        self.ours.append(time.perf_counter() - self._started)
+        if len(self.ours) % BLOCK == 0:
+            for number in range(len(self.bare), len(self.ours)):
+                started = time.perf_counter()
+                self.bare_step(number)
+                self.bare.append(time.perf_counter() - started)
+        self._started = time.perf_counter()
 
 
-def bare(batches: list[tuple[Tensor, Tensor]], training: Training) -> list[float]:
-    """Seconds of each step."""
+def bare_loop(batches: list[tuple[Tensor, Tensor]], training: Training) -> Callable[[int], None]:
+    """A function that does the step of a number."""
     torch.manual_seed(training.seed)
     model = PalmE.from_config(PICTURES_MODEL)
     optimizer = torch.optim.AdamW(model.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True)
-    times = []
-    for img, text in batches:
-        model(img, text).backward()
+
+    def step(number: int) -> None:
+        model(*batches[number]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter())
-    return times
+
+    return step
+
+
+def per_block(seconds: list[float]) -> list[float]:
+    """Seconds of the counted steps of each block."""
+    return [sum(seconds[start + AHEAD : start + BLOCK]) for start in range(0, STEPS, BLOCK)]
 
 
 def main() -> None:
     report = Report("loop", f"The training loop: {PICTURES} pictures, batch 32", "accelerate", "datasets")
-    report.header("contestant", "images a second", "relative to the bare loop")
+    report.header("epochs", "contestant", "images a second", "relative to the bare loop", "half of all blocks within")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         count = emoji.prepare(folder / "emoji")
@@ -75,32 +87,20 @@ def main() -> None:
         source, _ = load_data(data, PICTURES_MODEL, preprocessing, ByteTokenizer(), seed=0, held_out=1)
         loaded = load_batches(source, range(STEPS), Share(training.batch_size), PICTURES_MODEL, 0)
         batches = [(preprocessing.normalise(batch.img), batch.text) for batch in loaded]
-        times: dict[str, list[list[float]]] = {BARE: [], OURS: []}
-        for number in range(ROUNDS + 1):
-            run = Clock(folder / str(number))
-
-            def ours(run: Clock = run) -> list[float]:
-                train(PICTURES_MODEL, training, data, ByteTokenizer(), run)
-                return run.times
-
-            turns: dict[str, Contestant] = {BARE: partial(bare, batches, training), OURS: ours}
-            for contestant in sorted(turns, reverse=bool(number % 2)):
-                measured = turns[contestant]()
-                if number:  # the first round warms up
-                    times[contestant].append(measured)
-    for what, last in ("all five epochs", STEPS), ("the rest of the first epoch", FIRST_EPOCH):
-        speeds = {
-            contestant: [
-                training.batch_size * (last - BURN_IN) / (each[last - 1] - each[BURN_IN - 1]) for each in found
-            ]
-            for contestant, found in times.items()
-        }
-        for contestant, values in speeds.items():
-            ratios = sorted(value / other for value, other in zip(values, speeds[BARE], strict=True))
-            relative = f"{statistics.median(ratios):.3f}"
-            if contestant != BARE:
-                relative += f" ({ratios[0]:.3f} to {ratios[-1]:.3f} in {ROUNDS} rounds)"
-            report.row(f"{contestant}, {what}", f"{statistics.median(values):.0f}", relative)
+        ours, bare = [], []
+        for number in range(ROUNDS):
+            run = TakingTurns(folder / str(number), bare_loop(batches, training))
+            train(PICTURES_MODEL, training, data, ByteTokenizer(), run)
+            ours.append(per_block(run.ours))
+            bare.append(per_block(run.bare))
+    images = training.batch_size * (BLOCK - AHEAD)
+    for epochs, blocks in EPOCHS.items():
+        pairs = [(mine[block], other[block]) for mine, other in zip(ours, bare, strict=True) for block in blocks]
+        ratios = sorted(other / mine for mine, other in pairs)
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        speeds = [statistics.median(images / seconds for seconds in each) for each in zip(*pairs, strict=True)]
+        report.row(epochs, BARE, f"{speeds[1]:.0f}", "1.000", "")
+        report.row(epochs, OURS, f"{speeds[0]:.0f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
     report.end()
 
 

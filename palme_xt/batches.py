@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -161,9 +162,15 @@ def load_batches(
         batch_size=None,
         num_workers=min(num_workers, len(indices)),
         generator=torch.Generator(),
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=_be_a_reader,
     )
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _be_a_reader(worker: int) -> None:
+    ignore_interrupts()
+    if hasattr(os, "nice"):
+        os.nice(10)  # where cores are few, read in the gaps that the computation leaves

@@ -44,7 +44,7 @@ def told_to_stop() -> Iterator[threading.Event]:
         restore()
 
 
-def ignore_interrupts(worker: int) -> None:
+def ignore_interrupts() -> None:
     """For processes that help: a signal reaches all of a terminal or a job, and the training still needs their help."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)

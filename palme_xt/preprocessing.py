@@ -85,8 +85,9 @@ class Preprocessing:
 
     def normalise(self, img: Tensor) -> Tensor:
         """What the model takes, float32, of pictures `(..., c, h, w)`, uint8, or floating point in 0..1."""
-        img = img.float() / 255 if img.dtype == torch.uint8 else img
-        return (img - self._column(self.mean, img)) / self._column(self.std, img)
+        mean, std = self._column(self.mean, img), self._column(self.std, img)
+        img = img.float().div_(255).sub_(mean) if img.dtype == torch.uint8 else img - mean
+        return img.div_(std)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """A picture as `(c, h, w)`, float32, normalised.
