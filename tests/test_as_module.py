@@ -130,6 +130,7 @@ def test_autocast_to_bfloat16() -> None:
     assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_compile_in_one_graph() -> None:
     model = small()
     compiled = torch.compile(model, fullgraph=True)
@@ -153,6 +154,7 @@ def test_compile_in_one_graph() -> None:
         compiled(img, text.T)
 
 
+@pytest.mark.slow
 def test_compile_in_one_graph_with_tied_embeddings_and_text_only() -> None:
     for arguments in VARIANTS["tied embeddings"], VARIANTS["text only"]:
         model = small(**arguments)

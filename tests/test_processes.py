@@ -113,7 +113,8 @@ def test_two_processes_train_what_one_trains(
     assert differ(tmp_path / "other", alone) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("how", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_many_processes_resume_bitwise(how: str, folder: Path, tmp_path: Path) -> None:
     options = [f"--data={folder}", *TRAIN, "--streaming", "--decoder_kwargs.attn_dropout=0.2"]
     train(how, *options, f"--run={tmp_path / 'whole'}")
