@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from palme_xt.config import PalmEConfig
-from palme_xt.interrupts import ignore_interrupts
+from palme_xt.interrupts import ignore_interrupts_until
 
 
 @dataclass(frozen=True)
@@ -149,28 +151,35 @@ class Share:
 
 def load_batches(
     source: Source, indices: range, numbers: Callable[[int], range], config: PalmEConfig, num_workers: int
-) -> Iterator[Batch]:
-    """Batches in order, read ahead by `num_workers` processes; 0 reads them in this one.
+) -> Generator[Batch, None, None]:
+    """Yield batches in order, read ahead by `num_workers` processes; 0 reads them in this one.
+
+    Close the generator when an error leaves it unfinished: its readers heed SIGTERM, by which Python ends them, only
+    from then on.
 
     Raises:
         DataError: as `Source.read`.
     """
     batches = Batches(source, indices, numbers, config)
+    done = multiprocessing.RawValue("b", False)
     # A generator of its own: the loader would draw the seeds of its workers from the one that dropout draws from.
     loader = DataLoader(
         batches,
         batch_size=None,
         num_workers=min(num_workers, len(indices)),
         generator=torch.Generator(),
-        worker_init_fn=_be_a_reader,
+        worker_init_fn=partial(_be_a_reader, done),
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        done.value = True
 
 
-def _be_a_reader(worker: int) -> None:
-    ignore_interrupts()
+def _be_a_reader(done: Any, worker: int) -> None:
+    ignore_interrupts_until(done)
     if hasattr(os, "nice"):
         os.nice(10)  # where cores are few, read in the gaps that the computation leaves

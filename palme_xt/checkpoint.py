@@ -55,9 +55,8 @@ def random_state() -> dict[str, Tensor]:
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
     }
-    device = torch.get_device_module()
-    if device is not torch.cpu:
-        states["device"] = device.get_rng_state()
+    if torch.accelerator.is_available():
+        states["device"] = torch.get_device_module().get_rng_state()
     return states
 
 
@@ -66,9 +65,8 @@ def set_random_state(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     random.setstate((version, tuple(words), *(states["python.gauss"].tolist() or [None])))
-    device = torch.get_device_module()
-    if "device" in states and device is not torch.cpu:
-        device.set_rng_state(states["device"])
+    if "device" in states and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(states["device"])
 
 
 def of_all_processes(progress: Progress) -> Progress:

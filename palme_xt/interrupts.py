@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -44,7 +45,16 @@ def told_to_stop() -> Iterator[threading.Event]:
         restore()
 
 
-def ignore_interrupts() -> None:
-    """For processes that help: a signal reaches all of a terminal or a job, and the training still needs their help."""
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)
+def ignore_interrupts_until(done: Any) -> None:
+    """For processes that help: a signal reaches all of a terminal or a job, and the training still needs their help.
+
+    Args:
+        done: a shared value, true once it does not. From then on SIGTERM ends this process.
+    """
+
+    def end(number: int, frame: object) -> None:
+        if done.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)

@@ -274,14 +274,14 @@ def _train(
     random_states: dict[str, Tensor] = {}
     shown = {"held-out exact match": "-"}
     bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not main)
-    with bar, told_to_stop() as told:
-        todo = range(progress.step * count, training.steps * count)
-        batches = load_batches(source, todo, share, config, data.num_workers)
+    todo = range(progress.step * count, training.steps * count)
+    batches = contextlib.closing(load_batches(source, todo, share, config, data.num_workers))
+    with bar, told_to_stop() as told, batches as micro:
         started = time.perf_counter()
         while progress.step < training.steps:
             micro_batches: list[Batch] = []
             with errors.held():
-                micro_batches = [next(batches) for _ in range(count)]
+                micro_batches = [next(micro) for _ in range(count)]
                 check_rows(micro_batches, data.strict)
             mine = [sum(batch.targets for batch in micro_batches), int(told.is_set()), int(errors.mine is not None)]
             targets, stop, failed = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()

@@ -46,6 +46,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data") / "pictures", 22)
 
 
+
+def test_a_build_for_cuda_without_a_device_has_random_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.get_device_module", lambda: torch.cuda)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    states = random_state()
+    assert sorted(states) == ["python", "python.gauss", "torch"]
+    drawn = torch.rand(3)
+    set_random_state(states | {"device": torch.zeros(16, dtype=torch.uint8)})  # resumed without the device of before
+    assert torch.equal(torch.rand(3), drawn)
+    assert not torch.equal(torch.rand(3), drawn)
+
+
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Any) -> None:
     log = Run.log
 
