@@ -1,11 +1,20 @@
 """PalmE, a vision-language model, as a thin and exact composition over x-transformers."""
 
-from palme_xt.support import warn_if_unsupported
+from typing import TYPE_CHECKING
 
-warn_if_unsupported()  # before anything of an unsupported release is imported, which may fail
+if TYPE_CHECKING:
+    from palme_xt.config import PalmEConfig
+    from palme_xt.model import PalmE
+else:
 
-from palme_xt.config import PalmEConfig  # noqa: E402
-from palme_xt.model import PalmE  # noqa: E402
+    def __getattr__(name):
+        # When they are asked for: `palme-xt --version` need not wait for torch.
+        if name not in __all__:
+            raise AttributeError(f"module 'palme_xt' has no attribute {name!r}")
+        from palme_xt import config, model
+
+        return {"PalmE": model.PalmE, "PalmEConfig": config.PalmEConfig}[name]
+
 
 __all__ = ["PalmE", "PalmEConfig"]
 __version__ = "0.1.0"

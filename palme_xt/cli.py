@@ -1,20 +1,25 @@
-"""The command line: `palme-xt train`, `caption`, `source` and `parity`."""
+"""The command line: `palme-xt train`, `caption`, `source` and `parity`.
+
+Each command imports what it needs, so that `palme-xt --version` does not wait seconds for torch.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palme_xt.command_line import make_parser
-from palme_xt.config import PalmEConfig
+import palme_xt
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
     from torch import Tensor
 
     from palme_xt.model import PalmE
@@ -22,6 +27,14 @@ if TYPE_CHECKING:
     from palme_xt.tokenizer import Tokenizer
     from palme_xt.training import Outcome
 
+COMMANDS = {
+    "train": "train a captioner on your pictures, or on scenes of digits",
+    "caption": "caption image files with a trained run",
+    "source": "print the model as an x-transformers program",
+    "parity": "tell whether another x-transformers computes the same",
+}
+FLAGS = ("--strict", "--streaming")  # options of `train` that may stand alone
+HELP = ("-h", "--help")
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
 SHOWN = 8
 WIDEST = 60
@@ -35,11 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 130 after an interrupt; 2 for anything the user can put right, explained in one line on stderr.
     """
     try:
-        return _run(argv)
+        with warnings.catch_warnings():
+            # x-transformers up to 2.31.10 uses torch.jit.script, which torch 2.15 warns of.
+            warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
+            command, options = parse(sys.argv[1:] if argv is None else argv)
+            return {"train": _train, "caption": _caption, "source": _source, "parity": _parity}[command](options)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("palme_xt"):
             raise
-        _complain(f"error: {error.name} is not installed: pip install 'palme-xt[train]'")
+        _complain(f"error: {error.name} is not installed: pip install -e '.[train]'")
     except (ValueError, TypeError) as error:
         # Errors of this package explain themselves; one from elsewhere is a defect and shows where it is from.
         if not _raised_here(error):
@@ -53,8 +71,191 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the command that `argv` names, and its options.
+
+    Raises:
+        SystemExit: with 0 after `--help`, `--version` or no argument at all, with 2 after an error.
+        ValueError: options that do not go together.
+    """
+    listed = "\n".join(f"  {name:9} {purpose}" for name, purpose in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="palme-xt",
+        usage="palme-xt [--help] [--version] COMMAND ...",
+        description="PalmE, a vision-language model over x-transformers.",
+        epilog=f"commands:\n{listed}\n\n`palme-xt COMMAND --help` lists the options of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"palme-xt {palme_xt.__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    if not argv:
+        parser.print_help()
+        parser.exit()
+    command = parser.parse_args(argv[:1]).command
+    parsers = {
+        "train": _parse_train,
+        "caption": _parse_caption,
+        "source": _parse_source,
+        "parity": _parse_parity,
+    }
+    return command, parsers[command](_spelled_out(argv[1:], FLAGS if command == "train" else ()))
+
+
+def _spelled_out(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Return options as the parsers know them: with underscores, and flags with their value."""
+    spelled = []
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=False):
+        option, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            option = "--" + option[2:].replace("-", "_")
+            if option in flags and not equals and following.startswith("--"):
+                equals, value = "=", "true"
+        spelled.append(option + equals + value)
+    return spelled
+
+
+def _parse_train(argv: list[str]) -> dict[str, Any]:
+    from jsonargparse import ArgumentParser
+
+    from palme_xt.config import PalmEConfig
+    from palme_xt.data import Data
+    from palme_xt.training import Training
+
+    parser = ArgumentParser(
+        prog="palme-xt train",
+        usage="palme-xt train [--data DATA] [--run RUN] [OPTION VALUE ...]\n"
+        "       palme-xt train --resume RUN [--data DATA]",
+        description="Train a captioner on your own captioned pictures, or on scenes of handwritten digits, and show "
+        "what it has learned. `accelerate launch -m palme_xt train ...` trains on many processes. Every argument of "
+        "PalmE is an option; overrides are given one by one, as in --decoder_kwargs.ff_glu true, beside the defaults, "
+        "or as a whole dict, in their place. The model's defaults depend on the data and the tokenizer: see `palme-xt "
+        "train --data DATA --help`. Hyphens do as well as underscores.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", type=str, default=None, help="new run folder (default: runs/NAME-DATE-TIME)")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=str,
+        default=None,
+        help="go on with this run, from its last checkpoint, as if it had never stopped; --data goes with it where the "
+        "data have moved, and no other option",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE_OR_NAME",
+        type=str,
+        default=None,
+        help="tokenizer.json of the tokenizers library, or the name of a repository on the hub (default: bytes)",
+    )
+    parser.add_argument("--bos_token", type=str, default=None, help="token that begins a text (default: a usual one)")
+    parser.add_argument("--eos_token", type=str, default=None, help="token that ends a text (default: a usual one)")
+    parser.add_class_arguments(Data)
+    parser.add_class_arguments(Training)
+    parser.add_class_arguments(PalmEConfig)
+
+    given = _given(parser, [argument for argument in argv if argument not in HELP])
+    if given.get("resume") is not None:
+        _refuse_others(f"--resume={given['resume']}", given, ["resume", "data"])
+    parser.set_defaults(_model_defaults(given, described=bool({*argv} & {*HELP})))
+    return dict(parser.parse_args(argv).as_dict()) | {"moved": given.get("data")}
+
+
+def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """Return the options in `argv` alone, without those that have their defaults."""
+    options = parser.parse_args(argv, defaults=False).as_dict()
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _model_defaults(given: Mapping[str, Any], described: bool) -> dict[str, Any]:
+    """Return the model that `train` makes unless told otherwise: it depends on the data and on the tokenizer."""
+    from palme_xt.data import DIGITS
+    from palme_xt.tokenizer import load_tokenizer
+    from palme_xt.training import DIGITS_MODEL, PICTURES_MODEL
+
+    model = (DIGITS_MODEL if given.get("data", DIGITS) == DIGITS else PICTURES_MODEL).to_dict()
+    if "tokenizer" not in given or described:
+        return model
+    tokenizer = load_tokenizer(given["tokenizer"], given.get("bos_token"), given.get("eos_token"))
+    return model | {"num_tokens": tokenizer.num_tokens}
+
+
+def _refuse_others(run: str, given: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    if others := [name for name in given if name not in allowed]:
+        beside = f" but --{allowed[-1]}" if len(allowed) > 1 else ""
+        raise ValueError(
+            f"{run} goes with no other option{beside}, found --{' --'.join(others)}: leave out what the run has"
+        )
+
+
+def _parse_caption(argv: list[str]) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(
+        prog="palme-xt caption",
+        usage="palme-xt caption RUN IMAGE [IMAGE ...] [OPTION ...]",
+        description="Caption image files with a trained run, one line each.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` made")
+    parser.add_argument("image", metavar="IMAGE", nargs="+", help="image files that Pillow can read")
+    parser.add_argument("--beams", type=int, default=1, help="search with so many beams (default: 1, no search)")
+    parser.add_argument("--temperature", type=float, help="sample; the higher, the wilder (default: 0, do not)")
+    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens that sum to this probability")
+    parser.add_argument("--seed", type=int, help="of the sampling (default: another each time)")
+    parser.add_argument("--stream", action="store_true", help="print each caption as it is decoded")
+    parser.add_argument(
+        "--attention", metavar="OUT.png", help="draw where on one IMAGE the decoder looked for each word"
+    )
+    parser.add_argument(
+        "--layer", type=int, help="which cross-attention, in the order in which they run (default: -1, the last)"
+    )
+    return vars(parser.parse_args(argv))
+
+
+def _parse_source(argv: list[str]) -> dict[str, Any]:
+    from jsonargparse import ArgumentParser
+
+    from palme_xt.config import PalmEConfig
+
+    parser = ArgumentParser(
+        prog="palme-xt source",
+        usage="palme-xt source [RUN] [OPTION VALUE ...]",
+        description="Print the model as a self-contained x-transformers program: that of a run, with its weights, or "
+        "that of the given arguments.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", type=str, nargs="?", help="folder that `palme-xt train` made")
+    parser.add_class_arguments(PalmEConfig)
+    options: dict[str, Any] = parser.parse_args(argv).as_dict()
+    if options["run"] is not None:
+        _refuse_others(options["run"], _given(parser, argv), ["run"])
+    return options
+
+
+def _parse_parity(argv: list[str]) -> dict[str, Any]:
+    from palme_xt.drift import TOLERANCE
+
+    parser = argparse.ArgumentParser(
+        prog="palme-xt parity",
+        usage="palme-xt parity {record,check} RUN [--tolerance TOLERANCE]",
+        description="Tell whether a trained model computes the same under another x-transformers: `record` writes a "
+        "reference beside its weights, `check` exits with 0 if what is installed gives the same, and else with 1, "
+        "naming the first layer that differs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("action", choices=["record", "check"], help="write the reference, or compare with it")
+    parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` made")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="of check: largest difference, as a share of the largest value",
+    )
+    return vars(parser.parse_args(argv))
+
+
 def _complain(message: str, *, met: bool = False) -> None:
-    """One line on stderr: of many processes, from the first if they all `met`, else from the first of each machine."""
+    """Print one line on stderr: of many processes, from the first if all `met`, else from the first of each machine."""
     rank, first_here = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
     if rank == "0" or (first_here and not met):
         print(f"palme-xt: {message}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
@@ -67,33 +268,12 @@ def _raised_here(error: Exception) -> bool:
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("palme_xt.")
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    parser, argv = make_parser(sys.argv[1:] if argv is None else argv)
-    options = parser.parse_args(argv).as_dict()
-    command = options["command"]
-    given = [re.split("[=.]", argument[2:])[0] for argument in argv if argument.startswith("--")]
-    if command == "train" and options["train"]["resume"] is not None:
-        _refuse_others("--resume=" + options["train"]["resume"], given, ["resume", "data"])
-        options["train"]["moved"] = options["train"]["data"] if "data" in given else None
-    if command == "source" and options["source"]["run"] is not None:
-        _refuse_others(options["source"]["run"], given, [])
-    run = {"train": _train, "caption": _caption, "source": _source, "parity": _parity}[command]
-    return run(options[command])
-
-
-def _refuse_others(run: str, given: Sequence[str], allowed: Sequence[str]) -> None:
-    if others := [name for name in given if name not in allowed]:
-        beside = f" but --{allowed[-1]}" if allowed else ""
-        raise ValueError(
-            f"{run} goes with no other option{beside}, found --{' --'.join(others)}: leave out what the run has"
-        )
-
-
 def _train(options: dict[str, Any]) -> int:
     from dataclasses import fields
 
     from accelerate import PartialState
 
+    from palme_xt.config import PalmEConfig
     from palme_xt.data import Data
     from palme_xt.run import Run
     from palme_xt.tokenizer import load_tokenizer, read_tokenizer
@@ -221,6 +401,7 @@ def _draw_attention(
 def _source(options: dict[str, Any]) -> int:
     from dataclasses import fields
 
+    from palme_xt.config import PalmEConfig
     from palme_xt.run import WEIGHTS, Run
 
     if options["run"] is None:

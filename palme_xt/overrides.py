@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.x_transformers import (
+from palme_xt.support import warn_if_unsupported
+
+warn_if_unsupported()  # before anything of an unsupported release is imported, which may fail
+
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper  # noqa: E402
+from x_transformers.x_transformers import (  # noqa: E402
     Attention,
     AttentionLayers,
     FeedForward,

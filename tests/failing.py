@@ -13,7 +13,7 @@ from palme_xt.cli import main
 if __name__ == "__main__":
     step = torch.optim.AdamW.step
 
-    def fail_at_step_3(optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
+    def fail_at_step_3(optimizer: torch.optim.AdamW, *arguments: Any) -> Any:
         if all(state["step"] == 2 for state in optimizer.state.values()) and optimizer.state:
             print(*(reader.pid for reader in multiprocessing.active_children()))  # noqa: T201
             raise RuntimeError("raised outside the package")

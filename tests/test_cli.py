@@ -520,6 +520,59 @@ def test_not_a_number_is_no_learning_rate() -> None:
         Training(lr=float("nan"))
 
 
+def test_without_a_command_it_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in [], ["--help"]:
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0
+        out, err = capsys.readouterr()
+        assert all(command in out for command in ("train", "caption", "source", "parity"))
+        assert err == ""
+    with pytest.raises(SystemExit) as exit_:
+        main(["trian"])
+    assert exit_.value.code == 2
+    assert "invalid choice: 'trian'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_version_and_help_need_no_dependency(option: str) -> None:
+    nothing = ["torch", "x_transformers", "einops", "numpy", "jsonargparse"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({nothing})); from palme_xt.cli import main; main([{option!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "palme-xt" in done.stdout
+
+
+def test_nothing_is_printed_before_what_was_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-m", "palme_xt", "source"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout == PalmEConfig().to_source()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a child")
+@pytest.mark.parametrize("module", ["argparse", "torch", "torch.nn", "numpy", "x_transformers", "accelerate"])
+def test_an_interrupt_while_modules_are_imported_is_one_line(module: str, tmp_path: Path) -> None:
+    # Told by the finder of modules, so that it comes in the middle of the import whatever the machine's speed.
+    code = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.modules.pop({module!r}, None)
+from palme_xt.cli import main
+sys.meta_path.insert(0, Interrupt())
+import argparse
+sys.modules.pop({module!r}, None)
+sys.exit(main(["train", "--run", {str(tmp_path / "run")!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "palme-xt: interrupted\n")
+
+
 def test_unknown_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["train", "--decoder_dept=3"])
@@ -553,9 +606,7 @@ def test_missing_extras_are_named(extra: str) -> None:
     code = f"import sys; sys.modules[{extra!r}] = None; from palme_xt.cli import main; sys.exit(main(['train']))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(
-        rf"palme-xt: error: {extra}\S* is not installed: pip install 'palme-xt\[train\]'\n", done.stderr
-    )
+    assert re.fullmatch(rf"palme-xt: error: {extra}\S* is not installed: pip install -e '\.\[train\]'\n", done.stderr)
 
 
 def test_the_core_imports_none_of_the_extras() -> None:

@@ -46,7 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("data") / "pictures", 22)
 
 
-
 def test_a_build_for_cuda_without_a_device_has_random_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.get_device_module", lambda: torch.cuda)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
