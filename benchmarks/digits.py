@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import describe
-from palme_xt.data import Data
-from palme_xt.run import Run
-from palme_xt.tokenizer import ByteTokenizer
-from palme_xt.training import DIGITS_MODEL, Training, train
+from palme_xt.captioner.data.rows import Data
+from palme_xt.captioner.tokenizer import ByteTokenizer
+from palme_xt.captioner.training.loop import DIGITS_MODEL, Training, train
+from palme_xt.captioner.training.run import Run
 
 SEEDS = range(5)
 

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.report import FOLDER, Report
-from palme_xt.data import Data
-from palme_xt.run import Run
-from palme_xt.tokenizer import ByteTokenizer
-from palme_xt.training import PICTURES_MODEL, Training, train
+from palme_xt.captioner.data.rows import Data
+from palme_xt.captioner.tokenizer import ByteTokenizer
+from palme_xt.captioner.training.loop import PICTURES_MODEL, Training, train
+from palme_xt.captioner.training.run import Run
 
 PACKAGE = "emoji-datasource-google@16.0.0"  # Noto Color Emoji, 64 pixels; names from Unicode 16
 TRAINING = Training(steps=3000, lr=1e-3, eval_every=500)

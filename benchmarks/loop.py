@@ -15,12 +15,12 @@ from torch import Tensor
 from benchmarks import emoji
 from benchmarks.report import Report
 from palme_xt import PalmE
-from palme_xt.batches import Share, load_batches
-from palme_xt.data import Data, load_data
-from palme_xt.preprocessing import Preprocessing
-from palme_xt.run import Run
-from palme_xt.tokenizer import ByteTokenizer
-from palme_xt.training import PICTURES_MODEL, Training, train
+from palme_xt.captioner.data.batches import Share, load_batches
+from palme_xt.captioner.data.rows import Data, load_data
+from palme_xt.captioner.images import Preprocessing
+from palme_xt.captioner.tokenizer import ByteTokenizer
+from palme_xt.captioner.training.loop import PICTURES_MODEL, Training, train
+from palme_xt.captioner.training.run import Run
 
 STEPS = 160  # five epochs, of which the first decodes the pictures
 PICTURES = 1000

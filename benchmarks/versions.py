@@ -17,7 +17,7 @@ from benchmarks.machine import describe
 
 OLDER = ("2.17.10", "2.20.1", "2.25.2", "2.25.5")
 SUPPORTED = ("2.26.4", "2.27.4", "2.28.11", "2.29.4", "2.30.5", "2.31.10")  # the last patch of every minor
-TESTS = ("tests/test_parity.py", "tests/test_decoding.py", "tests/test_beam_search.py")
+TESTS = ("tests/parity/test_parity.py", "tests/decoding/test_decoding.py", "tests/decoding/test_beam_search.py")
 WORKAROUNDS = {
     "test_upstream_still_crashes_with_alibi_rotary_and_a_cache": "cache",
     "test_upstream_flash_attention_still_does_not_pickle": "pickle",
@@ -29,9 +29,9 @@ WORKAROUNDS = {
 CHECK_GOLDENS = """
 import warnings
 warnings.simplefilter("ignore")
-from palme_xt.drift import check
-from palme_xt.run import Run
-from tests.goldens.make import FOLDER, GOLDENS
+from palme_xt.parity.drift import check
+from palme_xt.captioner.training.run import Run
+from tests.parity.goldens.make import FOLDER, GOLDENS
 found = {name: check(Run(FOLDER / name)).difference for name in GOLDENS}
 different = {name: difference for name, difference in found.items() if difference}
 first = next(iter(different.values()), None)
@@ -65,7 +65,7 @@ def row(release: str) -> str:
         runs = goldens.returncode == 0
         numbers = goldens.stdout.strip() if runs else goldens.stderr.strip().splitlines()[-1]
         tests = outcomes(folder, *TESTS) if runs else {}
-        needed = outcomes(folder, "tests/test_workarounds.py", "-k", " or ".join(WORKAROUNDS)) if runs else {}
+        needed = outcomes(folder, "tests/upstream/test_modules.py", "-k", " or ".join(WORKAROUNDS)) if runs else {}
     still = [label for test, label in WORKAROUNDS.items() if needed.get(test)]
     failed = list(tests.values()).count(False)
     result = f"{failed} fail" if failed else "all pass" if tests else "-"

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from torch import Tensor
 
+    from palme_xt.captioner.images import Preprocessing
+    from palme_xt.captioner.tokenizer import Tokenizer
+    from palme_xt.captioner.training.loop import Outcome
     from palme_xt.model import PalmE
-    from palme_xt.preprocessing import Preprocessing
-    from palme_xt.tokenizer import Tokenizer
-    from palme_xt.training import Outcome
 
 COMMANDS = {
     "train": "train a captioner on your pictures, or on scenes of digits",
@@ -118,9 +118,9 @@ def _spelled_out(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
 def _parse_train(argv: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentParser
 
+    from palme_xt.captioner.data.rows import Data
+    from palme_xt.captioner.training.loop import Training
     from palme_xt.config import PalmEConfig
-    from palme_xt.data import Data
-    from palme_xt.training import Training
 
     parser = ArgumentParser(
         prog="palme-xt train",
@@ -170,9 +170,9 @@ def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
 
 def _model_defaults(given: Mapping[str, Any], described: bool) -> dict[str, Any]:
     """Return the model that `train` makes unless told otherwise: it depends on the data and on the tokenizer."""
-    from palme_xt.data import DIGITS
-    from palme_xt.tokenizer import load_tokenizer
-    from palme_xt.training import DIGITS_MODEL, PICTURES_MODEL
+    from palme_xt.captioner.data.rows import DIGITS
+    from palme_xt.captioner.tokenizer import load_tokenizer
+    from palme_xt.captioner.training.loop import DIGITS_MODEL, PICTURES_MODEL
 
     model = (DIGITS_MODEL if given.get("data", DIGITS) == DIGITS else PICTURES_MODEL).to_dict()
     if "tokenizer" not in given or described:
@@ -233,7 +233,7 @@ def _parse_source(argv: list[str]) -> dict[str, Any]:
 
 
 def _parse_parity(argv: list[str]) -> dict[str, Any]:
-    from palme_xt.drift import TOLERANCE
+    from palme_xt.parity.drift import TOLERANCE
 
     parser = argparse.ArgumentParser(
         prog="palme-xt parity",
@@ -273,11 +273,11 @@ def _train(options: dict[str, Any]) -> int:
 
     from accelerate import PartialState
 
+    from palme_xt.captioner.data.rows import Data
+    from palme_xt.captioner.tokenizer import load_tokenizer, read_tokenizer
+    from palme_xt.captioner.training.loop import Training, train
+    from palme_xt.captioner.training.run import Run
     from palme_xt.config import PalmEConfig
-    from palme_xt.data import Data
-    from palme_xt.run import Run
-    from palme_xt.tokenizer import load_tokenizer, read_tokenizer
-    from palme_xt.training import Training, train
 
     if options["resume"] is not None:
         run = Run(options["resume"])
@@ -332,10 +332,10 @@ def _counted(skipped: dict[str, int]) -> str:
 def _caption(options: dict[str, Any]) -> int:
     import torch
 
-    from palme_xt.captioning import caption, stream_caption
-    from palme_xt.preprocessing import ImageError, read_preprocessing
-    from palme_xt.run import Run
-    from palme_xt.tokenizer import read_tokenizer
+    from palme_xt.captioner.caption import caption, stream_caption
+    from palme_xt.captioner.images import ImageError, read_preprocessing
+    from palme_xt.captioner.tokenizer import read_tokenizer
+    from palme_xt.captioner.training.run import Run
     from palme_xt.tokens import printable
 
     run = Run(options["run"])
@@ -373,9 +373,9 @@ def _draw_attention(
 ) -> int:
     import torch
 
-    from palme_xt.attention_maps import cross_attention_maps, word_maps, words
-    from palme_xt.captioning import caption_ids
-    from palme_xt.pictures import draw_attention
+    from palme_xt.captioner.attention import cross_attention_maps, word_maps, words
+    from palme_xt.captioner.caption import caption_ids
+    from palme_xt.captioner.drawing import draw_attention
     from palme_xt.tokens import printable
 
     out, paths = Path(options["attention"]), options["image"]
@@ -401,8 +401,8 @@ def _draw_attention(
 def _source(options: dict[str, Any]) -> int:
     from dataclasses import fields
 
+    from palme_xt.captioner.training.run import WEIGHTS, Run
     from palme_xt.config import PalmEConfig
-    from palme_xt.run import WEIGHTS, Run
 
     if options["run"] is None:
         given = PalmEConfig(**{argument.name: options[argument.name] for argument in fields(PalmEConfig)})
@@ -414,8 +414,8 @@ def _source(options: dict[str, Any]) -> int:
 
 
 def _parity(options: dict[str, Any]) -> int:
-    from palme_xt.drift import check, record
-    from palme_xt.run import PARITY, Run
+    from palme_xt.captioner.training.run import PARITY, Run
+    from palme_xt.parity.drift import check, record
 
     run = Run(options["run"])
     if options["action"] == "record":

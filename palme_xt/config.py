@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 from palme_xt.frozen import FrozenDict, to_json_types
-from palme_xt.overrides import check_overrides
+from palme_xt.mapping import check_overrides
 
 # The mapping, written once: upstream's keyword -> the argument that sets it. The model is built from it, overrides are
 # checked against it, and the README's table is checked against it.

@@ -12,9 +12,10 @@ from typing import Any, Self
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelHubMixin, snapshot_download
 
-from palme_xt import model, pretrained
-from palme_xt.model_card import model_card
-from palme_xt.pretrained import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, PretrainedError
+from palme_xt import model
+from palme_xt.storage import folder as pretrained
+from palme_xt.storage.card import model_card
+from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, PretrainedError
 
 
 class PalmE(model.PalmE, ModelHubMixin):
@@ -23,12 +24,13 @@ class PalmE(model.PalmE, ModelHubMixin):
         model = PalmE.from_pretrained("user/name")  # or a folder, a training run's too
         model.save_pretrained("folder")
         model.push_to_hub("user/name")
-        captions = palme_xt.captioning.caption(model, img)  # img (b, c, h, w): list of b str
+        captions = palme_xt.captioner.caption.caption(model, img)  # img (b, c, h, w): list of b str
 
     Attributes:
         companions: files beside the weights, by name, that it was loaded with and is saved with: the tokenizer's, the
-            preprocessing's, the model card. Each of `palme_xt.pretrained.COMPANIONS` may be put there. The card is that
-            of the loaded weights: after training on, `model.companions = {}`, or those but README.md, for a new one.
+            preprocessing's, the model card. Each of `palme_xt.storage.folder.COMPANIONS` may be put there. The card is
+            that of the loaded weights: after training on, `model.companions = {}`, or those but README.md, for a new
+            one.
         how_trained: what `config.json` says under "training", saved again; None for a model that was not loaded.
     """
 
@@ -144,7 +146,7 @@ class PalmE(model.PalmE, ModelHubMixin):
         return super().push_to_hub(repo_id, model_card_kwargs=model_card_kwargs, **how)
 
     def generate_model_card(self, metrics: Mapping[str, Any] | None = None, repo_id: str | None = None) -> ModelCard:
-        """A new card, whatever the model was loaded with: `palme_xt.model_card`, with these arguments."""
+        """A new card, whatever the model was loaded with: `palme_xt.storage.card`, with these arguments."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return ModelCard(model_card(self.config, self.how_trained, metrics, parameters=parameters, repo_id=repo_id))
 

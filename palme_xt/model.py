@@ -13,10 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from palme_xt.adoption import read_config, warn_unless_described
-from palme_xt.cached_decoder import Decoder as CachedDecoder
 from palme_xt.config import PalmEConfig
-from palme_xt.decoding import FilterLogits, Rows, beam_search, evaluating, sample, wrong_with_cache
-from palme_xt.decoding_arguments import (
+from palme_xt.decoding.loop import FilterLogits, Rows, beam_search, evaluating, sample, wrong_with_cache
+from palme_xt.decoding.request import (
     check_beams,
     check_compile,
     check_eos_token,
@@ -26,6 +25,7 @@ from palme_xt.decoding_arguments import (
 )
 from palme_xt.inputs import check_batches, check_context, check_context_mask, check_img, check_prompts, check_text
 from palme_xt.signature import with_arguments_of
+from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
 from palme_xt.wiring import build_decoder, build_encoder
 
 
@@ -176,7 +176,7 @@ class PalmE(nn.Module):
                 models that have no absolute positions.
             cache_kv: keep keys and values, so that a step reads one token. False reads the whole text at each step, for
                 the same tokens; so does True with the overrides that upstream's cache is wrong for
-                (`palme_xt.decoding.wrong_with_cache`).
+                (`palme_xt.decoding.loop.wrong_with_cache`).
             compile: compile the step that reads one token, with `torch.compile`, when it is first made; the graph
                 serves all lengths and later calls. Worth its minute for many tokens.
             context: what `encode` returned, instead of `img`, to encode once for several calls.

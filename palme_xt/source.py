@@ -18,9 +18,9 @@ from x_transformers.x_transformers import (
 )
 
 import palme_xt
-from palme_xt import cached_decoder
 from palme_xt.config import PalmEConfig
 from palme_xt.frozen import to_json_types
+from palme_xt.upstream import cached_decoder
 
 WIDTH = 88  # ruff's and black's default line length
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from x_transformers import ViTransformerWrapper
 
 from palme_xt.config import PalmEConfig
-from palme_xt.loss import AutoregressiveWrapper
-from palme_xt.workarounds import Decoder, Encoder, TransformerWrapper
+from palme_xt.upstream.loss import AutoregressiveWrapper
+from palme_xt.upstream.modules import Decoder, Encoder, TransformerWrapper
 
 Built = TypeVar("Built")
 

@@ -20,16 +20,16 @@ import torch
 from PIL import Image
 
 from palme_xt import PalmEConfig, tokens
-from palme_xt.attention_maps import cross_attention_maps
-from palme_xt.captioning import caption
+from palme_xt.captioner.attention import cross_attention_maps
+from palme_xt.captioner.caption import caption
+from palme_xt.captioner.data.rows import Data
+from palme_xt.captioner.images import ImageError, Preprocessing
+from palme_xt.captioner.training.loop import DIGITS_MODEL, Training, warm_up_and_decay
+from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
-from palme_xt.data import Data
-from palme_xt.preprocessing import ImageError, Preprocessing
-from palme_xt.pretrained import PretrainedError
-from palme_xt.run import Run
+from palme_xt.storage.folder import PretrainedError
 from palme_xt.tokens import printable
-from palme_xt.training import DIGITS_MODEL, Training, warm_up_and_decay
-from tests.captioned import TINY, picture, spoil, write_folder
+from tests.captioner.captioned import TINY, picture, spoil, write_folder
 
 QUICK = [
     *("--batch_size=4", "--eval_every=2", "--eval_images=10"),
@@ -335,9 +335,9 @@ def test_training_learns_one_s_own_pictures_and_captions_them(
 
 def test_attention_is_that_of_each_word(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr("palme_xt.pictures.draw_attention", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr("palme_xt.captioner.drawing.draw_attention", lambda *arguments: drawn.append(arguments))
     ids = [*b"six top", tokens.EOS]
-    monkeypatch.setattr("palme_xt.captioning.caption_ids", lambda *_, **how: torch.tensor([ids]))
+    monkeypatch.setattr("palme_xt.captioner.caption.caption_ids", lambda *_, **how: torch.tensor([ids]))
     image = run / "held_out" / "00.png"
     assert main(["caption", str(run), str(image), f"--attention={tmp_path / 'x.png'}", "--layer=0"]) == 0
     ((img, words, maps, _),) = drawn
@@ -354,7 +354,7 @@ def test_attention_of_a_caption_as_long_as_the_model(
 ) -> None:
     absolute = ["--use_abs_pos_emb=true", "--rotary_xpos=false", "--alibi_pos_bias=false"]
     assert main(["train", "--steps=1", *QUICK, *absolute, f"--run={tmp_path / 'run'}"]) == 0
-    monkeypatch.setattr("palme_xt.captioning.caption_ids", lambda *_, **how: torch.full((1, 63), ord("a")))
+    monkeypatch.setattr("palme_xt.captioner.caption.caption_ids", lambda *_, **how: torch.full((1, 63), ord("a")))
     image = str(tmp_path / "run" / "held_out" / "00.png")
     assert main(["caption", str(tmp_path / "run"), image, f"--attention={tmp_path / 'x.png'}"]) == 0
 
@@ -436,7 +436,7 @@ def test_a_full_disk_is_one_line(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("palme_xt.run.Run.write", full)
+    monkeypatch.setattr("palme_xt.captioner.training.run.Run.write", full)
     fails(capsys, ["parity", "record", str(run)], r".*No space left on device")
 
 
@@ -633,7 +633,7 @@ def test_defects_are_not_hidden(monkeypatch: pytest.MonkeyPatch, run: Path) -> N
     def defect(preprocessing: Preprocessing, path: str) -> torch.Tensor:
         raise ValueError("raised outside the package")
 
-    monkeypatch.setattr("palme_xt.preprocessing.Preprocessing.read", defect)
+    monkeypatch.setattr("palme_xt.captioner.images.Preprocessing.read", defect)
     with pytest.raises(ValueError, match="raised outside the package"):
         main(["caption", str(run), "x.png"])
 

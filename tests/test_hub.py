@@ -21,11 +21,12 @@ from huggingface_hub import HfApi, ModelCard, ModelHubMixin
 from torch import nn
 
 import palme_xt
-from palme_xt import PalmEConfig, pretrained
+from palme_xt import PalmEConfig
+from palme_xt.captioner.training.run import Run
 from palme_xt.hub import PalmE
-from palme_xt.model_card import model_card
-from palme_xt.pretrained import COMPANIONS, CONFIG, WEIGHTS, PretrainedError
-from palme_xt.run import Run
+from palme_xt.storage import folder as pretrained
+from palme_xt.storage.card import model_card
+from palme_xt.storage.folder import COMPANIONS, CONFIG, WEIGHTS, PretrainedError
 from tests.models import SMALL, batch, logits, small
 
 TRAINING = {"data": "digits", "steps": 3, "lr": 0.002}

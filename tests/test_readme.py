@@ -50,7 +50,7 @@ def test_the_table_of_arguments_is_the_code_s() -> None:
 
 
 def test_every_test_that_the_readme_names_exists() -> None:
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", README)
     assert len(named) > 10
     assert [name for name in named if f"def {name}(" not in tests] == []

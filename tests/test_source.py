@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from palme_xt import PalmE, PalmEConfig
+from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
-from palme_xt.parity import compare
-from palme_xt.run import Run
+from palme_xt.parity.comparison import compare
 from palme_xt.strategies import configs
 from tests.models import batch, small
 

@@ -1,0 +1,1 @@
+"""The training tool: a captioner from a folder of captioned images."""

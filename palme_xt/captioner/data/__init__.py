@@ -1,0 +1,1 @@
+"""Captioned images, from wherever they are to batches."""

@@ -1,0 +1,149 @@
+"""Captioned scenes of real handwritten digits: the data set that `palme-xt train` learns from.
+
+The digits are the 1,797 scans of 8x8 pixels that scikit-learn ships (`load_digits`; E. Alpaydin and C. Kaynak,
+"Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998, doi:10.24432/C50P49). A scene holds
+one to three of them in the quarters of a square; its caption names them in reading order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from palme_xt.captioner.data.batches import Defect, Example
+from palme_xt.captioner.tokenizer import Tokenizer
+from palme_xt.config import PalmEConfig
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+QUARTERS = ("top left", "top right", "bottom left", "bottom right")
+LONGEST_CAPTION = ", ".join(f"three {quarter}" for quarter in QUARTERS[1:])
+HELD_OUT_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Scans of single digits: `pixels (n, 8, 8)`, float32 in 0..1, and `labels (n,)`, int64."""
+
+    pixels: Tensor
+    labels: Tensor
+
+
+def load_scans() -> tuple[Scans, Scans]:
+    """Scans to train on, and scans to hold out. No scan is in both; the split is always the same."""
+    digits = load_digits()
+    pixels = torch.from_numpy(digits.images).float() / 16
+    labels = torch.from_numpy(digits.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    held_out, train = order.tensor_split([int(HELD_OUT_SHARE * len(labels))])
+    return Scans(pixels[train], labels[train]), Scans(pixels[held_out], labels[held_out])
+
+
+def compose(
+    scans: Scans,
+    count: int,
+    *,
+    image_size: int,
+    channels: int = 1,
+    jitter: float = 0.0,
+    generator: torch.Generator,
+) -> tuple[Tensor, list[str]]:
+    """Draw `count` scenes and their captions.
+
+    Args:
+        scans: what to draw digits from.
+        count: how many scenes.
+        image_size: height and width in pixels.
+        channels: every channel shows the same.
+        jitter: how far each digit is moved, turned (radians), scaled and sheared at random, as a share of its size.
+        generator: the source of all randomness.
+
+    Returns:
+        Images `(count, channels, image_size, image_size)`, float32 in 0..1, and `count` captions such as
+        `six top left, three bottom right`.
+    """
+    wanted = torch.randint(1, 4, (count, 1), generator=generator)
+    shuffled = torch.rand(count, len(QUARTERS), generator=generator).argsort(dim=1)
+    taken = shuffled < wanted
+    chosen = torch.randint(len(scans.labels), (int(taken.sum()),), generator=generator)
+
+    quarter = image_size // 2
+    cells = torch.zeros(count, len(QUARTERS), quarter, quarter)
+    cells[taken] = _draw(scans.pixels[chosen], quarter, jitter, generator)
+    rows = [torch.cat(cells[:, pair].unbind(1), dim=-1) for pair in ([0, 1], [2, 3])]
+    img = F.pad(torch.cat(rows, dim=-2), (0, image_size % 2, 0, image_size % 2))
+
+    names: list[list[str]] = [[] for _ in range(count)]
+    for (scene, cell), label in zip(taken.nonzero().tolist(), scans.labels[chosen].tolist(), strict=True):
+        names[scene].append(f"{NAMES[label]} {QUARTERS[cell]}")
+    return img[:, None].expand(-1, channels, -1, -1).contiguous(), [", ".join(parts) for parts in names]
+
+
+def _draw(pixels: Tensor, size: int, jitter: float, generator: torch.Generator) -> Tensor:
+    noise = jitter * (2 * torch.rand(len(pixels), 2, 3, generator=generator) - 1)
+    identity = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    grid = F.affine_grid(identity + noise, [len(pixels), 1, size, size], align_corners=False)
+    return F.grid_sample(pixels[:, None], grid, align_corners=False)[:, 0]
+
+
+class Scenes:
+    """Endless scenes, a `Source`: scene and caption depend on nothing but `seed`, `block` and the number.
+
+    Args:
+        scans: what to draw digits from.
+        config: of the model that looks at them.
+        tokenizer: of the captions.
+        block: how many scenes are drawn at once; the numbers of one `read` must lie in one block.
+        seed: of the random choices.
+        jitter: as in `compose`.
+
+    Raises:
+        ValueError: the model is too small for digits, or too short for their longest caption.
+    """
+
+    def __init__(
+        self, scans: Scans, config: PalmEConfig, tokenizer: Tokenizer, *, block: int, seed: int, jitter: float = 0.0
+    ) -> None:
+        longest = len(tokenizer.encode(LONGEST_CAPTION))
+        if config.max_seq_len < longest:
+            raise ValueError(
+                f"max_seq_len={config.max_seq_len} must be at least {longest}: so many tokens have captions"
+            )
+        if config.image_size < 8:
+            raise ValueError(f"image_size={config.image_size} must be at least 8 pixels to show digits")
+        self.scans, self.config, self.tokenizer = scans, config, tokenizer
+        self.block, self.seed, self.jitter = block, seed, jitter
+        self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
+
+    def read(self, numbers: range) -> list[Example | Defect]:
+        """As `Source.read`."""
+        block, first = divmod(numbers.start, self.block)
+        if self._drawn[0] != block:
+            # One block, one generator: numpy mixes the two numbers into a seed that no other pair is likely to have.
+            mixed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0])
+            img, captions = compose(
+                self.scans,
+                self.block,
+                image_size=self.config.image_size,
+                channels=self.config.channels,
+                jitter=self.jitter,
+                generator=torch.Generator().manual_seed(mixed % 2**63),
+            )
+            self._drawn = block, img, captions
+        _, img, captions = self._drawn
+        return [
+            Example(img[place], captions[place], self.tokenizer.encode(captions[place]), f"scene {number}")
+            for place, number in enumerate(numbers, first)
+        ]
+
+    def first_epoch(self, numbers: range) -> int:
+        """As `Source.first_epoch`: no scene comes twice."""
+        return len(numbers)
+
+    def fingerprint(self) -> str:
+        """As `Source.fingerprint`: the scans are always the same."""
+        return ""

@@ -1,0 +1,1 @@
+"""Decoding from the key-value cache: greedy, sampled, streamed and beam search."""

@@ -1,0 +1,1 @@
+"""Model folders: config, weights and card, as the hub stores them."""

@@ -1,0 +1,1 @@
+"""Subclasses of x-transformers' modules, each for a defect of its releases."""

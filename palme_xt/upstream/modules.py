@@ -1,0 +1,101 @@
+"""Small subclasses for what x-transformers gets wrong. Each goes when `tests/upstream/test_modules.py` says it can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+import x_transformers
+from torch import Tensor
+from x_transformers import x_transformers as upstream
+
+from palme_xt.upstream.alibi import AlibiPositionalBias
+from palme_xt.upstream.attend import replace_attends
+from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
+from palme_xt.upstream.rotary import RotaryEmbedding
+
+MASKS = ("mask", "attn_mask", "self_attn_kv_mask", "mem_masks", "seq_start_pos", "additional_kv_mask")
+
+
+class Encoder(x_transformers.Encoder):
+    """`x_transformers.Encoder`, whose modules pickle."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        replace_attends(self)
+
+
+class Decoder(CachedDecoder):
+    """`x_transformers.Decoder`, which decodes with a cache in every configuration, pickles, and keeps no ALiBi state.
+
+    Arguments, parameters, buffers and outputs are upstream's.
+
+    Attributes:
+        alibi: the ALiBi bias, computed once for all layers; `rel_pos`, which upstream computes in each, is None then.
+    """
+
+    rel_pos: Any
+    rotary_pos_emb: Any
+    alibi: Any
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        replace_attends(self)
+        if self.rotary_pos_emb is not None:
+            self.rotary_pos_emb = RotaryEmbedding(self.rotary_pos_emb)
+        self.alibi = None
+        if isinstance(self.rel_pos, upstream.AlibiPositionalBias):
+            slopes = kwargs.get("rel_pos_kwargs", {}).get("slopes")
+            self.rel_pos = AlibiPositionalBias(self.rel_pos.heads, self.rel_pos.total_heads, slopes=slopes)
+            attentions = [module for module in self.modules() if isinstance(module, upstream.Attention)]
+            alike = {(module.num_mem_kv, module.attend.flash) for module in attentions if module.causal}
+            if len(alike) == 1:
+                self.alibi, self.rel_pos = self.rel_pos, None
+                ((self._num_mem_kv, self._flash),) = alike
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, for `x (b, n, d)` and the same keywords.
+
+        Raises:
+            ValueError: `attn_bias` beside ALiBi, which upstream refuses as well.
+        """
+        if self.alibi is not None:
+            if kwargs.get("attn_bias") is not None:
+                raise ValueError("attn_bias is given to a decoder with ALiBi: build it with alibi_pos_bias=False")
+            kwargs.update(self._alibi_arguments(x, kwargs))
+        return super().forward(x, *args, **kwargs)
+
+    def _alibi_arguments(self, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        # x-transformers 1.30 to 2.31.10 computes the bias in each layer, and masks a copy of it for each sample.
+        # Without padding, where the bias has to be masked for each sample anyway, one causal bias serves all of them.
+        arguments: dict[str, Any] = {}
+        if kwargs.get("pos") is not None:
+            bias = self.alibi.forward_custom_pos(kwargs["pos"])
+        else:
+            i, mems, cache = x.shape[1], kwargs.get("mems"), kwargs.get("cache")
+            past = mems[0].shape[1] if mems and mems[0] is not None else 0
+            if cache is not None:
+                past += cache.cache_length
+                i = min(i, kwargs.get("cache_age", 1) or i)
+            if self._flash and i > 1 and all(kwargs.get(name) is None for name in (*MASKS, "causal")):
+                bias = self.alibi.causal(i, past + i)
+                arguments["causal"] = False
+            else:
+                bias = self.alibi(i, past + i)
+        return {"attn_bias": F.pad(bias, (self._num_mem_kv, 0)), **arguments}
+
+
+class TransformerWrapper(x_transformers.TransformerWrapper):
+    """`x_transformers.TransformerWrapper`, whose copies with tied embeddings use their own embedding, and pickle."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # x-transformers 1.30 to 2.31.10: `to_logits` is then a lambda that holds on to this very instance, also in a
+        # deepcopy of it. A bound method is copied and pickled with what it is bound to.
+        if kwargs.get("tie_embedding") and not kwargs.get("return_only_embed"):
+            self.to_logits = self._tied_logits
+
+    def _tied_logits(self, t: Tensor) -> Tensor:
+        logits: Tensor = t @ self.token_emb.emb.weight.t()
+        scale = getattr(self, "tie_embedding_scale", None)  # since 2.30.5
+        return logits if scale is None else logits * scale

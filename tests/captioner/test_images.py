@@ -1,0 +1,406 @@
+"""Pictures to pixels: as other programs compute them, and one line for each that cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from palme_xt import PalmEConfig
+from palme_xt.captioner.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PREPROCESSING,
+    ImageError,
+    MissingImageError,
+    Preprocessing,
+    read_preprocessing,
+)
+from palme_xt.captioner.training.run import Run
+from palme_xt.cli import main
+from tests.models import small
+
+RGB = PalmEConfig(16, 8, 16, 2, 4, 258, 80, 16, 2, 4)
+GREY, RGBA, FIVE = (replace(RGB, vit_kwargs={"channels": channels}) for channels in (1, 4, 5))
+SIZES = [(20, 24), (37, 11), (11, 37), (7, 5), (5, 8), (16, 16), (16, 40), (101, 33), (32, 99), (3, 1), (5, 64)]
+
+Make = Callable[[PalmEConfig], Preprocessing]
+
+
+def noise(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:
+    width, height = size
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def smooth(size: tuple[int, int], channels: int) -> Image.Image:
+    """Waves, another one in each channel."""
+    width, height = size
+    y, x = np.mgrid[:height, :width] / max(size)
+    waves = [127 + 100 * np.sin(5 * x * (channel + 1) + 4 * y + channel) for channel in range(channels)]
+    pixels = np.stack(waves, axis=-1).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+
+
+def png(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The content of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def as_tensor(image: Image.Image) -> Tensor:
+    """The pixels of an image, `(c, h, w)`, as they are."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L", "1", "CMYK"])
+@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+def test_inputs_are_bit_by_bit_those_of_transformers(make: Make, mode: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    # The one that resizes with Pillow; transformers 4 has no other of this kind.
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    for image_size in 16, 24:
+        preprocessing = make(replace(RGB, image_size=image_size))
+        theirs = kind(**json.loads(preprocessing.to_json()))
+        other = kind(**json.loads(preprocessing.to_json()) | {"resample": int(Image.Resampling.BILINEAR)})
+        for size in SIZES:
+            image = noise(size, mode)
+            expected = theirs(image, return_tensors="pt")["pixel_values"][0]
+            assert expected.shape == (3, image_size, image_size)
+            assert torch.equal(preprocessing(image), expected), size
+            untouched = size == (image_size,) * 2 or (preprocessing.crop and min(size) == image_size)
+            bilinear = other(image, return_tensors="pt")["pixel_values"][0]
+            assert torch.equal(bilinear, expected) == untouched
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("config", [RGB, GREY])
+def test_inputs_are_those_of_another_bicubic_filter(config: PalmEConfig, size: tuple[int, int]) -> None:
+    image = smooth(size, config.channels)
+    width, height = size
+    shorter = min(size)
+    to = (height * 16 // shorter, width * 16 // shorter)
+    top, left = (to[0] - 16) // 2, (to[1] - 16) // 2
+
+    def resized(to: tuple[int, int], mode: str) -> Tensor:
+        pixels = as_tensor(image)[None].double() / 255
+        return F.interpolate(pixels, to, mode=mode, antialias=True)[0].clamp(0, 1)
+
+    mean, std = (CLIP_MEAN, CLIP_STD) if config is RGB else ((0.5,), (0.5,))
+    column = [torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std)]
+    cropped, whole = Preprocessing.for_pictures(config)(image), Preprocessing.plain(config)(image)
+    assert cropped.dtype == whole.dtype == torch.float32
+    tolerance = 1.6 / 255  # Pillow rounds after each of two passes
+    for img, expected in (
+        (cropped * column[1] + column[0], resized(to, "bicubic")[:, top : top + 16, left : left + 16]),
+        (whole, resized((16, 16), "bicubic")),
+    ):
+        assert img.shape == expected.shape == (config.channels, 16, 16)
+        torch.testing.assert_close(img.double(), expected, atol=tolerance, rtol=0)
+        assert (img - expected.flip(-1, -2)).abs().max() > 5 * tolerance
+    assert (((cropped * column[1] + column[0]) - whole).abs().max() > 5 * tolerance) == (len({*size}) > 1)
+
+
+def test_pixels_are_the_middle_or_everything() -> None:
+    image = Image.new("RGB", (48, 16), "lime")
+    image.paste("red", (0, 0, 16, 16))
+    image.paste("blue", (32, 0, 48, 16))
+    lime = as_tensor(Image.new("RGB", (16, 16), "lime"))
+    cropped = Preprocessing.for_pictures(RGB).pixels(image)
+    assert cropped.dtype == torch.uint8
+    assert torch.equal(cropped, lime)
+    whole = Preprocessing.plain(RGB).pixels(image)
+    assert [whole[:, 8, column].tolist() for column in (0, 8, 15)] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
+    upright = image.transpose(Image.Transpose.ROTATE_90)
+    assert torch.equal(Preprocessing.for_pictures(RGB).pixels(upright), lime)
+    assert Preprocessing.plain(RGB).pixels(upright)[:, 0, 8].tolist() == [0, 0, 255]
+
+
+STORED = {  # how a picture is stored that is to be shown upright
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_pictures_are_turned_as_their_camera_was(orientation: int) -> None:
+    image = noise((24, 37))
+    how = STORED[orientation]
+    stored = image if how is None else image.transpose(how)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for preprocessing in Preprocessing.for_pictures(RGB), Preprocessing.plain(RGB):
+        read = preprocessing.read_pixels(png(stored, exif=exif))
+        assert torch.equal(read, preprocessing.pixels(image))
+        assert torch.equal(preprocessing.read_pixels(png(stored)), read) == (how is None)
+
+
+def see_through() -> tuple[Image.Image, Tensor, Tensor]:
+    """A picture of 16 by 16; its colours, and its opacity: nothing above, half of it in the middle, all below."""
+    image = noise((16, 16))
+    alpha = np.repeat(np.array([[0], [128], [255], [255]], dtype=np.uint8), 4, axis=0).repeat(16, axis=1)
+    image.putalpha(Image.fromarray(alpha))
+    return image, as_tensor(image)[:3], torch.from_numpy(alpha)
+
+
+def on_white(colours: Tensor, alpha: Tensor) -> Tensor:
+    share = alpha.double() / 255
+    return colours * share + 255 * (1 - share)
+
+
+def test_what_is_transparent_is_white() -> None:
+    image, colours, alpha = see_through()
+    expected = on_white(colours, alpha)
+    assert (expected - colours).abs().max() > 100
+    pixels = Preprocessing.for_pictures(RGB).read_pixels(png(image)).double()
+    assert (pixels - expected).abs().max() <= 1
+    assert (pixels[:, :4] == 255).all()
+    assert torch.equal(pixels[:, 8:], colours[:, 8:].double())
+    opaque = Preprocessing.for_pictures(RGB).read_pixels(png(image.convert("RGB")))
+    assert torch.equal(opaque, colours)  # hidden, but there
+
+    # ITU-R 601: what is grey in Pillow
+    weights = torch.tensor([299, 587, 114], dtype=torch.float64)[:, None, None] / 1000
+    grey = Preprocessing.for_pictures(GREY).read_pixels(png(image)).double()
+    assert grey.shape == (1, 16, 16)
+    assert (grey - (expected * weights).sum(0)).abs().max() <= 2
+    assert (grey - (colours * weights).sum(0)).abs().max() > 100
+
+    kept = Preprocessing.for_pictures(RGBA).read_pixels(png(image))
+    assert torch.equal(kept, torch.cat([colours, alpha[None]]))
+
+
+@pytest.mark.parametrize("config", [RGB, GREY, RGBA])
+def test_grey_pictures_and_palettes_may_be_transparent(config: PalmEConfig) -> None:
+    image, _, alpha = see_through()
+    preprocessing = Preprocessing.plain(config)
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30, 200, 100, 50])
+    palette.paste(0, (0, 0, 16, 4))
+    palette.paste(2, (0, 12, 16, 16))
+    in_grey = image.convert("L")
+    keyed = in_grey.copy()
+    keyed.paste(7, (0, 0, 16, 4))
+    with_alpha = in_grey.copy()
+    with_alpha.putalpha(image.getchannel("A"))
+    cases = [
+        (png(palette, transparency=0), png(palette)),
+        (png(palette, transparency=b"\x00\xff\xff"), png(palette)),
+        (png(keyed, transparency=7), png(keyed)),
+        (png(with_alpha), png(in_grey)),
+        (png(palette, "GIF", transparency=0), png(palette, "GIF")),
+    ]
+    for transparent, opaque in cases:
+        pixels, other = preprocessing.read_pixels(transparent), preprocessing.read_pixels(opaque)
+        assert pixels.shape == other.shape == (config.channels, 16, 16)
+        below = slice(12, 16)
+        assert torch.equal(pixels[:, below], other[:, below])
+        if config is RGBA:
+            assert (pixels[3, :4] == 0).all()
+            assert (pixels[3, below] == 255).all()
+            assert (other[3] == 255).all()
+            assert torch.equal(pixels[:3], other[:3])
+        else:
+            assert (pixels[:, :4] == 255).all()
+            assert (other[:, :4] < 255).any()
+    with_alpha_kept = preprocessing.read_pixels(png(with_alpha))
+    if config is RGBA:
+        assert torch.equal(with_alpha_kept[3], alpha)
+
+
+@pytest.mark.parametrize("config", [RGB, GREY, RGBA])
+@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+def test_shown_is_the_inverse(make: Make, config: PalmEConfig) -> None:
+    preprocessing = make(config)
+    images = [noise((20, 30), "RGBA", seed) for seed in (0, 1)]
+    pixels = torch.stack([preprocessing.pixels(image) for image in images])
+    expected = pixels.double() / 255
+    img = preprocessing.normalise(pixels)
+    assert torch.equal(img, torch.stack([preprocessing(image) for image in images]))
+    assert torch.equal(img, preprocessing.normalise(pixels.float() / 255))  # pictures that are drawn on the fly
+    for shown, wanted in (preprocessing.shown(img), expected), (preprocessing.shown(img[1]), expected[1]):
+        torch.testing.assert_close(shown.double(), wanted, atol=1e-6, rtol=0)
+    assert (preprocessing.shown(img[0]) - expected[1]).abs().max() > 0.1
+    assert torch.equal(img, pixels.float() / 255) == (make == Preprocessing.plain)
+    bounds = preprocessing.shown(
+        torch.full((2, config.channels, 1, 1), 9.0) * torch.tensor([-1, 1])[:, None, None, None]
+    )
+    assert torch.equal(bounds, torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, config.channels, 1, 1))
+
+
+@pytest.mark.parametrize("config", [RGB, GREY, RGBA])
+@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path) -> None:
+    preprocessing = make(config)
+    assert read_preprocessing(tmp_path, config) == Preprocessing.plain(config)  # as runs of 0.1.0
+    (tmp_path / PREPROCESSING).write_text(preprocessing.to_json())
+    found = read_preprocessing(tmp_path, config)
+    assert found == preprocessing
+    image = noise((20, 30))
+    assert torch.equal(found(image), preprocessing(image))
+    other = Preprocessing.plain if make == Preprocessing.for_pictures else Preprocessing.for_pictures
+    assert found != other(config)
+    assert not torch.equal(found(image), other(config)(image))
+    values = json.loads(preprocessing.to_json())
+    assert values["crop_size"] == {"height": 16, "width": 16}
+    assert values["size"] == ({"shortest_edge": 16} if preprocessing.crop else values["crop_size"])
+    assert values["do_normalize"] == values["do_center_crop"] == preprocessing.crop
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "JSONDecodeError"),
+        ("{", "JSONDecodeError"),
+        ("\xff", "UnicodeDecodeError"),
+        ("[]", "TypeError"),
+        ("null", "TypeError"),
+        ("{}", "'crop_size'"),
+        ({"crop_size": 16}, "TypeError"),
+        ({"crop_size": {}}, "'height'"),
+        ({"image_mean": 0.5}, "TypeError"),
+        ({"image_mean": [0.5, 0.5]}, ""),
+        ({"image_mean": ["a"] * 3}, ""),
+        ({"image_std": [None] * 3}, ""),
+        ({"image_std": [0.0] * 3}, ""),
+        ({"image_std": [0.5] * 2}, ""),
+        ({"crop_size": {"height": 16, "width": 8}}, ""),
+    ],
+)
+def test_damaged_files(content: str | dict[str, Any], message: str, tmp_path: Path) -> None:
+    whole = Preprocessing.for_pictures(RGB).to_json()
+    text = content if isinstance(content, str) else json.dumps(json.loads(whole) | content)
+    (tmp_path / PREPROCESSING).write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        ImageError, match=rf"\S+{PREPROCESSING} does not say how pictures are preprocessed: .*{message}"
+    ):
+        read_preprocessing(tmp_path, RGB)
+    (tmp_path / PREPROCESSING).write_text(whole)
+    assert read_preprocessing(tmp_path, RGB) == Preprocessing.for_pictures(RGB)
+
+
+def test_files_of_another_model(tmp_path: Path) -> None:
+    (tmp_path / PREPROCESSING).write_text(Preprocessing.for_pictures(RGB).to_json())
+    for config, message in (
+        (replace(RGB, image_size=24), "is for 3 channels of 16 pixels, the model takes 3 of 24"),
+        (GREY, "is for 3 channels of 16 pixels, the model takes 1 of 16"),
+        (FIVE, "is for 3 channels of 16 pixels, the model takes 5 of 16"),
+    ):
+        with pytest.raises(ImageError, match=rf"\S+{PREPROCESSING} {message}: they do not belong together"):
+            read_preprocessing(tmp_path, config)
+    assert read_preprocessing(tmp_path, RGB) == Preprocessing.for_pictures(RGB)
+
+
+@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+def test_models_of_channels_that_no_image_has(make: Make) -> None:
+    with pytest.raises(ImageError, match=r"the model takes 5 channels, image files have \[1, 3, 4\]"):
+        make(FIVE)
+    for config in RGB, GREY, RGBA:
+        assert make(config)(noise((20, 30))).shape == (config.channels, 16, 16)
+
+
+def test_pixels_of_more_than_a_byte() -> None:
+    preprocessing = Preprocessing.for_pictures(GREY)
+    for mode, kind in ("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"):
+        content = png(Image.new(mode, (20, 20), 200), kind)
+        with pytest.raises(
+            ImageError, match=rf"^some\.file has pixels of mode {mode}\S*, must have 8 bits a channel: "
+        ):
+            preprocessing.read_pixels(content, "some.file")
+        with pytest.raises(ImageError, match=rf"^image has pixels of mode {mode}"):
+            preprocessing.read_pixels(content)
+    assert (preprocessing.read_pixels(png(Image.new("L", (20, 20), 200), "TIFF")) == 200).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+def test_truncated_images(kind: str, tmp_path: Path) -> None:
+    preprocessing, content = Preprocessing.for_pictures(RGB), png(noise((37, 30)), kind)
+    for size in len(content) // 2, len(content) * 9 // 10:
+        (tmp_path / "cut").write_bytes(content[:size])
+        with pytest.raises(ImageError, match=r"^\S+cut cannot be read: \S+") as error:
+            preprocessing.read(tmp_path / "cut")
+        assert len(str(error.value).splitlines()) == 1
+        assert not isinstance(error.value, MissingImageError)
+    for size in 0, 3:
+        with pytest.raises(ImageError, match=r"^image is not an image that Pillow can read$"):
+            preprocessing.read_pixels(content[:size])
+    (tmp_path / "cut").write_bytes(content)
+    img = preprocessing.read(tmp_path / "cut")
+    assert torch.equal(img, preprocessing.normalise(preprocessing.read_pixels(content)))
+    assert torch.equal(img, preprocessing(Image.open(io.BytesIO(content))))
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    preprocessing = Preprocessing.for_pictures(RGB)
+    for read in preprocessing.read, preprocessing.read_pixels:
+        with pytest.raises(MissingImageError, match=r"^\S+none\.png cannot be read: No such file or directory$"):
+            read(tmp_path / "none.png")
+        with pytest.raises(ImageError, match=r"^\S+ cannot be read: Is a directory$") as error:
+            read(tmp_path)
+        assert not isinstance(error.value, MissingImageError)
+    with pytest.raises(MissingImageError, match=r"^row 3 cannot be read: No such file"):
+        preprocessing.read_pixels(str(tmp_path / "none.png"), "row 3")
+    (tmp_path / "none.png").write_bytes(png(noise((20, 30))))
+    assert torch.equal(preprocessing.read(tmp_path / "none.png"), preprocessing(noise((20, 30))))
+
+
+def write_run(folder: Path) -> Path:
+    model = small(image_size=16, patch_size=8, num_tokens=258)
+    run = Run(folder)
+    run.create(model.config, {}, {PREPROCESSING: Preprocessing.for_pictures(model.config).to_json().encode()})
+    run.save(model.state_dict())
+    return folder
+
+
+def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    preprocessing, content = Preprocessing.for_pictures(RGB), png(noise((24, 30)))
+    run, path = write_run(tmp_path / "run"), tmp_path / "bomb.png"
+    path.write_bytes(content)
+    assert main(["caption", str(run), str(path)]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: ")
+
+    # More than twice Pillow's limit: refused.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 30 // 2 - 1)
+    message = r"cannot be read: DecompressionBombError: Image size \(720 pixels\) exceeds limit of 718 pixels, .*"
+    with pytest.raises(ImageError, match=f"^row 7 {message}$"):
+        preprocessing.read_pixels(content, "row 7")
+    assert main(["caption", str(run), str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(rf"palme-xt: error: {re.escape(str(path))} {message}\n", captured.err)
+
+    # More than the limit: Pillow warns, and reads; refused where warnings are errors.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 30 - 1)
+    with pytest.warns(Image.DecompressionBombWarning, match=r"Image size \(720 pixels\) exceeds limit of 719 pixels"):
+        assert torch.equal(preprocessing.read(path), preprocessing(noise((24, 30))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageError, match=r"^row 7 cannot be read: DecompressionBombWarning: Image size"):
+            preprocessing.read_pixels(content, "row 7")
+        assert main(["caption", str(run), str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"palme-xt: error: \S+ cannot be read: DecompressionBombWarning: Image size .*\n", captured.err)
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 30)
+    assert torch.equal(preprocessing.read(path), preprocessing(noise((24, 30))))

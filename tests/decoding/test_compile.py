@@ -1,0 +1,162 @@
+"""Compiled and exported: few graphs for many lengths, and the numbers of the eager model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.export import Dim
+
+from palme_xt import PalmE
+from palme_xt.decoding import compiled as compiled_step
+from tests.models import batch, small
+
+LENGTHS = (2, 5, 9, 4, 3, 17, 30, 6, 4, 12)  # on both sides of the 4 patches
+
+
+def loss_and_gradients(model: Any, module: PalmE, img: Tensor, text: Tensor) -> list[Tensor]:
+    module.zero_grad()
+    loss = model(img, text)
+    loss.backward()
+    return [loss.detach()] + [p.grad for p in module.parameters() if p.grad is not None]
+
+
+@pytest.mark.slow
+def test_training_compiles_at_most_thrice_for_ten_lengths() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model = small()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for n in LENGTHS:
+        img, text = batch(model, n=n)
+        expected = loss_and_gradients(model, model, img, text)
+        found = loss_and_gradients(compiled, model, img, text)
+        assert len(found) == len(expected)
+        for value, eager in zip(found, expected, strict=True):
+            assert (value - eager).norm() <= 1e-5 * eager.norm() + 1e-6
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.slow
+def test_decoding_compiles_at_most_thrice_for_ten_lengths() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model = small()
+    step = torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
+    with mock.patch.object(compiled_step, "_compiled", return_value=step):
+        for b in 3, 1:
+            for n in LENGTHS:
+                img, prompts = batch(model, b=b, n=n)
+                kwargs: dict[str, Any] = {"temperature": 0.0, "restrict_to_max_seq_len": False}
+                eager = model.generate(img, prompts, 5, **kwargs)
+                assert torch.equal(model.generate(img, prompts, 5, compile=True, **kwargs), eager)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("b", [1, 2])
+def test_compiled_decoding_gives_the_same_tokens(b: int) -> None:
+    torch._dynamo.reset()
+    model = small(max_seq_len=64)
+    img, prompts = batch(model, b=b, n=3)
+    eager = model.generate(img, prompts, 40, temperature=0.0)
+    assert torch.equal(model.generate(img, prompts, 40, temperature=0.0, compile=True), eager)
+    assert len(eager.unique()) > 2
+    with torch.no_grad():  # the graph reads the weights as they are now
+        model.decoder.net.to_logits.weight.neg_()
+    changed = model.generate(img, prompts, 40, temperature=0.0)
+    assert torch.equal(model.generate(img, prompts, 40, temperature=0.0, compile=True), changed)
+    assert not torch.equal(changed, eager)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"cross_attend": False},
+        {"decoder_kwargs": {"attn_num_mem_kv": 2}, "rotary_xpos": False},
+        {"decoder_kwargs": {"attn_kv_heads": 2}},
+        {"transformer_kwargs": {"tie_embedding": True}, "attn_flash": False},
+    ],
+)
+def test_the_step_that_is_compiled_is_the_eager_one(arguments: dict[str, Any]) -> None:
+    model = small(**arguments)
+    img, prompts = batch(model, b=3, n=4)
+    source = img if model.config.cross_attend else None
+    step = mock.Mock(wraps=compiled_step._step)
+    with mock.patch.object(compiled_step, "_compiled", return_value=step):
+        eager = model.generate(source, prompts, 8, temperature=0.0)
+        assert torch.equal(model.generate(source, prompts, 8, temperature=0.0, compile=True), eager)
+        assert step.call_count == 7
+        eos = int(eager[0, 2])
+        cases: list[dict[str, Any]] = [{"eos_token": eos}, {"beams": 3}, {"beams": 2, "eos_token": eos}]
+        for kwargs in cases:
+            eager = model.generate(source, prompts, 8, temperature=0.0, **kwargs)
+            assert torch.equal(model.generate(source, prompts, 8, temperature=0.0, compile=True, **kwargs), eager)
+        if not arguments:
+            lens = torch.tensor([4, 1, 2])
+            eager = model.generate(source, prompts, 8, temperature=0.0, prompt_lens=lens)
+            found = list(model.stream(source, prompts, 8, temperature=0.0, prompt_lens=lens, compile=True))
+            assert torch.equal(torch.stack(found, dim=1), eager)
+
+
+def test_what_cannot_be_compiled() -> None:
+    model = small()
+    img, prompts = batch(model)
+    with pytest.raises(ValueError, match=r"compile=True needs the key-value cache: leave out cache_kv=False"):
+        model.generate(img, prompts, 2, compile=True, cache_kv=False)
+    with pytest.raises(TypeError, match=r"compile='yes' must be True or False"):
+        model.generate(img, prompts, 2, compile="yes")  # type: ignore[arg-type]
+    shifted = small(decoder_kwargs={"shift_tokens": 1})
+    with pytest.raises(ValueError, match=r"compile=True needs the key-value cache, which cannot be used"):
+        shifted.beam_search(img, prompts, 2, compile=True)
+
+
+class Logits(nn.Module):
+    """What one exports to decode elsewhere."""
+
+    def __init__(self, model: PalmE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, img: Tensor, text: Tensor) -> Any:
+        return self.model.decoder.net(text, context=self.model.encode(img))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", [Logits, lambda model: model])
+def test_export_with_dynamic_batch_and_length(wrap: Any) -> None:
+    model = small().eval()
+    module, b, n = wrap(model), Dim("b", min=2, max=64), Dim("n", min=3, max=4096)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    exported = torch.export.export(module, batch(model, b=3, n=7), dynamic_shapes=({0: b}, {0: b, 1: n}))
+    for sizes in (2, 3), (5, 4), (4, 30):
+        inputs = batch(model, *sizes)
+        torch.testing.assert_close(exported.module()(*inputs), module(*inputs), rtol=1e-5, atol=1e-5)
+    assert {name: type(value) for name, value in model.named_buffers()} == dict.fromkeys(before, Tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_with_dynamic_batch_and_length(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = small().eval()
+    module = Logits(model)
+    shapes = ({0: Dim.DYNAMIC}, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC})
+    program = torch.onnx.export(
+        module, batch(model, b=3, n=7), dynamo=True, dynamic_shapes=shapes, verbose=False, input_names=["img", "text"]
+    )
+    assert program is not None
+    program.save(tmp_path / "palme.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "palme.onnx")
+    for sizes in (1, 2), (2, 3), (5, 4), (4, 30):
+        img, text = batch(model, *sizes)
+        (found,) = session.run(None, {"img": img.numpy(), "text": text.numpy()})
+        expected = module(img, text)
+        assert (torch.from_numpy(found) - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -1,0 +1,445 @@
+"""Greedy decoding and sampling: batched, cached, with EOS, streamed; and what is left behind afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from palme_xt import PalmE
+from palme_xt.decoding.loop import WRONG_WITH_CACHE
+from palme_xt.mapping import known_overrides
+from palme_xt.strategies import configs
+from tests.models import batch, logits, small
+
+FLAGS = ("alibi_pos_bias", "rotary_xpos", "attn_flash", "qk_norm", "use_abs_pos_emb", "cross_attend")
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+
+
+def reference(
+    model: PalmE, img: Tensor | None, prompt: Tensor, seq_len: int, eos_token: int | None = None
+) -> list[int]:
+    """Greedy decoding of one sample, the slow and plain way: the whole text through the network for every token."""
+    context = model.encode(img) if img is not None and model.config.cross_attend else None
+    text = prompt
+    for _ in range(seq_len):
+        text = torch.cat([text, model.decoder.net(text[None], context=context)[:, -1].argmax(dim=-1)])
+        if text[-1] == eos_token:
+            break
+    return text[len(prompt) :].tolist()
+
+
+def greedy_reference(
+    model: PalmE, img: Tensor, prompts: list[Tensor], seq_len: int, eos_token: int | None = None
+) -> list[list[int]]:
+    rows = [reference(model, img[i : i + 1], prompt, seq_len, eos_token) for i, prompt in enumerate(prompts)]
+    return [row + [model.config.pad_value] * (seq_len - len(row)) for row in rows]
+
+
+@pytest.mark.parametrize("values", itertools.product([False, True], repeat=len(FLAGS)))
+@torch.no_grad()
+def test_each_sample_gets_the_tokens_it_gets_alone(values: tuple[bool, ...]) -> None:
+    model = small(**dict(zip(FLAGS, values, strict=True)), max_seq_len=24)
+    img, text = batch(model, b=4, n=6)
+    prompts = [text[0, :1], text[1, :6], text[2, :3], text[3, :2]]
+    expected = greedy_reference(model, img, prompts, 8)
+    eos_token = expected[0][3]
+    for cache_kv, eos in itertools.product([True, False], [None, eos_token]):
+        tokens = model.generate(img, prompts, 8, cache_kv=cache_kv, eos_token=eos, **GREEDY)
+        assert tokens.tolist() == (expected if eos is None else greedy_reference(model, img, prompts, 8, eos))
+        alone = model.generate(img[1:2], prompts[1][None], 8, cache_kv=cache_kv, eos_token=eos, **GREEDY)
+        assert tokens[1:2].tolist() == alone.tolist()
+
+
+@given(st.data())
+def test_greedy_decoding_of_any_config(data: st.DataObject) -> None:
+    config = data.draw(configs())
+    torch.manual_seed(data.draw(st.integers(0, 2**32)))
+    model = PalmE.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+        img = torch.randn(2, config.channels, config.image_size, config.image_size)
+        prompts = torch.randint(config.num_tokens, (2, 3))
+        expected = greedy_reference(model, img, list(prompts), 5)
+    for cache_kv in True, False:
+        assert model.generate(img, prompts, 5, cache_kv=cache_kv, **GREEDY).tolist() == expected
+
+
+UNCACHED: list[dict[str, Any]] = [
+    *({"decoder_kwargs": {name: True}} for name in WRONG_WITH_CACHE if name != "attn_data_dependent_alibi"),
+    {
+        "decoder_kwargs": {"attn_data_dependent_alibi": True, "cross_attn_data_dependent_alibi": False},
+        "alibi_pos_bias": False,
+    },
+    {"decoder_kwargs": {"pre_and_post_norm": True}, "transformer_kwargs": {"looped": True}},
+    {"transformer_kwargs": {"num_memory_tokens": 2}},
+    {"decoder_kwargs": {"attn_num_mem_kv": 2}},  # with xPos
+]
+
+
+@pytest.mark.parametrize("arguments", UNCACHED, ids=str)
+@torch.no_grad()
+def test_where_the_cache_would_be_wrong_it_is_not_used(arguments: dict[str, Any]) -> None:
+    (part, overrides), *_ = arguments.items()
+    if not known_overrides(part.removesuffix("_kwargs")) >= set(overrides):
+        return  # this release of upstream does not have it
+    model = small(attn_flash=False, **arguments)
+    img, text = batch(model, b=1, n=4)
+    context = model.encode(img)
+    expected = text
+    for _ in range(8):
+        values = model.decoder.net(expected, context=context)
+        expected = torch.cat([expected, values[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(model.generate(img, text, 8, **GREEDY), expected[:, 4:])
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"transformer_kwargs": {"num_memory_tokens": 2}}, {"decoder_kwargs": {"attn_num_mem_kv": 2}}], ids=str
+)
+def test_where_padding_would_be_read_prompts_must_be_of_one_length(arguments: dict[str, Any]) -> None:
+    model = small(**arguments)
+    img, text = batch(model, b=2, n=4)
+    with pytest.raises(ValueError, match=r"prompts must be of one length with .*=2: x-transformers does not mask"):
+        model.generate(img, [text[0], text[1, :2]], 3, **GREEDY)
+    assert torch.equal(model.generate(img, list(text), 3, **GREEDY), model.generate(img, text, 3, **GREEDY))
+
+
+def test_a_temperature_near_zero_is_greedy() -> None:
+    model = small()
+    img, text = batch(model, b=2, n=4)
+    assert torch.equal(model.generate(img, text, 5, temperature=1e-300), model.generate(img, text, 5, **GREEDY))
+
+
+def test_negative_control_another_image_or_prompt_gives_other_tokens() -> None:
+    model = small()
+    img, text = batch(model, b=1, n=4)
+    tokens = model.generate(img, text, 12, **GREEDY)
+    assert not torch.equal(tokens, model.generate(-img, text, 12, **GREEDY))
+    assert not torch.equal(tokens, model.generate(img, text.flip(1), 12, **GREEDY))
+
+
+def test_prompts_in_all_their_forms() -> None:
+    model = small()
+    img, text = batch(model, b=3, n=4)
+    shared = model.generate(img, text[0], 5, **GREEDY)
+    assert shared.shape == (3, 5)
+    assert torch.equal(shared, model.generate(img, text[:1].expand(3, -1), 5, **GREEDY))
+    as_list = model.generate(img, [text[0], text[1, :2], text[2, :3]], 5, **GREEDY)
+    lens = torch.tensor([4, 2, 3])
+    assert torch.equal(as_list, model.generate(img, text, 5, prompt_lens=lens, **GREEDY))
+    assert torch.equal(as_list, model.generate(img, text.int(), 5, prompt_lens=lens, **GREEDY))
+    beyond = torch.where(torch.arange(4) < lens[:, None], text, -100)
+    assert torch.equal(as_list, model.generate(img, beyond, 5, prompt_lens=lens, **GREEDY))
+    assert not torch.equal(as_list, model.generate(img, text, 5, **GREEDY))
+
+
+def test_the_image_is_encoded_once_or_not_at_all() -> None:
+    model = small()
+    img, text = batch(model, b=2, n=3)
+    with mock.patch.object(model.encoder, "forward", wraps=model.encoder.forward) as encoder:
+        tokens = model.generate(img, text, 6, **GREEDY)
+        assert encoder.call_count == 1
+        context = model.encode(img)
+        encoder.reset_mock()
+        assert torch.equal(tokens, model.generate(None, text, 6, context=context, **GREEDY))
+        assert encoder.call_count == 0
+
+
+def test_a_context_mask_hides_patches() -> None:
+    model = small()
+    img, text = batch(model, b=2, n=3)
+    context, mask = model.encode(img), torch.tensor([[True, True, False, False]]).expand(2, -1)
+    masked = model.generate(img, text, 12, context_mask=mask, **GREEDY)
+    assert torch.equal(masked, model.generate(None, text, 12, context=context[:, :2], **GREEDY))
+    assert not torch.equal(masked, model.generate(img, text, 12, **GREEDY))
+
+
+def test_several_images_a_sample() -> None:
+    model = small()
+    (first, text), (second, _) = batch(model, n=3), batch(model, seed=5)
+    both = torch.stack([first, second], dim=1)
+    context = torch.cat([model.encode(first), model.encode(second)], dim=1)
+    assert torch.equal(
+        model.generate(both, text, 8, **GREEDY), model.generate(None, text, 8, context=context, **GREEDY)
+    )
+
+
+def test_a_step_reads_one_token_and_ended_rows_are_not_read() -> None:
+    model = small()
+    img, text = batch(model, b=4, n=3)
+    free = model.generate(img, text, 8, **GREEDY)
+    eos_token = int(free[0, 2])
+    ends = [row.index(eos_token) if eos_token in row else 8 for row in free.tolist()]
+    assert len(set(ends)) > 1
+    with mock.patch.object(model.decoder.net, "forward", wraps=model.decoder.net.forward) as net:
+        tokens = model.generate(img, text, 8, eos_token=eos_token, **GREEDY)
+    shapes = [tuple(call.args[0].shape) for call in net.call_args_list]
+    assert shapes == [(4, 3)] + [(sum(end >= n for end in ends), 1) for n in range(1, 8) if any(e >= n for e in ends)]
+    for row, unbounded, end in zip(tokens.tolist(), free.tolist(), ends, strict=True):
+        assert row == unbounded[: end + 1] + [0] * (7 - end)
+
+
+def test_decoding_ends_when_all_rows_have() -> None:
+    model = small()
+    img, text = batch(model, b=1, n=3)
+    eos_token = int(model.generate(img, text, 1, **GREEDY))
+    assert model.generate(img, text, 9, eos_token=eos_token, **GREEDY).tolist() == [[eos_token] + [0] * 8]
+    assert [step.tolist() for step in model.stream(img, text, 9, eos_token=eos_token, **GREEDY)] == [[eos_token]]
+
+
+def test_an_eos_in_the_prompt_does_not_count() -> None:
+    model = small()
+    img, text = batch(model, b=2, n=3)
+    free = model.generate(img, text, 8, **GREEDY)
+    unused = next(token for token in range(32) if token not in free.flatten().tolist())
+    text[:, 0] = unused  # BOS == EOS, as in GPT-2's vocabulary
+    free = model.generate(img, text, 8, **GREEDY)
+    assert unused not in free.flatten().tolist()
+    assert torch.equal(model.generate(img, text, 8, eos_token=unused, **GREEDY), free)
+    prompts = [text[0], text[1, :1]]
+    assert torch.equal(
+        model.generate(img, prompts, 8, eos_token=unused, **GREEDY), model.generate(img, prompts, 8, **GREEDY)
+    )
+
+
+def test_the_pad_value_of_the_wrapper_fills_up() -> None:
+    model = small(autoregressive_kwargs={"pad_value": 7})
+    img, text = batch(model, b=1, n=3)
+    eos_token = int(model.generate(img, text, 1, **GREEDY))
+    assert model.generate(img, text, 4, eos_token=eos_token, **GREEDY).tolist() == [[eos_token, 7, 7, 7]]
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "top_a"])
+def test_filters_by_name_and_by_function_are_upstreams(name: str) -> None:
+    from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN
+
+    model = small()
+    img, text = batch(model, b=3, n=3)
+
+    def sampled(filter_logits_fn: Any, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(img, text, 8, filter_logits_fn=filter_logits_fn, generator=generator, temperature=1.5)
+
+    assert torch.equal(sampled(name), sampled(FILTER_LOGITS_FN[name]))
+    assert not torch.equal(sampled(name), sampled(name, seed=1))
+
+
+def test_the_default_filter_is_upstreams_top_k_and_its_keywords_reach_it() -> None:
+    model = small()
+    img, text = batch(model, b=4, n=3)
+    allowed = logits(model, img, torch.cat([text, text[:, :1]], dim=1))[:, -1].topk(4).indices  # a tenth of 32
+    seen = torch.cat([model.generate(img, text, 1, temperature=9.0) for _ in range(50)], dim=1)
+    for row, best in zip(seen.tolist(), allowed.tolist(), strict=True):
+        assert set(row) <= set(best)
+        assert len(set(row)) > 1
+    one = model.generate(img, text, 6, filter_kwargs={"k": 1})
+    assert torch.equal(one, model.generate(img, text, 6, **GREEDY))
+
+
+def test_sampled_tokens_have_the_softmax_s_frequencies() -> None:
+    model = small(num_tokens=5)
+    img, text = batch(model, b=1, n=3)
+    expected = (logits(model, img, torch.cat([text, text[:, :1]], dim=1))[0, -1] / 2.0).softmax(dim=-1)
+    many = model.generate(
+        img.expand(20000, -1, -1, -1),
+        text[0],
+        1,
+        temperature=2.0,
+        filter_logits_fn=lambda values: values,
+        generator=torch.Generator().manual_seed(0),
+    )
+    frequencies = many.flatten().bincount(minlength=5) / 20000
+    torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.015)  # 4 standard deviations of 0.5 / 141
+
+
+def test_the_same_generator_gives_the_same_tokens() -> None:
+    model = small()
+    img, text = batch(model, b=3, n=3)
+    first, again, other = (
+        model.generate(img, text, 8, generator=torch.Generator().manual_seed(seed), filter_logits_fn="top_p")
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("kwargs", [GREEDY, {"temperature": 2.0}, {"cache_kv": False, **GREEDY}])
+def test_stream_yields_the_tokens_of_generate(kwargs: dict[str, Any]) -> None:
+    model = small()
+    img, text = batch(model, b=3, n=3)
+    eos_token = int(model.generate(img, text, 4, **GREEDY)[0, 3])
+    seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    tokens = model.generate(img, text, 9, eos_token=eos_token, generator=seeded(), **kwargs)
+    steps = list(model.stream(img, text, 9, eos_token=eos_token, generator=seeded(), **kwargs))
+    assert torch.equal(torch.stack(steps, dim=1), tokens[:, : len(steps)])
+    assert (tokens[:, len(steps) :] == 0).all()
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_every_mode_is_restored_also_after_an_exception(beams: int) -> None:
+    model = small().train()
+    model.encoder.eval()  # frozen, as in fine-tuning a decoder
+    model.decoder.net.token_emb.eval()
+    before = modes(model)
+    img, text = batch(model, n=3)
+    seen = []
+    hook = model.encoder.register_forward_hook(lambda *_: seen.append((any(modes(model)), torch.is_grad_enabled())))
+
+    assert not model.generate(img, text, 3, beams=beams, temperature=0.0).requires_grad
+    assert seen == [(False, False)]
+    hook.remove()
+    assert modes(model) == before
+    assert torch.is_grad_enabled()
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for part in model.encoder, model.decoder.net.attn_layers.final_norm:
+        failing = part.register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(img, text, 3, beams=beams)
+        failing.remove()
+        assert modes(model) == before
+        assert torch.is_grad_enabled()
+
+
+def test_an_abandoned_stream_leaves_the_model_as_it_was() -> None:
+    model = small().train()
+    model.encoder.eval()
+    before = modes(model)
+    img, text = batch(model, n=3)
+    stream = model.stream(img, text, 9, **GREEDY)
+    for _ in range(2):
+        next(stream)
+        assert modes(model) == before  # still suspended, and already as it was
+        assert torch.is_grad_enabled()
+        model(img, text).backward()
+    expected = model.generate(img, text, 9, **GREEDY)
+    assert torch.equal(torch.stack(list(stream), dim=1), expected[:, 2:])
+
+
+def test_beyond_max_seq_len() -> None:
+    model = small()  # max_seq_len=16
+    img, text = batch(model, b=2, n=4)
+    message = (
+        "prompt of 4 tokens + seq_len=13 exceeds max_seq_len=16: shorten one, or pass restrict_to_max_seq_len=False"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.generate(img, text, 13, **GREEDY)
+    assert model.generate(img, text, 12, **GREEDY).shape == (2, 12)
+
+    beyond = model.generate(img, text, 30, restrict_to_max_seq_len=False, **GREEDY)
+    uncached = model.generate(img, text, 30, restrict_to_max_seq_len=False, cache_kv=False, **GREEDY)
+    assert torch.equal(beyond, uncached)
+    assert beyond.tolist() == greedy_reference(model, img, list(text), 30)
+
+    absolute = small(use_abs_pos_emb=True, rotary_xpos=False)
+    with pytest.raises(ValueError, match=re.escape("use_abs_pos_emb=True has no positions beyond: shorten one")):
+        absolute.generate(img, text, 13, restrict_to_max_seq_len=False)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"cross_attend": False}, {"use_abs_pos_emb": True, "rotary_xpos": False}])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_bfloat16_and_autocast(arguments: dict[str, Any], beams: int) -> None:
+    model = small(**arguments)
+    img, text = batch(model, b=2, n=3)
+    source = None if arguments.get("cross_attend") is False else img
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(source, text, 5, beams=beams, temperature=0.0).shape == (2, 5)
+    model.to(torch.bfloat16)
+    cached, uncached = (
+        model.generate(source, text, 5, beams=beams, temperature=0.0, cache_kv=cache_kv) for cache_kv in (True, False)
+    )
+    assert cached.shape == uncached.shape == (2, 5)
+    assert 0 <= cached.min() <= cached.max() < 32
+
+
+def test_text_only_takes_one_prompt() -> None:
+    model = small(cross_attend=False)
+    _, text = batch(model, b=2, n=3)
+    tokens = model.generate(None, text, 6, **GREEDY)
+    assert torch.equal(model.generate(None, text[0], 6, **GREEDY), tokens[:1])
+    assert torch.equal(model.generate(torch.randn(2, 3, 8, 8), text, 6, **GREEDY), tokens)
+
+
+MODEL = small()
+IMG, TEXT = batch(MODEL, b=2, n=4)
+BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
+    (lambda f: f(None, TEXT, 3), ValueError, "neither img nor context is given"),
+    (lambda f: f(IMG, TEXT, 3, context=MODEL.encode(IMG)), ValueError, "both img and context are given"),
+    (lambda f: f(IMG.byte(), TEXT, 3), TypeError, "img has dtype torch.uint8, must be floating point"),
+    (lambda f: f(None, TEXT, 3, context=torch.ones(2, 4, 5)), ValueError, "must be (b, p, encoder_dim=24)"),
+    (lambda f: f(IMG, TEXT[:1], 3), ValueError, "prompts are 1, images 2, must be as many: pass one prompt (t,)"),
+    (lambda f: f(IMG, TEXT.float(), 3), TypeError, "prompts has dtype torch.float32, must be an integer dtype"),
+    (lambda f: f(IMG, TEXT[:, :0], 3), ValueError, "prompts has shape (2, 0), must not be empty"),
+    (lambda f: f(IMG, "a dog", 3), TypeError, "prompts is a str, must be a torch.Tensor"),
+    (lambda f: f(IMG, [], 3), ValueError, "prompts is an empty list"),
+    (lambda f: f(IMG, [TEXT[0], TEXT], 3), ValueError, "prompts[1] is (2, 4), must be a 1-d tensor (t,)"),
+    (lambda f: f(IMG, [TEXT[0], TEXT[1, :0]], 3), ValueError, "prompts[1] has shape (1, 0), must not be empty"),
+    (lambda f: f(IMG, [TEXT[0], TEXT[1].float()], 3), TypeError, "prompts[1] has dtype torch.float32"),
+    (lambda f: f(IMG, list(TEXT), 3, prompt_lens=torch.ones(2)), ValueError, "prompt_lens goes with prompts (b, t)"),
+    (lambda f: f(IMG, TEXT, 3, prompt_lens=[1, 2]), TypeError, "prompt_lens=[1, 2] must be a tensor of ints (b,)"),
+    (lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([0, 2])), ValueError, "prompt_lens=[0, 2] must be 2 lengths"),
+    (lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([1, 5])), ValueError, "must be 2 lengths within 1..4"),
+    (lambda f: f(IMG, TEXT + 30, 3), ValueError, "must have ids within 0..num_tokens-1=31: check the tokenizer"),
+    (lambda f: f(IMG, TEXT - 100, 3), ValueError, "must have ids within 0..num_tokens-1=31: check the tokenizer"),
+    (lambda f: f(IMG, TEXT, 0), ValueError, "seq_len=0 must be a positive int: how many new tokens"),
+    (lambda f: f(IMG, TEXT, 2.0), TypeError, "seq_len=2.0 must be a positive int, not float"),
+    (lambda f: f(IMG, TEXT, 3, eos_token=32), ValueError, "eos_token=32 must be a token id within 0..num_tokens-1=31"),
+    (lambda f: f(IMG, TEXT, 3, eos_token=True), TypeError, "eos_token=True must be a token id or None, not bool"),
+    (lambda f: f(IMG, TEXT, 3, temperature=-1), ValueError, "temperature=-1 must be 0 (greedy) or more, and finite"),
+    (lambda f: f(IMG, TEXT, 3, temperature=float("nan")), ValueError, "temperature=nan must be 0 (greedy) or more"),
+    (lambda f: f(IMG, TEXT, 3, temperature="hot"), TypeError, "temperature='hot' must be a number, not str"),
+    (lambda f: f(IMG, TEXT, 3, filter_logits_fn="topp"), ValueError, "did you mean 'top_p'?"),
+    (lambda f: f(IMG, TEXT, 3, filter_logits_fn=3), TypeError, "filter_logits_fn=3 must be a name or a function"),
+    (lambda f: list(f(IMG * torch.nan, TEXT, 3)), ValueError, "the logits are nan: img, context or the model's"),
+]
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_requests(method: str, call: Callable[[Any], Any], error: type[Exception], message: str) -> None:
+    before = modes(MODEL)
+    with pytest.raises(error, match=re.escape(message)):
+        call(getattr(MODEL, method))
+    assert modes(MODEL) == before
+
+
+@pytest.mark.parametrize("name", ["context", "context_mask"])
+def test_a_text_only_model_decodes_without_a_context(name: str) -> None:
+    model = small(cross_attend=False)
+    with pytest.raises(ValueError, match=f"{name} is for models that cross-attend"):
+        model.generate(None, TEXT, 3, **dict[str, Any]({name: torch.ones(2, 4)}))
+
+
+def test_generate_is_upstreams_generate_where_upstream_runs() -> None:
+    model = small()
+    img, text = batch(model, b=3, n=4)
+    theirs = model.decoder.generate(text, 8, context=model.encode(img), temperature=0.0)
+    assert torch.equal(model.generate(img, text, 8, **GREEDY), theirs)
+
+
+def test_upstream_still_counts_an_eos_of_the_prompt_and_stays_in_eval_mode() -> None:
+    model = small().train()
+    img, text = batch(model, b=2, n=3)
+    context = model.encode(img)
+    text[:, 0] = 5
+    tokens = model.decoder.generate(text, 8, context=context, eos_token=5, temperature=0.0)
+    assert tokens.shape == (2, 1)  # one token, and it is padding
+    assert (tokens == 0).all()
+    with pytest.raises(AssertionError):
+        model.decoder.generate(text, 8, temperature=0.0)
+    assert not model.decoder.training

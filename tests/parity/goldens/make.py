@@ -1,0 +1,41 @@
+"""Make the goldens: run folders of small models with what they compute. `python -m tests.parity.goldens.make`
+
+Made with x-transformers 2.31.10 and torch 2.13.0. Make them anew only if a number is meant to change: under whatever is
+installed, `tests/parity/test_drift.py` compares with what is here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from palme_xt.captioner.training.run import Run
+from palme_xt.parity.drift import record
+from tests.models import small
+
+FOLDER = Path(__file__).parent
+GOLDENS: dict[str, dict[str, Any]] = {
+    "default_flags": {},
+    "no_flash": {"attn_flash": False, "vit_kwargs": {"channels": 1}},
+    "absolute_positions": {"use_abs_pos_emb": True, "rotary_xpos": False, "alibi_pos_bias": False},
+    "text_only": {"cross_attend": False, "qk_norm": False},
+    "grouped_gated_rmsnorm": {
+        "decoder_kwargs": {"attn_kv_heads": 2, "ff_glu": True, "ff_swish": True, "use_rmsnorm": True},
+        "vit_kwargs": {"num_register_tokens": 2},
+    },
+}
+
+
+def main() -> None:
+    for name, arguments in GOLDENS.items():
+        model = small(encoder_dim=16, decoder_dim=16, **arguments)
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+        run = Run(FOLDER / name)
+        run.create(model.config, {})
+        run.save(model.state_dict())
+        record(run)
+
+
+if __name__ == "__main__":
+    main()
