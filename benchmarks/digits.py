@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import describe
-from palme_xt.captioner.data.rows import Data
+from palme_xt.captioner.options import DIGITS_MODEL, Data, Training
 from palme_xt.captioner.tokenizer import ByteTokenizer
-from palme_xt.captioner.training.loop import DIGITS_MODEL, Training, train
+from palme_xt.captioner.training.loop import train
 from palme_xt.captioner.training.run import Run
 
 SEEDS = range(5)

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.report import FOLDER, Report
-from palme_xt.captioner.data.rows import Data
+from palme_xt.captioner.options import PICTURES_MODEL, Data, Training
 from palme_xt.captioner.tokenizer import ByteTokenizer
-from palme_xt.captioner.training.loop import PICTURES_MODEL, Training, train
+from palme_xt.captioner.training.loop import train
 from palme_xt.captioner.training.run import Run
 
 PACKAGE = "emoji-datasource-google@16.0.0"  # Noto Color Emoji, 64 pixels; names from Unicode 16

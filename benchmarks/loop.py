@@ -16,10 +16,11 @@ from benchmarks import emoji
 from benchmarks.report import Report
 from palme_xt import PalmE
 from palme_xt.captioner.data.batches import Share, load_batches
-from palme_xt.captioner.data.rows import Data, load_data
+from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import Preprocessing
+from palme_xt.captioner.options import PICTURES_MODEL, Data, Training
 from palme_xt.captioner.tokenizer import ByteTokenizer
-from palme_xt.captioner.training.loop import PICTURES_MODEL, Training, train
+from palme_xt.captioner.training.loop import train
 from palme_xt.captioner.training.run import Run
 
 STEPS = 160  # five epochs, of which the first decodes the pictures

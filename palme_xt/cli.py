@@ -118,8 +118,7 @@ def _spelled_out(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
 def _parse_train(argv: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentParser
 
-    from palme_xt.captioner.data.rows import Data
-    from palme_xt.captioner.training.loop import Training
+    from palme_xt.captioner.options import Data, Training
     from palme_xt.config import PalmEConfig
 
     parser = ArgumentParser(
@@ -170,9 +169,8 @@ def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
 
 def _model_defaults(given: Mapping[str, Any], described: bool) -> dict[str, Any]:
     """Return the model that `train` makes unless told otherwise: it depends on the data and on the tokenizer."""
-    from palme_xt.captioner.data.rows import DIGITS
+    from palme_xt.captioner.options import DIGITS, DIGITS_MODEL, PICTURES_MODEL
     from palme_xt.captioner.tokenizer import load_tokenizer
-    from palme_xt.captioner.training.loop import DIGITS_MODEL, PICTURES_MODEL
 
     model = (DIGITS_MODEL if given.get("data", DIGITS) == DIGITS else PICTURES_MODEL).to_dict()
     if "tokenizer" not in given or described:
@@ -273,9 +271,9 @@ def _train(options: dict[str, Any]) -> int:
 
     from accelerate import PartialState
 
-    from palme_xt.captioner.data.rows import Data
+    from palme_xt.captioner.options import Data, Training
     from palme_xt.captioner.tokenizer import load_tokenizer, read_tokenizer
-    from palme_xt.captioner.training.loop import Training, train
+    from palme_xt.captioner.training.loop import train
     from palme_xt.captioner.training.run import Run
     from palme_xt.config import PalmEConfig
 

@@ -22,9 +22,9 @@ from PIL import Image
 from palme_xt import PalmEConfig, tokens
 from palme_xt.captioner.attention import cross_attention_maps
 from palme_xt.captioner.caption import caption
-from palme_xt.captioner.data.rows import Data
 from palme_xt.captioner.images import ImageError, Preprocessing
-from palme_xt.captioner.training.loop import DIGITS_MODEL, Training, warm_up_and_decay
+from palme_xt.captioner.options import DIGITS_MODEL, Data, Training
+from palme_xt.captioner.training.loop import warm_up_and_decay
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
 from palme_xt.storage.folder import PretrainedError

@@ -1,9 +1,139 @@
-"""Options that come from a command line, a program, or a file that a user may have edited."""
+"""What a captioner is trained on and how: the options of `palme-xt train`, and the models that it makes by default."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from palme_xt import tokens
+from palme_xt.config import PalmEConfig
+
+DIGITS = "digits"
+NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "streaming", "strict")
+PRECISIONS = ("no", "bf16")
+
+DIGITS_MODEL = PalmEConfig(
+    image_size=32,
+    patch_size=8,
+    encoder_dim=128,
+    encoder_depth=3,
+    encoder_heads=4,
+    num_tokens=tokens.NUM_TOKENS,
+    max_seq_len=64,
+    decoder_dim=128,
+    decoder_depth=3,
+    decoder_heads=4,
+    vit_kwargs={"channels": 1},
+    encoder_kwargs={"attn_dim_head": 32},
+    # not verbose: upstream would warn that rotary positions of 16 dimensions are few, and captions are 64 bytes at most
+    decoder_kwargs={"attn_dim_head": 32, "verbose": False},
+)
+
+PICTURES_MODEL = replace(DIGITS_MODEL, image_size=64, max_seq_len=128, vit_kwargs={})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which captioned pictures to learn from.
+
+    Args:
+        data: `digits`: scenes of handwritten digits, drawn on the fly. DIR: a folder of images with `metadata.jsonl` or
+            `metadata.csv` (columns `file_name` and `text`), or of parquet files, or of webdataset shards, or one that
+            `save_to_disk` wrote. A file or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or `hf:NAME:CONFIG`: a
+            data set on the hub. Paths are relative to the working directory.
+        held_out: what to evaluate on: a split of the data (`validation`), a share of its rows (0.1) or a number of rows
+            (500). Default: the data's own `validation` or `test`, else a share of 0.1; of a stream, the first 500 rows.
+        image_column: column of the images (default: `image`, `jpg`, `jpeg`, `png`, `webp`, or the one of image type; of
+            webdataset shards, in each row the first of these that it has).
+        text_column: column of the captions (default: `text`, `caption` or `txt`).
+        streaming: read the data as they are needed instead of preparing all of them first; may stand alone. Every
+            process, and each of its `num_workers`, reads the whole stream from its start and decodes its own share; so
+            does a resumed run.
+        shuffle_buffer: rows among which a stream is shuffled; other data are shuffled as a whole.
+        num_workers: processes that read ahead, for each training process; 0: none. Each keeps up to 256 MiB of decoded
+            pictures in memory, unless they are streamed.
+        strict: stop at the first row that cannot be learned from, instead of skipping and counting such rows; may stand
+            alone.
+
+    Raises:
+        ValueError: a value of another type or out of its range, or one that has no effect on `digits`.
+    """
+
+    data: str = DIGITS
+    held_out: str | None = None
+    image_column: str | None = None
+    text_column: str | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    num_workers: int = 1
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if self.data == DIGITS and option.name in NOT_OF_DIGITS and value != option.default:
+                raise ValueError(
+                    f"{option.name}={value} has no effect with data={DIGITS}, whose scenes are drawn: leave it out"
+                )
+        for name, least in ("shuffle_buffer", 1), ("num_workers", 0):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: pictures a step, of all processes together.
+        gradient_accumulation_steps: micro-batches that the share of each process is computed in, to save memory.
+        lr: peak learning rate of AdamW; it rises linearly over the first tenth of the steps, then falls along a cosine
+            to zero.
+        weight_decay: of AdamW.
+        grad_clip: largest norm of the gradient.
+        mixed_precision: `no`, or `bf16` to compute in bfloat16 where that is safe (default: what `accelerate launch`
+            was told, else no).
+        jitter: random affine distortion of each training digit, as a share of its size; held-out digits, and other
+            data, have none.
+        eval_every: steps between evaluations on held-out pictures.
+        eval_images: held-out pictures of each evaluation, at most.
+        save_every: steps between checkpoints.
+        log_with: a tracker of accelerate, such as `tensorboard` or `wandb`, or `all`; beside `metrics.jsonl`.
+        seed: of the weights, of dropout and of the order of the data; held-out pictures are always the same.
+
+    Raises:
+        ValueError: a value of another type, a number out of its range, or an unknown precision.
+    """
+
+    steps: int = 500
+    batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0
+    mixed_precision: str | None = None
+    jitter: float = 0.12
+    eval_every: int = 100
+    eval_images: int = 500
+    save_every: int = 100
+    log_with: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        may_be_zero = {"seed", "weight_decay", "jitter"}
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, int | float) and not (value > 0 or (value == 0 and option.name in may_be_zero)):
+                rule = "0 or more" if option.name in may_be_zero else "greater than 0"
+                raise ValueError(f"{option.name}={value} must be {rule}")
+        if self.seed >= 2**31:
+            raise ValueError(f"seed={self.seed} must be below 2**31")
+        if self.mixed_precision not in (None, *PRECISIONS):
+            raise ValueError(f"mixed_precision={self.mixed_precision} must be no or bf16: fp16 would need loss scaling")
+
 
 KINDS: dict[Any, tuple[Any, str]] = {  # by annotation
     "str": (str, "text"),

@@ -21,8 +21,9 @@ from palme_xt import PalmEConfig, tokens
 from palme_xt.captioner.caption import caption, caption_ids, stream_caption
 from palme_xt.captioner.data.batches import Defect, Example
 from palme_xt.captioner.data.digits import LONGEST_CAPTION
-from palme_xt.captioner.data.rows import Data, load_data
+from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import Preprocessing
+from palme_xt.captioner.options import Data
 from palme_xt.captioner.tokenizer import (
     KNOWN_ENDS,
     SPECIAL_TOKENS,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,68 +15,17 @@ from torch import Tensor
 from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
 from palme_xt.captioner.data.sources import SHARD_IMAGES, columns_of, open_splits, reading
 from palme_xt.captioner.images import ImageError, MissingImageError, Preprocessing
-from palme_xt.captioner.options import check_types
+from palme_xt.captioner.options import Data
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.config import PalmEConfig
 
-DIGITS = "digits"
 IMAGE_COLUMNS = ("image", *SHARD_IMAGES)
 TEXT_COLUMNS = ("text", "caption", "txt")
 HELD_OUT_SHARE = 0.1
 HELD_OUT_OF_A_STREAM = 500
 KEPT_BYTES = 2**28
-NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "streaming", "strict")
 
 MISSING, BROKEN, EMPTY, TOO_LONG = "missing image", "broken image", "empty caption", "caption longer than the model"
-
-
-@dataclass(frozen=True)
-class Data:
-    """Which captioned pictures to learn from.
-
-    Args:
-        data: `digits`: scenes of handwritten digits, drawn on the fly. DIR: a folder of images with `metadata.jsonl` or
-            `metadata.csv` (columns `file_name` and `text`), or of parquet files, or of webdataset shards, or one that
-            `save_to_disk` wrote. A file or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or `hf:NAME:CONFIG`: a
-            data set on the hub. Paths are relative to the working directory.
-        held_out: what to evaluate on: a split of the data (`validation`), a share of its rows (0.1) or a number of rows
-            (500). Default: the data's own `validation` or `test`, else a share of 0.1; of a stream, the first 500 rows.
-        image_column: column of the images (default: `image`, `jpg`, `jpeg`, `png`, `webp`, or the one of image type; of
-            webdataset shards, in each row the first of these that it has).
-        text_column: column of the captions (default: `text`, `caption` or `txt`).
-        streaming: read the data as they are needed instead of preparing all of them first; may stand alone. Every
-            process, and each of its `num_workers`, reads the whole stream from its start and decodes its own share; so
-            does a resumed run.
-        shuffle_buffer: rows among which a stream is shuffled; other data are shuffled as a whole.
-        num_workers: processes that read ahead, for each training process; 0: none. Each keeps up to 256 MiB of decoded
-            pictures in memory, unless they are streamed.
-        strict: stop at the first row that cannot be learned from, instead of skipping and counting such rows; may stand
-            alone.
-
-    Raises:
-        ValueError: a value of another type or out of its range, or one that has no effect on `digits`.
-    """
-
-    data: str = DIGITS
-    held_out: str | None = None
-    image_column: str | None = None
-    text_column: str | None = None
-    streaming: bool = False
-    shuffle_buffer: int = 1000
-    num_workers: int = 1
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if self.data == DIGITS and option.name in NOT_OF_DIGITS and value != option.default:
-                raise ValueError(
-                    f"{option.name}={value} has no effect with data={DIGITS}, whose scenes are drawn: leave it out"
-                )
-        for name, least in ("shuffle_buffer", 1), ("num_workers", 0):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
 
 
 @dataclass(frozen=True)

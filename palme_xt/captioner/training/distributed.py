@@ -15,10 +15,10 @@ from accelerate.utils import DistributedType, DynamoBackend, gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from palme_xt.captioner.options import PRECISIONS
 from palme_xt.config import PalmEConfig
 
 REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-PRECISIONS = ("no", "bf16")
 
 
 class TrainingError(ValueError):

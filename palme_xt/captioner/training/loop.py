@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -18,9 +18,9 @@ from palme_xt import tokens
 from palme_xt.captioner import drawing as pictures
 from palme_xt.captioner.data import digits
 from palme_xt.captioner.data.batches import Batch, DataError, Example, Share, Source, load_batches
-from palme_xt.captioner.data.rows import DIGITS, Data, load_data
+from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing
-from palme_xt.captioner.options import check_types
+from palme_xt.captioner.options import DIGITS, Data, Training
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training.checkpoint import (
     Progress,
@@ -31,7 +31,6 @@ from palme_xt.captioner.training.checkpoint import (
     whole_state_dict,
 )
 from palme_xt.captioner.training.distributed import (
-    PRECISIONS,
     Errors,
     TrainingError,
     ended,
@@ -46,82 +45,9 @@ from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
 from palme_xt.storage.card import model_card
 
-DIGITS_MODEL = PalmEConfig(
-    image_size=32,
-    patch_size=8,
-    encoder_dim=128,
-    encoder_depth=3,
-    encoder_heads=4,
-    num_tokens=tokens.NUM_TOKENS,
-    max_seq_len=64,
-    decoder_dim=128,
-    decoder_depth=3,
-    decoder_heads=4,
-    vit_kwargs={"channels": 1},
-    encoder_kwargs={"attn_dim_head": 32},
-    # not verbose: upstream would warn that rotary positions of 16 dimensions are few, and captions are 64 bytes at most
-    decoder_kwargs={"attn_dim_head": 32, "verbose": False},
-)
-
-PICTURES_MODEL = replace(DIGITS_MODEL, image_size=64, max_seq_len=128, vit_kwargs={})
-
 SAVED_IMAGES = 8
 UNUSABLE_AT_MOST = 1000
 NAMED = 8
-
-
-@dataclass(frozen=True)
-class Training:
-    """How to train.
-
-    Args:
-        steps: optimizer steps.
-        batch_size: pictures a step, of all processes together.
-        gradient_accumulation_steps: micro-batches that the share of each process is computed in, to save memory.
-        lr: peak learning rate of AdamW; it rises linearly over the first tenth of the steps, then falls along a cosine
-            to zero.
-        weight_decay: of AdamW.
-        grad_clip: largest norm of the gradient.
-        mixed_precision: `no`, or `bf16` to compute in bfloat16 where that is safe (default: what `accelerate launch`
-            was told, else no).
-        jitter: random affine distortion of each training digit, as a share of its size; held-out digits, and other
-            data, have none.
-        eval_every: steps between evaluations on held-out pictures.
-        eval_images: held-out pictures of each evaluation, at most.
-        save_every: steps between checkpoints.
-        log_with: a tracker of accelerate, such as `tensorboard` or `wandb`, or `all`; beside `metrics.jsonl`.
-        seed: of the weights, of dropout and of the order of the data; held-out pictures are always the same.
-
-    Raises:
-        ValueError: a value of another type, a number out of its range, or an unknown precision.
-    """
-
-    steps: int = 500
-    batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    lr: float = 2e-3
-    weight_decay: float = 0.05
-    grad_clip: float = 1.0
-    mixed_precision: str | None = None
-    jitter: float = 0.12
-    eval_every: int = 100
-    eval_images: int = 500
-    save_every: int = 100
-    log_with: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        may_be_zero = {"seed", "weight_decay", "jitter"}
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if isinstance(value, int | float) and not (value > 0 or (value == 0 and option.name in may_be_zero)):
-                rule = "0 or more" if option.name in may_be_zero else "greater than 0"
-                raise ValueError(f"{option.name}={value} must be {rule}")
-        if self.seed >= 2**31:
-            raise ValueError(f"seed={self.seed} must be below 2**31")
-        if self.mixed_precision not in (None, *PRECISIONS):
-            raise ValueError(f"mixed_precision={self.mixed_precision} must be no or bf16: fp16 would need loss scaling")
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from datasets import Dataset, Features, Image, Value, load_dataset
 
 from palme_xt import PalmEConfig
 from palme_xt.captioner.data.batches import Batch, DataError, Example, Share, Source, load_batches
-from palme_xt.captioner.data.rows import Data, load_data
+from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import Preprocessing
+from palme_xt.captioner.options import Data
 from palme_xt.captioner.tokenizer import ByteTokenizer
 from tests.captioner.captioned import content, picture, spoil, write_folder
 

@@ -18,8 +18,9 @@ import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
 
+from palme_xt.captioner.options import Training
 from palme_xt.captioner.training.checkpoint import CHECKPOINT
-from palme_xt.captioner.training.loop import Training, _share
+from palme_xt.captioner.training.loop import _share
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
 from tests.captioner.captioned import TINY, spoil, write_folder
