@@ -11,12 +11,13 @@ from torch import nn
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, ViTransformerWrapper
 from x_transformers import x_transformers as upstream
 
-from palme_xt.config import UPSTREAM_DIM_HEAD, PalmEConfig
+from palme_xt.config import DEFAULT_DIM_HEAD, PalmEConfig
+from palme_xt.wiring import DECODER, ENCODER, build
 
 NORMS = {"RMSNorm": "use_rmsnorm", "ScaleNorm": "use_scalenorm", "SimpleRMSNorm": "use_simple_rmsnorm"}
 
 
-def read_config(encoder: Any, decoder: Any) -> PalmEConfig:
+def describe(encoder: Any, decoder: Any) -> PalmEConfig:
     """The config of modules that fit together.
 
     The 17 arguments are always read. Of the overrides those are that show in the modules' attributes: channels,
@@ -112,7 +113,7 @@ def _vit_overrides(encoder: Any) -> dict[str, Any]:
 def _layer_overrides(layers: Any) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     attention = next(found for found in _attentions(layers) if found is not None)
-    if layers.attn_dim_head != UPSTREAM_DIM_HEAD:
+    if layers.attn_dim_head != DEFAULT_DIM_HEAD:
         overrides["attn_dim_head"] = layers.attn_dim_head
     if attention.kv_heads != attention.heads:
         overrides["attn_kv_heads"] = attention.kv_heads
@@ -136,11 +137,10 @@ def _layer_overrides(layers: Any) -> dict[str, Any]:
 
 def warn_unless_described(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module) -> None:
     """Warn if `config` would build other parameters than the modules have."""
-    from palme_xt.model import PalmE
-
     quiet = {part: getattr(config, part) | {"verbose": False} for part in ("encoder_kwargs", "decoder_kwargs")}
     with torch.device("meta"):
-        described = PalmE.from_config(replace(config, **quiet))
+        silent = replace(config, **quiet)
+        described = nn.ModuleDict({"encoder": build(ENCODER, silent), "decoder": build(DECODER, silent)})
     modules = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
     wanted, found = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (described, modules))
     for name in [*found, *wanted]:

@@ -401,13 +401,14 @@ def _source(options: dict[str, Any]) -> int:
 
     from palme_xt.captioner.training.run import WEIGHTS, Run
     from palme_xt.config import PalmEConfig
+    from palme_xt.source import to_source
 
     if options["run"] is None:
         given = PalmEConfig(**{argument.name: options[argument.name] for argument in fields(PalmEConfig)})
-        print(given.to_source(), end="")
+        print(to_source(given), end="")
         return 0
     run = Run(options["run"])
-    print(run.config().to_source(str(run.folder / WEIGHTS)), end="")
+    print(to_source(run.config(), str(run.folder / WEIGHTS)), end="")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What a batch must be: every check of `img` and `text`, before any of it reaches x-transformers."""
+"""What a batch must be: every check of images, context, text and prompts, before any of it reaches x-transformers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from palme_xt.config import PalmEConfig
 
 
 def check_img(img: Any, config: PalmEConfig) -> None:
-    """Refuse what is not a batch of floating-point images `(b, c, h, w)`, or `(b, m, c, h, w)`, of the model's size.
+    """Reject anything but floating-point images `(b, c, h, w)` or `(b, m, c, h, w)` of the model's size.
 
-    Values are not looked at: any range, and NaN, is the caller's data.
+    Values are not checked: any range, and NaN, is the caller's data.
 
     Raises:
-        TypeError: not a tensor, or not floating point.
-        ValueError: the wrong number of dimensions, channels or pixels, or empty.
+        TypeError: If `img` is not a tensor, or not floating point.
+        ValueError: If it has the wrong number of dimensions, channels or pixels, or is empty.
     """
     if not isinstance(img, Tensor):
         raise TypeError(f"img is a {type(img).__name__}, must be a torch.Tensor (b, c, h, w): convert it first")
@@ -43,30 +43,94 @@ def check_img(img: Any, config: PalmEConfig) -> None:
         )
 
 
-def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> None:
-    """Refuse what is not a batch of token ids `(b, n)` that upstream's wrapper can learn from.
-
-    Values are read on the CPU at once; on CUDA, and inside `torch.compile`, by `torch._assert_async`, which does not
-    wait for the device and raises RuntimeError.
+def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig) -> Tensor | None:
+    """Return what the decoder is to attend to: the images, or the context that `encode` has made of some.
 
     Args:
-        text: token ids, any integer dtype; `ignore_index` marks what is no target.
-        config: gives `num_tokens`, `ignore_index` and `max_seq_len`.
-        lens: `(b,)` the length of each text, as in upstream's wrapper; what lies beyond is not looked at.
+        img: `(b, c, h, w)` or `(b, m, c, h, w)`, or None with a context.
+        context: `(b, p, d)`, floating point, or None with images.
+        context_mask: `(b, p)`, bool, or None.
+        config: Gives the sizes.
+
+    Returns:
+        `img` or `context`, or None for a model that does not cross-attend.
 
     Raises:
-        TypeError: not a tensor, or not of an integer dtype.
-        ValueError: not 2-d, empty, shorter than 2 tokens, too long for absolute positions, an id out of range, or no
-            target at all.
+        TypeError: If one of them has the wrong type or dtype.
+        ValueError: If both or neither of `img` and `context` are given, or one has the wrong shape.
     """
-    check_token_ids(text, config, "text")
+    if not config.cross_attend:
+        for name, value in {"context": context, "context_mask": context_mask}.items():
+            if value is not None:
+                raise ValueError(f"{name} is for models that cross-attend: leave it out with cross_attend=False")
+        return None
+    if (img is None) == (context is None):
+        found = "neither img nor context is" if img is None else "both img and context are"
+        raise ValueError(
+            f"{found} given: a model with cross_attend=True needs either img, or context=model.encode(img)"
+        )
+    if context is None:
+        check_img(img, config)
+    else:
+        _check_context(context, config)
+    source: Tensor = img if context is None else context
+    if context_mask is not None:
+        _check_context_mask(context_mask, source, config)
+    return source
+
+
+def _check_context(context: Any, config: PalmEConfig) -> None:
+    if not isinstance(context, Tensor) or not context.is_floating_point():
+        found = context.dtype if isinstance(context, Tensor) else type(context).__name__
+        raise TypeError(f"context is {found}, must be a floating-point tensor (b, p, d): pass what encode returns")
+    shape = tuple(context.shape)
+    if context.ndim != 3 or shape[2] != config.encoder_dim or 0 in shape:
+        raise ValueError(
+            f"context has shape {shape}, must be (b, p, encoder_dim={config.encoder_dim}) and not empty: pass what "
+            "encode returns"
+        )
+
+
+def _check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"context_mask is {found}, must be a bool tensor (b, p), True where the context counts")
+    if source.ndim == 3:
+        embeddings = source.shape[1]
+    else:
+        images = source.shape[1] if source.ndim == 5 else 1
+        embeddings = images * (config.image_size // config.patch_size) ** 2
+    if tuple(mask.shape) != (len(source), embeddings):
+        raise ValueError(
+            f"context_mask has shape {tuple(mask.shape)}, must be (b, p) = ({len(source)}, {embeddings}), one "
+            "entry for each patch embedding"
+        )
+
+
+def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> None:
+    """Reject anything but token ids `(b, n)` that upstream's wrapper can learn from.
+
+    Values are read on the CPU at once. On CUDA, and inside `torch.compile`, they are checked by `torch._assert_async`,
+    which does not wait for the device and raises RuntimeError.
+
+    Args:
+        text: Token ids of any integer dtype. `ignore_index` marks positions that are not targets.
+        config: Gives `num_tokens`, `ignore_index` and `max_seq_len`.
+        lens: `(b,)`, the length of each text, as in upstream's wrapper. What lies beyond is not checked.
+
+    Raises:
+        TypeError: If `text` is not a tensor, or its dtype is not an integer dtype.
+        ValueError: If it is not 2-d, is empty, is shorter than 2 tokens or too long for absolute positions, or has an
+            id out of range or no target at all.
+    """
+    _check_token_ids(text, config, "text")
     text = text.long()  # in a narrow dtype, num_tokens and ignore_index would wrap around
     shape = tuple(text.shape)
     if shape[1] < 2:
         raise ValueError(f"text has shape {shape}, must have at least 2 tokens: each is predicted from those before it")
-    position = torch.arange(shape[1], device=text.device)
+    within = torch.ones_like(text, dtype=torch.bool)
     if lens is not None:
-        if not isinstance(lens, Tensor) or lens.dtype.is_floating_point or lens.dtype == torch.bool:
+        if not _is_int_tensor(lens):
             raise TypeError(f"lens={lens!r} must be a tensor of ints (b,), the number of tokens in each text")
         if tuple(lens.shape) != shape[:1]:
             raise ValueError(f"lens has shape {tuple(lens.shape)}, must be ({shape[0]},), one length for each text")
@@ -75,9 +139,7 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
             lambda: f"lens={lens.tolist()}; ",
             f"lens must be within 1..{shape[1]}, the number of tokens in each text",
         )
-        within = position < lens[:, None]
-    else:
-        within = torch.ones_like(text, dtype=torch.bool)
+        within = torch.arange(shape[1], device=text.device) < lens[:, None]
     target = within & (text != config.ignore_index)
     _require(
         ~(target & ((text < 0) | (text >= config.num_tokens))).any(),
@@ -92,12 +154,91 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
     )
 
 
-def check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
-    """The part of `check_text` that asks for no targets: a tensor of token ids, `(b, n)`, not longer than it may be."""
+def check_prompts(
+    prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Return prompts in the form that upstream's wrapper takes.
+
+    Args:
+        prompts: `(b, t)`, a list of b tensors `(t,)`, or `(t,)` for all of `batch`.
+        prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left, or None.
+        batch: How many images there are, or None if the model does not look at any.
+        config: Gives `num_tokens`, `pad_value` and `max_seq_len`.
+
+    Returns:
+        `(b, t)`, int64, and the lengths `(b,)`, or None where all are of length t.
+
+    Raises:
+        TypeError, ValueError: As `check_text`, with the name `prompts` or `prompt_lens`.
+    """
+    if isinstance(prompts, list | tuple):
+        if prompt_lens is not None:
+            raise ValueError("prompt_lens goes with prompts (b, t): the lengths of a list of prompts are its own")
+        prompts, prompt_lens = _stack_prompts(prompts, config)
+    elif isinstance(prompts, Tensor) and prompts.ndim == 1:
+        prompts = prompts.expand(batch or 1, -1)
+    _check_token_ids(prompts, config, "prompts")
+    prompts = prompts.long()
+    count, longest = prompts.shape
+    if batch is not None and count != batch:
+        raise ValueError(
+            f"prompts are {count}, images {batch}, must be as many: pass one prompt (t,) to share it, or one for each"
+        )
+    within = torch.ones_like(prompts, dtype=torch.bool)
+    if prompt_lens is not None:
+        if not _is_int_tensor(prompt_lens):
+            raise TypeError(f"prompt_lens={prompt_lens!r} must be a tensor of ints (b,)")
+        if tuple(prompt_lens.shape) != (count,) or prompt_lens.min() < 1 or prompt_lens.max() > longest:
+            raise ValueError(
+                f"prompt_lens={prompt_lens.tolist()} must be {count} lengths within 1..{longest}, one for each prompt"
+            )
+        within = torch.arange(longest, device=prompts.device) < prompt_lens[:, None]
+        prompt_lens = None if bool(within.all()) else prompt_lens
+    _require(
+        ~(within & ((prompts < 0) | (prompts >= config.num_tokens))).any(),
+        lambda: f"prompts have ids from {int(prompts[within].min())} to {int(prompts[within].max())}; ",
+        f"prompts must have ids within 0..num_tokens-1={config.num_tokens - 1}: check the tokenizer",
+    )
+    return prompts.masked_fill(~within, config.pad_value), prompt_lens
+
+
+def _stack_prompts(prompts: Any, config: PalmEConfig) -> tuple[Tensor, Tensor]:
+    if not prompts:
+        raise ValueError("prompts is an empty list, must hold a 1-d tensor for each image: start from BOS")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, Tensor) or prompt.ndim != 1:
+            found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+            raise ValueError(f"prompts[{number}] is {found}, must be a 1-d tensor (t,) of token ids")
+        _check_token_ids(prompt[None], config, f"prompts[{number}]")
+    devices = {str(prompt.device) for prompt in prompts}
+    if len(devices) > 1:
+        raise ValueError(f"prompts are on {', '.join(sorted(devices))}, must be on one device: move them first")
+    lens = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
+    return pad_sequence([prompt.long() for prompt in prompts], batch_first=True, padding_value=config.pad_value), lens
+
+
+def check_batches(source: Tensor, text: Tensor) -> None:
+    """Reject images, or a context, and texts of different batch sizes, which upstream would broadcast where one is 1.
+
+    Raises:
+        ValueError: If the batch sizes differ.
+    """
+    if len(source) != len(text):
+        name = "context" if source.ndim == 3 else "img"
+        remedy = "pass one text for each image"
+        if text.shape[1] == len(source):
+            remedy = "text is (batch, sequence), so transpose it: text.T"
+        raise ValueError(
+            f"text has shape {tuple(text.shape)} and {name} {tuple(source.shape)}, must have the same batch "
+            f"size, not {len(text)} and {len(source)}: {remedy}"
+        )
+
+
+def _check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
     if not isinstance(text, Tensor):
         raise TypeError(f"{name} is a {type(text).__name__}, must be a torch.Tensor (b, n) of token ids: convert it")
     shape = tuple(text.shape)
-    if text.dtype.is_floating_point or text.dtype.is_complex or text.dtype == torch.bool:
+    if not _is_int_tensor(text):
         raise TypeError(f"{name} has dtype {text.dtype}, must be an integer dtype: token ids are whole, use torch.long")
     if text.ndim != 2:
         remedy = f"add the batch dimension with {name}[None]" if text.ndim == 1 else "reshape it"
@@ -111,121 +252,10 @@ def check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
         )
 
 
-def check_prompts(
-    prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig
-) -> tuple[Tensor, Tensor | None]:
-    """Bring prompts into the form that upstream's wrapper takes.
-
-    Args:
-        prompts: `(b, t)`, a list of b 1-d tensors, or `(t,)` for all of `batch`.
-        prompt_lens: `(b,)` how many tokens of each row of `prompts (b, t)` count, from the left; or None.
-        batch: how many images there are; None if none are looked at.
-        config: gives `num_tokens`, `pad_value` and `max_seq_len`.
-
-    Returns:
-        `(b, t)`, int64, and `(b,)` lengths, or None where all are of length t.
-
-    Raises:
-        TypeError, ValueError: as `check_text`, with the name `prompts` or `prompt_lens`.
-    """
-    if isinstance(prompts, list | tuple):
-        if not prompts:
-            raise ValueError("prompts is an empty list, must hold a 1-d tensor for each image: start from BOS")
-        if prompt_lens is not None:
-            raise ValueError("prompt_lens goes with prompts (b, t): the lengths of a list of prompts are its own")
-        for number, prompt in enumerate(prompts):
-            if not isinstance(prompt, Tensor) or prompt.ndim != 1:
-                found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
-                raise ValueError(f"prompts[{number}] is {found}, must be a 1-d tensor (t,) of token ids")
-            check_token_ids(prompt[None], config, f"prompts[{number}]")
-        devices = {str(prompt.device) for prompt in prompts}
-        if len(devices) > 1:
-            raise ValueError(f"prompts are on {', '.join(sorted(devices))}, must be on one device: move them first")
-        prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
-        prompts = pad_sequence([prompt.long() for prompt in prompts], batch_first=True, padding_value=config.pad_value)
-    if isinstance(prompts, Tensor) and prompts.ndim == 1:
-        prompts = prompts.expand(batch or 1, -1)
-    check_token_ids(prompts, config, "prompts")
-    prompts = prompts.long()
-    count, longest = prompts.shape
-    if batch is not None and count != batch:
-        raise ValueError(
-            f"prompts are {count}, images {batch}, must be as many: pass one prompt (t,) to share it, or one for each"
-        )
-    if prompt_lens is None:
-        within = torch.ones_like(prompts, dtype=torch.bool)
-    else:
-        if not isinstance(prompt_lens, Tensor) or prompt_lens.is_floating_point() or prompt_lens.dtype == torch.bool:
-            raise TypeError(f"prompt_lens={prompt_lens!r} must be a tensor of ints (b,)")
-        if tuple(prompt_lens.shape) != (count,) or prompt_lens.min() < 1 or prompt_lens.max() > longest:
-            raise ValueError(
-                f"prompt_lens={prompt_lens.tolist()} must be {count} lengths within 1..{longest}, one for each prompt"
-            )
-        within = torch.arange(longest, device=prompts.device) < prompt_lens[:, None]
-        if bool((prompt_lens == longest).all()):
-            prompt_lens = None
-    _require(
-        ~(within & ((prompts < 0) | (prompts >= config.num_tokens))).any(),
-        lambda: f"prompts have ids from {int(prompts[within].min())} to {int(prompts[within].max())}; ",
-        f"prompts must have ids within 0..num_tokens-1={config.num_tokens - 1}: check the tokenizer",
-    )
-    return prompts.masked_fill(~within, config.pad_value), prompt_lens
-
-
-def check_context(context: Any, config: PalmEConfig) -> None:
-    """Refuse what `encode` cannot have returned.
-
-    Raises:
-        TypeError: not a floating-point tensor.
-        ValueError: not `(b, p, encoder_dim)`, or empty.
-    """
-    if not isinstance(context, Tensor) or not context.is_floating_point():
-        found = context.dtype if isinstance(context, Tensor) else type(context).__name__
-        raise TypeError(f"context is {found}, must be a floating-point tensor (b, p, d): pass what encode returns")
-    shape = tuple(context.shape)
-    if context.ndim != 3 or shape[2] != config.encoder_dim or 0 in shape:
-        raise ValueError(
-            f"context has shape {shape}, must be (b, p, encoder_dim={config.encoder_dim}) and not empty: pass what "
-            "encode returns"
-        )
-
-
-def check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
-    """Refuse a mask that does not fit the images, or the context, `source`.
-
-    Raises:
-        TypeError: not a bool tensor.
-        ValueError: not `(b, p)`.
-    """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"context_mask is {found}, must be a bool tensor (b, p), True where the context counts")
-    patches = source.shape[1]
-    if source.ndim != 3:
-        images = source.shape[1] if source.ndim == 5 else 1
-        patches = images * (config.image_size // config.patch_size) ** 2
-    if tuple(mask.shape) != (source.shape[0], patches):
-        raise ValueError(
-            f"context_mask has shape {tuple(mask.shape)}, must be (b, p) = ({source.shape[0]}, {patches}), one "
-            "entry for each patch embedding"
-        )
-
-
-def check_batches(source: Tensor, text: Tensor, source_name: str = "img") -> None:
-    """Refuse images and texts of different batch sizes, which upstream would broadcast where one is 1.
-
-    Raises:
-        ValueError: the batch sizes differ.
-    """
-    images, texts = source.shape[0], text.shape[0]
-    if images != texts:
-        remedy = "pass one text for each image"
-        if text.shape[1] == images:
-            remedy = "text is (batch, sequence), so transpose it: text.T"
-        raise ValueError(
-            f"text has shape {tuple(text.shape)} and {source_name} {tuple(source.shape)}, must have the same batch "
-            f"size, not {texts} and {images}: {remedy}"
-        )
+def _is_int_tensor(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return False
+    return not (value.dtype.is_floating_point or value.dtype.is_complex)
 
 
 def _require(condition: Tensor, found: Callable[[], str], rule: str) -> None:

@@ -1,19 +1,16 @@
-"""What the five override dicts may hold: every keyword the installed x-transformers accepts, and no argument twice."""
+"""Which x-transformers keyword each argument of PalmE sets, and which other keywords x-transformers accepts."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from palme_xt.upstream.versions import warn_if_unsupported
+import palme_xt.upstream  # noqa: F401  # first: it warns of an unsupported release, whose import may fail
 
-warn_if_unsupported()  # before anything of an unsupported release is imported, which may fail
-
-from x_transformers.autoregressive_wrapper import AutoregressiveWrapper  # noqa: E402
-from x_transformers.x_transformers import (  # noqa: E402
+# isort: split
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers.x_transformers import (
     Attention,
     AttentionLayers,
     FeedForward,
@@ -21,94 +18,81 @@ from x_transformers.x_transformers import (  # noqa: E402
     ViTransformerWrapper,
 )
 
-# What the composition itself passes, or upstream's own Encoder and Decoder fix.
-SET_BY_COMPOSITION = {
-    "vit": {"attn_layers"},
-    "encoder": {"causal"},
-    "transformer": {"attn_layers"},
-    "decoder": {"causal"},
-    "autoregressive": {"net"},
+# For each part of the model: upstream's keyword -> the argument that sets it. This table is written once: the model is
+# built from it, overrides are checked against it, and the README's table is tested against it.
+MAPPING: dict[str, dict[str, str]] = {
+    "vit": {
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+    },
+    "encoder": {
+        "dim": "encoder_dim",
+        "depth": "encoder_depth",
+        "heads": "encoder_heads",
+    },
+    "transformer": {
+        "num_tokens": "num_tokens",
+        "max_seq_len": "max_seq_len",
+        "use_abs_pos_emb": "use_abs_pos_emb",
+    },
+    "decoder": {
+        "dim": "decoder_dim",
+        "depth": "decoder_depth",
+        "heads": "decoder_heads",
+        "cross_attend": "cross_attend",
+        "cross_attn_dim_context": "encoder_dim",
+        "alibi_pos_bias": "alibi_pos_bias",
+        "alibi_num_heads": "alibi_num_heads",
+        "rotary_xpos": "rotary_xpos",
+        "attn_flash": "attn_flash",
+        "attn_qk_norm": "qk_norm",
+    },
+    "autoregressive": {},
 }
+
+# What the composition itself passes, or upstream's Encoder and Decoder fix.
+SET_BY_COMPOSITION = {
+    "vit": "attn_layers",
+    "encoder": "causal",
+    "transformer": "attn_layers",
+    "decoder": "causal",
+    "autoregressive": "net",
+}
+
+WRAPPERS = {"vit": ViTransformerWrapper, "transformer": TransformerWrapper, "autoregressive": AutoregressiveWrapper}
+LAYERS = {"attn_": Attention, "cross_attn_": Attention, "ff_": FeedForward}
 
 # What `AttentionLayers.__init__` itself passes to every layer (x-transformers 2.26.0 to 2.31.10): given again behind a
 # prefix, Python refuses the call.
-SET_BY_ATTENTION_LAYERS = {
-    "attn_": {
-        "dim",
-        "dim_context",
-        "heads",
-        "causal",
-        "qkv_receive_diff_residuals",
-        "learned_value_residual_mix",
-        "rotate_num_heads",
-        "output_proj_depth",
-    },
+_SET_BY_ATTENTION_LAYERS = {
+    "attn_": {"dim", "dim_context", "heads", "causal", "qkv_receive_diff_residuals", "learned_value_residual_mix"}
+    | {"rotate_num_heads", "output_proj_depth"},
     "cross_attn_": {"dim", "heads", "output_proj_depth"},
     "ff_": {"dim", "output_proj_depth"},
 }
 
 
-def _parameters(upstream: type) -> set[str]:
-    named = inspect.signature(upstream).parameters.values()
-    return {parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD}
-
-
 @cache
-def known_overrides(part: str) -> frozenset[str]:
-    """The keywords that `{part}_kwargs` may hold, read off the installed x-transformers' constructors."""
-    if part in ("encoder", "decoder"):
-        known = _parameters(AttentionLayers)
-        for prefix, layer in ("attn_", Attention), ("cross_attn_", Attention), ("ff_", FeedForward):
-            known |= {prefix + name for name in _parameters(layer) - SET_BY_ATTENTION_LAYERS[prefix]}
-    else:
-        wrappers = {
-            "vit": ViTransformerWrapper,
-            "transformer": TransformerWrapper,
-            "autoregressive": AutoregressiveWrapper,
-        }
-        known = _parameters(wrappers[part])
-    return frozenset(known - SET_BY_COMPOSITION[part])
+def upstream_keywords(part: str) -> dict[str, Any]:
+    """Return the keywords that the installed x-transformers accepts for a part of the model, with their defaults."""
+    keywords = _parameters(WRAPPERS.get(part, AttentionLayers))
+    if part not in WRAPPERS:
+        for prefix, layer in LAYERS.items():
+            taken = _SET_BY_ATTENTION_LAYERS[prefix]
+            keywords |= {prefix + name: default for name, default in _parameters(layer).items() if name not in taken}
+    keywords.pop(SET_BY_COMPOSITION[part], None)
+    return keywords
 
 
-def check_overrides(part: str, overrides: Any, arguments: Mapping[str, tuple[str, Any]]) -> None:
-    """Refuse what cannot be an override.
-
-    Args:
-        part: `vit`, `encoder`, `transformer`, `decoder` or `autoregressive`.
-        overrides: the user's `{part}_kwargs`.
-        arguments: upstream's keyword -> (the argument that sets it, its value).
-
-    Raises:
-        TypeError: not a dict with str keys.
-        ValueError: a keyword that an argument or the composition sets already, or that upstream does not know.
-    """
-    where = f"{part}_kwargs"
-    if not isinstance(overrides, Mapping):
-        raise TypeError(f"{where}={overrides!r} must be a dict of keywords for x-transformers")
-    for key, value in overrides.items():
-        if not isinstance(key, str):
-            raise TypeError(f"{where} has the key {key!r}: keywords must be str, not {type(key).__name__}")
-        setter = arguments.get(key) or _setter_behind_prefix(key, arguments)
-        if setter:
-            name, current = setter
-            raise ValueError(
-                f"{where}[{key!r}]={value!r} repeats the argument {name}={current!r}: set {name}, and leave "
-                f"{key!r} out of {where}"
-            )
-        if key in SET_BY_COMPOSITION[part]:
-            raise ValueError(f"{where}[{key!r}]={value!r} is set by PalmE itself: leave {key!r} out of {where}")
-        known = known_overrides(part)
-        if key not in known:
-            closest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{where}[{key!r}]={value!r} is not a keyword of the installed x-transformers: "
-                f"did you mean {closest!r}?"
-            )
+def argument_behind(part: str, keyword: str) -> str | None:
+    """Return the argument that sets an upstream keyword, also one like `attn_heads`, which upstream derives itself."""
+    arguments = MAPPING[part]
+    for prefix, names in _SET_BY_ATTENTION_LAYERS.items():
+        if keyword not in arguments and keyword.startswith(prefix) and keyword.removeprefix(prefix) in names:
+            return arguments.get(keyword.removeprefix(prefix))
+    return arguments.get(keyword)
 
 
-def _setter_behind_prefix(key: str, arguments: Mapping[str, tuple[str, Any]]) -> tuple[str, Any] | None:
-    """The argument that `attn_heads` or `ff_dim` would repeat: what upstream hands to each layer unprefixed."""
-    for prefix, names in SET_BY_ATTENTION_LAYERS.items():
-        if key.startswith(prefix) and key.removeprefix(prefix) in names:
-            return arguments.get(key.removeprefix(prefix))
-    return None
+def _parameters(upstream: type) -> dict[str, Any]:
+    parameters = inspect.signature(upstream).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD}

@@ -12,33 +12,29 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from palme_xt.adoption import read_config, warn_unless_described
 from palme_xt.config import PalmEConfig
-from palme_xt.decoding.loop import FilterLogits, Rows, beam_search, evaluating, sample, wrong_with_cache
+from palme_xt.decoding import loop
 from palme_xt.decoding.request import (
-    check_beams,
-    check_compile,
-    check_eos_token,
-    check_left_padding,
-    check_lengths,
-    check_sampling,
+    GenerationRequest,
+    Request,
+    SamplingRequest,
+    SearchRequest,
+    takes_arguments_of,
 )
-from palme_xt.inputs import check_batches, check_context, check_context_mask, check_img, check_prompts, check_text
-from palme_xt.signature import with_arguments_of
-from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
-from palme_xt.wiring import build_decoder, build_encoder
+from palme_xt.inputs import check_batches, check_img, check_source, check_text
+from palme_xt.wiring import DECODER, ENCODER, build
 
 
 class PalmE(nn.Module):
-    """A vision-language model from 17 arguments; `PalmEConfig` documents them and the five override dicts.
+    """A vision-language model from 17 arguments. `PalmEConfig` documents them and the five override dicts.
 
-    Letters in shapes: b batch, m images a sample, c channels, h and w pixels, n tokens, t tokens of a prompt,
+    Letters in shapes: b batch, m images per sample, c channels, h and w pixels, n tokens, t tokens of a prompt,
     p patches of an image, d encoder_dim, v num_tokens.
 
     Attributes:
-        config: the `PalmEConfig` it was built from.
-        encoder: an `x_transformers.ViTransformerWrapper`.
-        decoder: an `x_transformers.AutoregressiveWrapper` around the `TransformerWrapper` at `decoder.net`, whose
+        config: The `PalmEConfig` that it was built from.
+        encoder: An `x_transformers.ViTransformerWrapper`.
+        decoder: An `x_transformers.AutoregressiveWrapper` around the `TransformerWrapper` at `decoder.net`, whose
             layers at `decoder.net.attn_layers` are an `x_transformers.Decoder`. State dicts of the same modules wired
             by hand load below `encoder.` and `decoder.` as they are.
     """
@@ -47,38 +43,41 @@ class PalmE(nn.Module):
     encoder: Any
     decoder: Any
 
-    @with_arguments_of(PalmEConfig)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @takes_arguments_of(PalmEConfig)
+    def __init__(self, config: PalmEConfig) -> None:
         super().__init__()
-        self.config = PalmEConfig(*args, **kwargs)
-        self.encoder = build_encoder(self.config)
-        self.decoder = build_decoder(self.config)
-        if not self.config.cross_attend:
+        self.config = config
+        self.encoder = build(ENCODER, config)
+        self.decoder = build(DECODER, config)
+        if not config.cross_attend:
             # A parameter that needs a gradient and never gets one makes DistributedDataParallel wait for it.
             self.encoder.requires_grad_(False)
 
     @classmethod
     def from_config(cls, config: PalmEConfig) -> PalmE:
-        """The model that `config` describes, newly initialised."""
+        """Return the model that `config` describes, newly initialised."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="use_abs_pos_emb")  # the config has said so already
             return cls(**{argument.name: getattr(config, argument.name) for argument in fields(config)})
 
     @classmethod
     def from_modules(cls, encoder: nn.Module, decoder: nn.Module) -> PalmE:
-        """Adopt an encoder and a decoder that were wired by hand, as they are.
+        """Return a model of an encoder and a decoder that were wired by hand, as they are.
 
-        `model.config` is read off them: the 17 arguments always, overrides where they show in parameters; a warning
-        says if it would build other parameters. What has none is not seen: `compare(PalmE.from_config(model.config),
-        model)` of `palme_xt.parity` tells. A plain `x_transformers.Decoder` stays one, and `generate` reads the whole
-        text at each step, because upstream's cache may crash. To decode with the cache, load the modules' state dicts
-        into `PalmE.from_config(model.config)`.
+        `model.config` is read off the modules: the 17 arguments always, and overrides where they show in parameters. A
+        warning says so if the config would build other parameters. Overrides without parameters are not seen:
+        `palme_xt.parity.compare(PalmE.from_config(model.config), model)` finds them. A plain `x_transformers.Decoder`
+        stays one, and `generate` reads the whole text at each step, because upstream's cache may crash. To decode with
+        the cache, load the modules' state dicts into `PalmE.from_config(model.config)`.
 
         Raises:
-            TypeError: not an `x_transformers.ViTransformerWrapper`, or not an `AutoregressiveWrapper` around a Decoder.
-            ValueError: they do not fit together.
+            TypeError: If they are not an `x_transformers.ViTransformerWrapper` and an `AutoregressiveWrapper` around a
+                Decoder.
+            ValueError: If they do not fit together.
         """
-        config = read_config(encoder, decoder)
+        from palme_xt.adoption import describe, warn_unless_described  # here, because few models need it
+
+        config = describe(encoder, decoder)
         warn_unless_described(config, encoder, decoder)
         model = cls.__new__(cls)
         nn.Module.__init__(model)
@@ -86,18 +85,18 @@ class PalmE(nn.Module):
         return model
 
     def encode(self, img: Tensor) -> Tensor:
-        """Patch embeddings of images, the context that the decoder cross-attends to.
+        """Return the patch embeddings of images, the context that the decoder cross-attends to.
 
         Args:
-            img: `(b, c, h, w)`, or `(b, m, c, h, w)` for m images a sample; floating point, in whatever range the model
-                was trained on; cast to the encoder's dtype.
+            img: `(b, c, h, w)`, or `(b, m, c, h, w)` for m images per sample. Floating point, in whatever range the
+                model was trained on. It is cast to the encoder's dtype.
 
         Returns:
             `(b, p, d)`, or `(b, m * p, d)`: the m images' embeddings one after another.
 
         Raises:
-            TypeError: `img` is not a floating-point tensor.
-            ValueError: `img` has the wrong shape.
+            TypeError: If `img` is not a floating-point tensor.
+            ValueError: If `img` has the wrong shape.
         """
         check_img(img, self.config)
         img = img.to(self.encoder.pos_embedding.dtype)
@@ -106,223 +105,100 @@ class PalmE(nn.Module):
         return rearrange(embeddings, "(b m) p d -> b (m p) d", b=img.shape[0])
 
     def forward(self, img: Tensor | None, text: Tensor, **kwargs: Any) -> Any:
-        """The loss of predicting each token of `text` from the tokens before it and the image.
+        """Return the loss of predicting each token of `text` from the tokens before it and the image.
 
         Text may be longer than `max_seq_len` unless `use_abs_pos_emb` is on: ALiBi and xPos exist to extrapolate.
 
         Args:
-            img: as in `encode`. Not looked at, and may be None, with `cross_attend=False`; None as well where
-                `context=` passes embeddings that `encode` has made before.
-            text: `(b, n)` token ids, of an integer dtype, n >= 2. Positions that hold `ignore_index` (-100) are no
+            img: As in `encode`. May be None with `context=`, and for a model that does not cross-attend.
+            text: `(b, n)` token ids of an integer dtype, n >= 2. Positions that hold `ignore_index` (-100) are not
                 targets; as inputs they are read as `pad_value`.
-            **kwargs: whatever `x_transformers.AutoregressiveWrapper.forward` takes: `return_outputs`, `lens`,
-                `context_mask`, ...
+            **kwargs: Whatever `x_transformers.AutoregressiveWrapper.forward` takes: `return_outputs`, `lens`,
+                `context_mask`, ..., and `context`, which `encode` has returned before.
 
         Returns:
-            What upstream returns: the scalar loss, in nats a token, or `(loss, (logits, cache))` with
+            What upstream returns: the scalar loss, in nats per token, or `(loss, (logits, cache))` with
             `return_outputs=True`, logits `(b, n - 1, num_tokens)`. The loss alone takes less time and memory, and may
-            differ from the other by rounding; second derivatives need the other.
+            differ from the other by rounding. Second derivatives need `return_outputs=True`.
 
         Raises:
-            TypeError: `img` or `text` is not a tensor of the right dtype.
-            ValueError: `img` or `text` has the wrong shape or values, or their batch sizes differ.
+            TypeError: If `img` or `text` is not a tensor of the right dtype.
+            ValueError: If `img` or `text` has the wrong shape or values, or their batch sizes differ.
         """
         check_text(text, self.config, kwargs.get("lens"))
-        context = kwargs.pop("context", None)
-        source = self._check_source(img, context, kwargs.get("context_mask"))
+        source = check_source(img, kwargs.pop("context", None), kwargs.get("context_mask"), self.config)
         if source is not None:
-            check_batches(source, text, "img" if context is None else "context")
-            kwargs["context"] = self.encode(source) if context is None else source
+            check_batches(source, text)
+            kwargs["context"] = self._context(source)
         return self.decoder(text.long(), **kwargs)
 
-    def generate(
-        self,
-        img: Tensor | None,
-        prompts: Tensor | list[Tensor],
-        seq_len: int,
-        *,
-        eos_token: int | None = None,
-        temperature: float = 1.0,
-        filter_logits_fn: str | FilterLogits = "top_k",
-        filter_kwargs: dict[str, Any] | None = None,
-        prompt_lens: Tensor | None = None,
-        restrict_to_max_seq_len: bool = True,
-        cache_kv: bool = True,
-        compile: bool = False,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        beams: int = 1,
-        length_penalty: float = 0.0,
-    ) -> Tensor:
+    @takes_arguments_of(GenerationRequest)
+    def generate(self, request: GenerationRequest) -> Tensor:
         """Continue prompts about images. Names and meanings are upstream's, where upstream has them.
 
         Greedy and beam search give each sample the tokens that it gets alone, whatever else is in the batch. Sampling
         draws for the whole batch from one stream of random numbers: the same seed gives the same tokens for the same
-        batch, not for a sample in another batch.
+        batch, but not for a sample in another batch.
 
         Args:
-            img: as in `encode`; None with `context=`, and for a model that does not cross-attend.
-            prompts: token ids `(b, t)`; a list of b tensors `(t_i,)`; or `(t,)`, shared by all images.
-            seq_len: how many new tokens at most.
-            eos_token: the id that ends a text, counted in what is generated only; None: none does.
-            temperature: divides the logits before sampling; 0 takes the most likely token (greedy).
-            filter_logits_fn: which tokens may be sampled: upstream's `top_k`, `top_p`, `min_p` or `top_a` by name, or a
+            img: As in `encode`. None with `context=`, and for a model that does not cross-attend.
+            prompts: Token ids `(b, t)`, a list of b tensors `(t_i,)`, or `(t,)`, shared by all images.
+            seq_len: How many new tokens to decode at most.
+            eos_token: The id that ends a text. It counts only in what is generated. None decodes `seq_len` tokens.
+            temperature: Divides the logits before sampling. 0 takes the most likely token (greedy).
+            filter_logits_fn: Which tokens may be sampled: upstream's `top_k`, `top_p`, `min_p` or `top_a` by name, or a
                 function of logits `(b, v)` that sets others to -inf. Upstream's default `top_k` keeps a tenth of the
                 vocabulary.
-            filter_kwargs: keywords for it, `{"thres": 0.9}` for `top_p`, say.
-            prompt_lens: `(b,)`: how many tokens of each row of `prompts (b, t)` count, from the left.
-            restrict_to_max_seq_len: refuse to go beyond `max_seq_len`. False goes on, without a sliding window, in
+            filter_kwargs: Keywords for `filter_logits_fn`, such as `{"thres": 0.9}` for `top_p`.
+            prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left.
+            restrict_to_max_seq_len: Refuse to go beyond `max_seq_len`. False continues, without a sliding window, in
                 models that have no absolute positions.
-            cache_kv: keep keys and values, so that a step reads one token. False reads the whole text at each step, for
-                the same tokens; so does True with the overrides that upstream's cache is wrong for
-                (`palme_xt.decoding.loop.wrong_with_cache`).
-            compile: compile the step that reads one token, with `torch.compile`, when it is first made; the graph
-                serves all lengths and later calls. Worth its minute for many tokens.
-            context: what `encode` returned, instead of `img`, to encode once for several calls.
+            cache_kv: Keep keys and values, so that a step reads one token. False reads the whole text at each step, for
+                the same tokens. So does True with the overrides that upstream's cache is wrong for
+                (`palme_xt.decoding.loop.WRONG_WITH_CACHE`).
+            compile: Compile the step that reads one token, with `torch.compile`, when it is first made. The graph
+                serves all lengths and later calls. It takes about a minute, so it pays for many tokens.
+            context: What `encode` returned, instead of `img`, to encode once for several calls.
             context_mask: `(b, p)` bool, False where the context does not count.
-            generator: source of the randomness, on the model's device.
-            beams: more than 1: beam search of that width, which never samples, and of which the best text is returned;
-                `beam_search` returns all.
-            length_penalty: as in `beam_search`.
+            generator: Source of the randomness, on the model's device.
+            beams: With more than 1, a beam search of that width, which never samples. Its best text is returned.
+                `beam_search` returns all of them.
+            length_penalty: As in `beam_search`.
 
         Returns:
-            The new tokens alone, `(b, seq_len)`, int64, after EOS the wrapper's `pad_value`.
+            The new tokens alone, `(b, seq_len)`, int64, with the wrapper's `pad_value` after EOS.
 
         Raises:
-            TypeError, ValueError: an argument is not as above, or `t + seq_len` exceeds `max_seq_len`. The model is
+            TypeError, ValueError: If an argument is not as above, or `t + seq_len` exceeds `max_seq_len`. The model is
                 left as it was, after any error.
         """
-        start = self._start(
-            img,
-            prompts,
-            seq_len,
-            prompt_lens,
-            eos_token,
-            restrict_to_max_seq_len,
-            cache_kv,
-            compile,
-            context,
-            context_mask,
-        )
-        sampling = check_sampling(temperature, filter_logits_fn, filter_kwargs, generator)
-        if not check_beams(beams, length_penalty, sampling):
-            with evaluating(self):
-                steps = list(sample(start(), seq_len, sampling, eos_token=eos_token, pad_value=self.config.pad_value))
-                return F.pad(torch.stack(steps, dim=1), (0, seq_len - len(steps)), value=self.config.pad_value)
-        tokens, _ = self._beam_search(start, seq_len, beams, eos_token, length_penalty)
-        return tokens[0]
+        start = self._start(request)
+        with loop.evaluating(self):
+            if request.beams > 1:
+                return loop.beam_search(start(), request, self.config.pad_value)[0][0]
+            steps = list(loop.sample(start(), request, self.config.pad_value))
+        return F.pad(torch.stack(steps, dim=1), (0, request.seq_len - len(steps)), value=self.config.pad_value)
 
-    def beam_search(
-        self,
-        img: Tensor | None,
-        prompts: Tensor | list[Tensor],
-        seq_len: int,
-        *,
-        beams: int = 4,
-        eos_token: int | None = None,
-        length_penalty: float = 0.0,
-        prompt_lens: Tensor | None = None,
-        restrict_to_max_seq_len: bool = True,
-        cache_kv: bool = True,
-        compile: bool = False,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The most likely texts that a beam search finds, with their scores.
-
-        Args:
-            beams: width of the search, and how many texts of each sample are returned.
-            length_penalty: texts compare by their log probability over their length (EOS included) to this power; 0
-                compares the bare log probabilities, which favours short texts.
-            img, prompts, seq_len, eos_token, prompt_lens, restrict_to_max_seq_len, cache_kv, compile, context,
-                context_mask: as in `generate`.
-
-        Returns:
-            As upstream's wrapper returns beams: the new tokens `(beams, b, seq_len)`, best first, after EOS the
-            wrapper's `pad_value`; and the scores `(beams, b)`, float32, in nats. Where a sample has fewer texts than
-            `beams`, the rest scores -inf.
-
-        Raises:
-            TypeError, ValueError: as `generate`.
-        """
-        start = self._start(
-            img,
-            prompts,
-            seq_len,
-            prompt_lens,
-            eos_token,
-            restrict_to_max_seq_len,
-            cache_kv,
-            compile,
-            context,
-            context_mask,
-        )
-        check_beams(beams, length_penalty)
-        return self._beam_search(start, seq_len, beams, eos_token, length_penalty)
-
-    def _beam_search(
-        self, start: Callable[[], Rows], seq_len: int, beams: int, eos_token: int | None, length_penalty: float
-    ) -> tuple[Tensor, Tensor]:
-        with evaluating(self):
-            tokens, scores = beam_search(
-                start(),
-                seq_len,
-                beams,
-                eos_token=eos_token,
-                pad_value=self.config.pad_value,
-                length_penalty=length_penalty,
-            )
-        return rearrange(tokens, "b k n -> k b n"), rearrange(scores, "b k -> k b")
-
-    def stream(
-        self,
-        img: Tensor | None,
-        prompts: Tensor | list[Tensor],
-        seq_len: int,
-        *,
-        eos_token: int | None = None,
-        temperature: float = 1.0,
-        filter_logits_fn: str | FilterLogits = "top_k",
-        filter_kwargs: dict[str, Any] | None = None,
-        prompt_lens: Tensor | None = None,
-        restrict_to_max_seq_len: bool = True,
-        cache_kv: bool = True,
-        compile: bool = False,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """What `generate` returns for the same arguments, step by step, as it is decoded.
+    @takes_arguments_of(SamplingRequest)
+    def stream(self, request: SamplingRequest) -> Iterator[Tensor]:
+        """Yield what `generate` returns for the same arguments, step by step, as it is decoded.
 
         Between steps, and once it is abandoned, the model is in the mode that it was in before. There are no beams
-        here: which of them is best is known at the end only.
+        here: which of them is best is only known at the end.
 
         Yields:
             The tokens `(b,)` of each step, at most `seq_len` times, until all texts have ended.
 
         Raises:
-            TypeError, ValueError: as `generate`, at once and not at the first step.
+            TypeError, ValueError: As `generate`, at once and not at the first step.
         """
-        start = self._start(
-            img,
-            prompts,
-            seq_len,
-            prompt_lens,
-            eos_token,
-            restrict_to_max_seq_len,
-            cache_kv,
-            compile,
-            context,
-            context_mask,
-        )
-        sampling = check_sampling(temperature, filter_logits_fn, filter_kwargs, generator)
+        start = self._start(request)
 
         def steps() -> Iterator[Tensor]:
-            with evaluating(self):
-                tokens = sample(start(), seq_len, sampling, eos_token=eos_token, pad_value=self.config.pad_value)
+            with loop.evaluating(self):
+                tokens = loop.sample(start(), request, self.config.pad_value)
             while True:
-                with evaluating(self):
+                with loop.evaluating(self):
                     step = next(tokens, None)
                 if step is None:
                     return
@@ -330,64 +206,38 @@ class PalmE(nn.Module):
 
         return steps()
 
-    def _start(
-        self,
-        img: Tensor | None,
-        prompts: Tensor | list[Tensor],
-        seq_len: int,
-        prompt_lens: Tensor | None,
-        eos_token: int | None,
-        restrict_to_max_seq_len: bool,
-        cache_kv: bool,
-        compile: bool,
-        context: Tensor | None,
-        context_mask: Tensor | None,
-    ) -> Callable[[], Rows]:
-        """Check what is to be decoded; when called, encode the images."""
-        source = self._check_source(img, context, context_mask)
-        batch = None if source is None else len(source)
-        prompts, prompt_lens = check_prompts(prompts, prompt_lens, batch, self.config)
-        check_lengths(prompts.shape[1], seq_len, restrict_to_max_seq_len, self.config)
-        check_eos_token(eos_token, self.config)
+    @takes_arguments_of(SearchRequest)
+    def beam_search(self, request: SearchRequest) -> tuple[Tensor, Tensor]:
+        """Return the most likely texts that a beam search finds, with their scores.
 
-        if prompt_lens is not None:
-            check_left_padding(self.config)
-        # A decoder adopted from upstream may crash with its cache, and may have overrides that nobody knows of.
-        adopted = not isinstance(self.decoder.net.attn_layers, CachedDecoder)
-        can_cache = not (adopted or self.decoder.net.looped or wrong_with_cache(self.config))
-        check_compile(compile, cache_kv, can_cache and self.decoder.net.can_cache_kv)
+        Args:
+            beams: Width of the search, and how many texts of each sample are returned.
+            length_penalty: Texts compare by their log probability, divided by their length (EOS included) to this
+                power. 0 compares the bare log probabilities, which favours short texts.
+            img, prompts, seq_len, eos_token, prompt_lens, restrict_to_max_seq_len, cache_kv, compile, context,
+                context_mask: As in `generate`.
 
-        def start() -> Rows:
-            return Rows(
-                self.decoder.net,
-                prompts,
-                prompt_lens,
-                pad_value=self.config.pad_value,
-                cache_kv=cache_kv and can_cache,
-                context=source if context is not None or source is None else self.encode(source),
-                context_mask=context_mask,
-                compile=compile,
-            )
+        Returns:
+            As upstream's wrapper returns beams: the new tokens `(beams, b, seq_len)`, best first, with the wrapper's
+            `pad_value` after EOS; and the scores `(beams, b)`, float32, in nats. Where a sample has fewer texts than
+            `beams`, the rest scores -inf.
 
-        return start
+        Raises:
+            TypeError, ValueError: As `generate`.
+        """
+        start = self._start(request)
+        with loop.evaluating(self):
+            return loop.beam_search(start(), request, self.config.pad_value)
 
-    def _check_source(self, img: Tensor | None, context: Tensor | None, context_mask: Tensor | None) -> Tensor | None:
-        """The images or the context to use, checked; None for a model that does not cross-attend."""
-        if not self.config.cross_attend:
-            for name, value in {"context": context, "context_mask": context_mask}.items():
-                if value is not None:
-                    raise ValueError(f"{name} is for models that cross-attend: leave it out with cross_attend=False")
-            return None
-        if (img is None) == (context is None):
-            found = "neither img nor context is" if img is None else "both img and context are"
-            raise ValueError(
-                f"{found} given: a model with cross_attend=True needs either img, or context=model.encode(img)"
-            )
-        if context is not None:
-            check_context(context, self.config)
-        else:
-            check_img(img, self.config)
-        source = img if context is None else context.to(self.encoder.pos_embedding.dtype)
-        if source is not None and context_mask is not None:
-            check_context_mask(context_mask, source, self.config)
-        return source
+    def _start(self, request: Request) -> Callable[[], loop.Texts]:
+        """Check what is asked for. The function that is returned encodes the images."""
+        net = self.decoder.net
+        source = check_source(request.img, request.context, request.context_mask, self.config)
+        request.check(self.config, None if source is None else len(source), loop.can_cache(net, self.config))
+        return lambda: loop.Texts(
+            net, request, None if source is None else self._context(source), self.config.pad_value
+        )
+
+    def _context(self, source: Tensor) -> Tensor:
+        """Return the embeddings of images; those that are given already, `(b, p, d)`, in the encoder's dtype."""
+        return source.to(self.encoder.pos_embedding.dtype) if source.ndim == 3 else self.encode(source)

@@ -1,10 +1,11 @@
-"""The one place where x-transformers' modules are put together."""
+"""The tree of x-transformers classes that a model consists of: written once, built here, printed by `source.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from x_transformers import ViTransformerWrapper
 
@@ -12,45 +13,42 @@ from palme_xt.config import PalmEConfig
 from palme_xt.upstream.loss import AutoregressiveWrapper
 from palme_xt.upstream.modules import Decoder, Encoder, TransformerWrapper
 
-Built = TypeVar("Built")
+
+class Node(NamedTuple):
+    """A class of x-transformers, or a subclass of the same name, and the modules that it holds.
+
+    Attributes:
+        part: The part of the config that gives its keywords.
+        upstream: The class.
+        modules: By keyword, the nodes that are passed to it.
+    """
+
+    part: str
+    upstream: type
+    modules: Mapping[str, Node] = MappingProxyType({})
 
 
-def build_encoder(config: PalmEConfig) -> ViTransformerWrapper:
-    """The vision transformer of `config`.
+ENCODER = Node("vit", ViTransformerWrapper, {"attn_layers": Node("encoder", Encoder)})
+DECODER = Node(
+    "autoregressive",
+    AutoregressiveWrapper,
+    {"net": Node("transformer", TransformerWrapper, {"attn_layers": Node("decoder", Decoder)})},
+)
+
+
+def build(node: Node, config: PalmEConfig) -> Any:
+    """Return the module of `node`, newly initialised.
 
     Raises:
-        ValueError: upstream refuses a value, or a combination, in `vit_kwargs` or `encoder_kwargs`.
+        ValueError: If upstream refuses a value or a combination of values in the override dicts.
     """
-    return _build(
-        ViTransformerWrapper,
-        config.for_vit(),
-        attn_layers=_build(Encoder, config.for_encoder()),
-    )
-
-
-def build_decoder(config: PalmEConfig) -> AutoregressiveWrapper:
-    """The causal text decoder of `config`; its network is at `.net`, its layers at `.net.attn_layers`.
-
-    Raises:
-        ValueError: upstream refuses a value, or a combination, in the other override dicts.
-    """
-    return _build(
-        AutoregressiveWrapper,
-        config.for_autoregressive(),
-        net=_build(
-            TransformerWrapper,
-            config.for_transformer(),
-            attn_layers=_build(Decoder, config.for_decoder()),
-        ),
-    )
-
-
-def _build(upstream: Callable[..., Built], keywords: Mapping[str, Any], **modules: Any) -> Built:
+    modules = {keyword: build(child, config) for keyword, child in node.modules.items()}
+    keywords = config.keywords(node.part)
     try:
-        return upstream(**keywords, **modules)
+        return node.upstream(**keywords, **modules)
     except (AssertionError, TypeError, ValueError, RuntimeError) as refusal:
         given = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
         raise ValueError(
-            f"x-transformers {version('x-transformers')} refuses {upstream.__name__}({given}): "
+            f"x-transformers {version('x-transformers')} refuses {node.upstream.__name__}({given}): "
             f"{str(refusal) or 'it gives no reason'}"
         ) from refusal

@@ -27,6 +27,7 @@ from palme_xt.captioner.options import DIGITS_MODEL, Data, Training
 from palme_xt.captioner.training.loop import warm_up_and_decay
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
+from palme_xt.source import to_source
 from palme_xt.storage.folder import PretrainedError
 from palme_xt.tokens import printable
 from tests.captioner.captioned import TINY, picture, spoil, write_folder
@@ -549,7 +550,7 @@ def test_nothing_is_printed_before_what_was_asked_for() -> None:
     done = subprocess.run([sys.executable, "-m", "palme_xt", "source"], capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr == ""
-    assert done.stdout == PalmEConfig().to_source()
+    assert done.stdout == to_source(PalmEConfig())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a child")

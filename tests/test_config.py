@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 
 from palme_xt import PalmE, PalmEConfig
-from palme_xt.config import LANDS_AT
+from palme_xt.mapping import MAPPING
 from palme_xt.strategies import broken_arguments, configs
 
 CONTRACT = {
@@ -61,15 +61,15 @@ def test_arguments_are_positional_or_keyword() -> None:
 
 
 def test_every_argument_lands_somewhere() -> None:
-    assert {name for arguments in LANDS_AT.values() for name in arguments.values()} == set(CONTRACT)
+    assert {name for arguments in MAPPING.values() for name in arguments.values()} == set(CONTRACT)
 
 
 def test_the_five_keyword_dicts_of_the_defaults() -> None:
     config = PalmEConfig(vit_kwargs={"channels": 1}, autoregressive_kwargs={"pad_value": 3})
-    assert config.for_vit() == {"image_size": 256, "patch_size": 32, "channels": 1}
-    assert config.for_encoder() == {"dim": 512, "depth": 6, "heads": 8}
-    assert config.for_transformer() == {"num_tokens": 20000, "max_seq_len": 1024, "use_abs_pos_emb": False}
-    assert config.for_decoder() == {
+    assert config.keywords("vit") == {"image_size": 256, "patch_size": 32, "channels": 1}
+    assert config.keywords("encoder") == {"dim": 512, "depth": 6, "heads": 8}
+    assert config.keywords("transformer") == {"num_tokens": 20000, "max_seq_len": 1024, "use_abs_pos_emb": False}
+    assert config.keywords("decoder") == {
         "dim": 512,
         "depth": 6,
         "heads": 8,
@@ -81,7 +81,7 @@ def test_the_five_keyword_dicts_of_the_defaults() -> None:
         "attn_flash": True,
         "attn_qk_norm": True,
     }
-    assert config.for_autoregressive() == {"pad_value": 3}
+    assert config.keywords("autoregressive") == {"pad_value": 3}
 
 
 @given(configs())
@@ -95,7 +95,7 @@ def test_a_config_is_the_same_after_json(config: PalmEConfig) -> None:
 def test_lists_and_tuples_mean_the_same() -> None:
     with_list = PalmEConfig(decoder_kwargs={"custom_layers": ["a", "c", "f"]})
     assert with_list == PalmEConfig(decoder_kwargs={"custom_layers": ("a", "c", "f")})
-    assert with_list.for_decoder()["custom_layers"] == ("a", "c", "f")
+    assert with_list.keywords("decoder")["custom_layers"] == ("a", "c", "f")
     assert with_list.to_dict()["decoder_kwargs"]["custom_layers"] == ["a", "c", "f"]
 
 
@@ -118,8 +118,8 @@ def test_a_config_is_frozen_all_the_way_down() -> None:
     ):
         with pytest.raises(TypeError, match=re.escape("a config is frozen: build another with dataclasses.replace")):
             change()
-    config.for_decoder()["ff_glu"] = False
-    assert config.for_decoder()["ff_glu"] is True
+    config.keywords("decoder")["ff_glu"] = False
+    assert config.keywords("decoder")["ff_glu"] is True
 
 
 @given(broken_arguments())

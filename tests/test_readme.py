@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 
 from benchmarks.__main__ import SUBSETS
 from palme_xt.cli import parse
-from palme_xt.config import LANDS_AT
+from palme_xt.mapping import MAPPING
 from tests.test_config import CONTRACT
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def test_the_code_runs_and_prints_what_it_says(code: str) -> None:
 def test_the_table_of_arguments_is_the_code_s() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \| .+ \|$", README, flags=re.MULTILINE)
     landings: dict[str, list[str]] = {name: [] for name in CONTRACT}
-    for part, arguments in LANDS_AT.items():
+    for part, arguments in MAPPING.items():
         for keyword, name in arguments.items():
             landings[name].append(f"`{UPSTREAM[part]}({keyword})`")
     assert rows == [(name, str(default), ", ".join(landings[name])) for name, default in CONTRACT.items()]

@@ -16,6 +16,7 @@ from palme_xt import PalmE, PalmEConfig
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
 from palme_xt.parity.comparison import compare
+from palme_xt.source import to_source
 from palme_xt.strategies import configs
 from tests.models import batch, small
 
@@ -33,7 +34,7 @@ def ruff(source: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @given(configs())
 def test_the_program_builds_the_same_model(config: PalmEConfig) -> None:
-    program = execute(config.to_source())
+    program = execute(to_source(config))
     torch.manual_seed(0)
     assert compare(PalmE.from_config(config), (program["encoder"], program["decoder"]))
 
@@ -42,7 +43,7 @@ def test_the_program_builds_the_same_model(config: PalmEConfig) -> None:
 @given(configs())
 def test_the_program_is_formatted_and_clean(config: PalmEConfig) -> None:
     for weights in None, "runs/digits/model.safetensors":
-        source = config.to_source(weights)
+        source = to_source(config, weights)
         formatted = ruff(source, "format")
         assert formatted.stdout == source, formatted.stderr
         checked = ruff(source, "check")
@@ -50,26 +51,26 @@ def test_the_program_is_formatted_and_clean(config: PalmEConfig) -> None:
 
 
 def test_no_default_of_upstream_is_printed() -> None:
-    source = PalmEConfig().to_source()
+    source = to_source(PalmEConfig())
     assert "attn_layers=Encoder(dim=512, depth=6)," in source
     for absent in "heads=8", "patch_size=32,\n    channels", "cross_attn_dim_context", "pad_value", "palme_xt import":
         assert absent not in source
     for present in "alibi_num_heads=4", "attn_qk_norm=True", "use_abs_pos_emb=False", "class Decoder(":
         assert present in source
-    text_only = PalmEConfig(cross_attend=False, alibi_pos_bias=False, encoder_dim=64).to_source()
+    text_only = to_source(PalmEConfig(cross_attend=False, alibi_pos_bias=False, encoder_dim=64))
     for absent in "alibi", "cross_att", "def forward", "class Decoder(", "import torch\n":
         assert absent not in text_only
 
 
 def test_a_default_that_overrides_what_is_inherited_is_printed() -> None:
-    source = PalmEConfig(decoder_kwargs={"cross_attn_qk_norm": False}).to_source()
+    source = to_source(PalmEConfig(decoder_kwargs={"cross_attn_qk_norm": False}))
     assert "cross_attn_qk_norm=False" in source
 
 
 def test_long_values_are_wrapped() -> None:
     layers = ("a", "c", "f") * 9
     config = PalmEConfig(decoder_kwargs={"custom_layers": layers, "rel_pos_kwargs": {"slopes": (0.5,) * 4}})
-    assert ruff(config.to_source(), "format").stdout == config.to_source()
+    assert ruff(to_source(config), "format").stdout == to_source(config)
 
 
 def test_the_program_of_a_run_has_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,14 +87,14 @@ def test_the_program_of_a_run_has_its_weights(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_program_of_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["source", "--encoder_dim=64", "--decoder_kwargs.ff_glu=true"]) == 0
-    assert capsys.readouterr().out == PalmEConfig(encoder_dim=64, decoder_kwargs={"ff_glu": True}).to_source()
+    assert capsys.readouterr().out == to_source(PalmEConfig(encoder_dim=64, decoder_kwargs={"ff_glu": True}))
 
 
 def test_what_cannot_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
         TypeError, match="decoder_kwargs\\['attn_custom_attn_fn'\\]=<built-in function max> has no JSON"
     ):
-        PalmEConfig(decoder_kwargs={"attn_custom_attn_fn": max}).to_source()
+        to_source(PalmEConfig(decoder_kwargs={"attn_custom_attn_fn": max}))
     assert main(["source", str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
     assert main(["source", str(tmp_path), "--encoder_dim=64"]) == 2

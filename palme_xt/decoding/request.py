@@ -1,37 +1,200 @@
-"""What `generate` and `stream` may be asked for: every check that is not about images or prompts."""
+"""What `generate`, `stream` and `beam_search` are asked for: their arguments, written once and checked once."""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN
 
-from palme_xt.config import PalmEConfig
-from palme_xt.decoding.loop import FilterLogits, Sampling
+from palme_xt.config import PalmEConfig, check_positive_int, is_int
+from palme_xt.inputs import check_prompts
+
+FilterLogits = Callable[..., Tensor]
+
+P = ParamSpec("P")
+Holder = TypeVar("Holder")
+Arguments = TypeVar("Arguments")
+Returned = TypeVar("Returned")
 
 
-def check_lengths(prompt_len: int, seq_len: Any, restrict_to_max_seq_len: bool, config: PalmEConfig) -> None:
-    """Refuse to decode nothing, or beyond `max_seq_len`."""
-    if isinstance(seq_len, bool) or not isinstance(seq_len, int):
-        raise TypeError(f"seq_len={seq_len!r} must be a positive int, not {type(seq_len).__name__}")
-    if seq_len < 1:
-        raise ValueError(f"seq_len={seq_len} must be a positive int: how many new tokens to decode at most")
-    if prompt_len + seq_len <= config.max_seq_len:
-        return
-    found = f"prompt of {prompt_len} tokens + seq_len={seq_len} exceeds max_seq_len={config.max_seq_len}"
-    if config.use_abs_pos_emb:
-        raise ValueError(
-            f"{found}, and use_abs_pos_emb=True has no positions beyond: shorten one, or raise max_seq_len"
+def takes_arguments_of(
+    kind: Callable[P, Arguments],
+) -> Callable[[Callable[[Holder, Arguments], Returned]], Callable[Concatenate[Holder, P], Returned]]:
+    """Let a method that takes one object be called with the arguments of the object's class.
+
+    Type checkers, editors and `help()` see those arguments, which are written in the class alone.
+    """
+
+    def decorate(method: Callable[[Holder, Arguments], Returned]) -> Callable[Concatenate[Holder, P], Returned]:
+        @functools.wraps(method)
+        def call(self: Holder, /, *args: P.args, **kwargs: P.kwargs) -> Returned:
+            return method(self, kind(*args, **kwargs))
+
+        own = inspect.signature(method)
+        itself = next(iter(own.parameters.values()))
+        arguments = inspect.signature(kind).parameters.values()
+        call.__signature__ = own.replace(parameters=[itself, *arguments])  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+@dataclass(eq=False)
+class Request:
+    """The arguments that all ways of decoding share. `PalmE.generate` documents them."""
+
+    img: Tensor | None
+    prompts: Tensor | list[Tensor]
+    seq_len: int
+    _: KW_ONLY
+    eos_token: int | None = None
+    prompt_lens: Tensor | None = None
+    restrict_to_max_seq_len: bool = True
+    cache_kv: bool = True
+    compile: bool = False
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+
+    def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
+        """Reject what a model cannot do, and bring the prompts into the form `(b, t)` with `prompt_lens (b,)` or None.
+
+        Args:
+            config: Of the model.
+            batch: How many images there are, or None if the model does not look at any.
+            can_cache: Whether the model's cached steps are right. If not, `cache_kv` becomes False.
+        """
+        self.prompts, self.prompt_lens = check_prompts(self.prompts, self.prompt_lens, batch, config)
+        self._check_lengths(self.prompts.shape[1], config)
+        if self.eos_token is not None:
+            if not is_int(self.eos_token):
+                kind = type(self.eos_token).__name__
+                raise TypeError(f"eos_token={self.eos_token!r} must be a token id or None, not {kind}")
+            if not 0 <= self.eos_token < config.num_tokens:
+                last = config.num_tokens - 1
+                raise ValueError(f"eos_token={self.eos_token} must be a token id within 0..num_tokens-1={last}")
+        if self.prompt_lens is not None:
+            _check_left_padding(config)
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile={self.compile!r} must be True or False")
+        if self.compile and not self.cache_kv:
+            raise ValueError("compile=True needs the key-value cache: leave out cache_kv=False")
+        if self.compile and not can_cache:
+            raise ValueError(
+                "compile=True needs the key-value cache, which cannot be used with this model: leave it out"
+            )
+        self.cache_kv = self.cache_kv and can_cache
+
+    def _check_lengths(self, prompt_len: int, config: PalmEConfig) -> None:
+        check_positive_int("seq_len", self.seq_len, "how many new tokens to decode at most")
+        if prompt_len + self.seq_len <= config.max_seq_len:
+            return
+        found = f"prompt of {prompt_len} tokens + seq_len={self.seq_len} exceeds max_seq_len={config.max_seq_len}"
+        if config.use_abs_pos_emb:
+            raise ValueError(
+                f"{found}, and use_abs_pos_emb=True has no positions beyond: shorten one, or raise max_seq_len"
+            )
+        if self.restrict_to_max_seq_len:
+            raise ValueError(f"{found}: shorten one, or pass restrict_to_max_seq_len=False to extrapolate")
+
+
+@dataclass(eq=False, kw_only=True)
+class SamplingRequest(Request):
+    """The arguments of `PalmE.stream`."""
+
+    temperature: float = 1.0
+    filter_logits_fn: str | FilterLogits = "top_k"
+    filter_kwargs: dict[str, Any] | None = None
+    generator: torch.Generator | None = None
+    _filter: FilterLogits = field(init=False)
+
+    def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
+        """As `Request.check`."""
+        super().check(config, batch, can_cache)
+        _check_number("temperature", self.temperature)
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
+        name = self.filter_logits_fn
+        if isinstance(name, str):
+            if name not in FILTER_LOGITS_FN:
+                closest = difflib.get_close_matches(name, FILTER_LOGITS_FN, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"filter_logits_fn={name!r} must be one of {', '.join(FILTER_LOGITS_FN)}, or a function: "
+                    f"did you mean {closest!r}?"
+                )
+            self._filter = FILTER_LOGITS_FN[name]
+        elif callable(name):
+            self._filter = name
+        else:
+            raise TypeError(f"filter_logits_fn={name!r} must be a name or a function of logits (b, v)")
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Return the next token ids `(b,)` for logits `(b, v)`."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        filtered = self._filter(logits.float(), **self.filter_kwargs or {})
+        # The largest becomes 0 first: divided by a tiny temperature, it would become inf, and the softmax nan.
+        below = filtered - filtered.amax(dim=-1, keepdim=True)
+        probabilities = (below / max(self.temperature, torch.finfo(below.dtype).tiny)).softmax(dim=-1)
+        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+
+
+@dataclass(eq=False, kw_only=True)
+class SearchRequest(Request):
+    """The arguments of `PalmE.beam_search`."""
+
+    beams: int = 4
+    length_penalty: float = 0.0
+
+    def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
+        """As `Request.check`."""
+        super().check(config, batch, can_cache)
+        check_positive_int("beams", self.beams, "1 decodes without a search")
+        _check_number("length_penalty", self.length_penalty)
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty={self.length_penalty} must be finite: 0 to 2 is usual")
+
+
+@dataclass(eq=False, kw_only=True)
+class GenerationRequest(SamplingRequest, SearchRequest):
+    """The arguments of `PalmE.generate`."""
+
+    beams: int = 1
+
+    def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
+        """As `Request.check`. Also reject what has no effect, with beams or without."""
+        super().check(config, batch, can_cache)
+        if self.beams == 1 and self.length_penalty != 0:
+            raise ValueError(
+                f"length_penalty={self.length_penalty} has no effect with beams=1: pass beams=4, say, or leave it out"
+            )
+        samples = (
+            self.temperature not in (0, 1)
+            or self._filter is not FILTER_LOGITS_FN["top_k"]
+            or self.filter_kwargs
+            or self.generator is not None
         )
-    if restrict_to_max_seq_len:
-        raise ValueError(f"{found}: shorten one, or pass restrict_to_max_seq_len=False to extrapolate")
+        if self.beams > 1 and samples:
+            raise ValueError(
+                f"beams={self.beams} does not sample, so temperature={self.temperature}, filter_logits_fn, "
+                "filter_kwargs and generator have no effect: leave them out, or pass beams=1"
+            )
 
 
-def check_left_padding(config: PalmEConfig) -> None:
-    """Refuse prompts of different lengths where x-transformers (up to 2.31.10) does not mask what pads them."""
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+
+
+def _check_left_padding(config: PalmEConfig) -> None:
+    """Reject prompts of different lengths where x-transformers (up to 2.31.10) does not mask what pads them."""
     for part, name in ("transformer", "num_memory_tokens"), ("decoder", "attn_num_mem_kv"):
         value = getattr(config, f"{part}_kwargs").get(name)
         if value:
@@ -39,82 +202,3 @@ def check_left_padding(config: PalmEConfig) -> None:
                 f"prompts must be of one length with {part}_kwargs[{name!r}]={value}: x-transformers does not mask the "
                 "padding of shorter ones then; decode each length in a call of its own"
             )
-
-
-def check_eos_token(eos_token: Any, config: PalmEConfig) -> None:
-    """Refuse an EOS that is no token."""
-    if eos_token is None:
-        return
-    if isinstance(eos_token, bool) or not isinstance(eos_token, int):
-        raise TypeError(f"eos_token={eos_token!r} must be a token id or None, not {type(eos_token).__name__}")
-    if not 0 <= eos_token < config.num_tokens:
-        raise ValueError(f"eos_token={eos_token} must be a token id within 0..num_tokens-1={config.num_tokens - 1}")
-
-
-def check_sampling(
-    temperature: Any,
-    filter_logits_fn: str | FilterLogits,
-    filter_kwargs: dict[str, Any] | None,
-    generator: torch.Generator | None,
-) -> Sampling:
-    """The way of choosing tokens that was asked for."""
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-        raise TypeError(f"temperature={temperature!r} must be a number, not {type(temperature).__name__}")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more, and finite")
-    if isinstance(filter_logits_fn, str):
-        if filter_logits_fn not in FILTER_LOGITS_FN:
-            closest = difflib.get_close_matches(filter_logits_fn, FILTER_LOGITS_FN, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"filter_logits_fn={filter_logits_fn!r} must be one of {', '.join(FILTER_LOGITS_FN)}, or a function: "
-                f"did you mean {closest!r}?"
-            )
-        filter_logits_fn = FILTER_LOGITS_FN[filter_logits_fn]
-    if not callable(filter_logits_fn):
-        raise TypeError(f"filter_logits_fn={filter_logits_fn!r} must be a name or a function of logits (b, v)")
-    return Sampling(temperature, filter_logits_fn, filter_kwargs or {}, generator)
-
-
-def check_beams(beams: Any, length_penalty: Any, sampling: Sampling | None = None) -> bool:
-    """Whether `generate` is to search; refuse what would have no effect then, or otherwise."""
-    if isinstance(beams, bool) or not isinstance(beams, int):
-        raise TypeError(f"beams={beams!r} must be a positive int, not {type(beams).__name__}")
-    if beams < 1:
-        raise ValueError(f"beams={beams} must be a positive int: 1 decodes without a search")
-    if isinstance(length_penalty, bool) or not isinstance(length_penalty, int | float):
-        raise TypeError(f"length_penalty={length_penalty!r} must be a number, not {type(length_penalty).__name__}")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty={length_penalty} must be finite: 0 to 2 is usual")
-    if sampling is None:
-        return True
-    if beams == 1 and length_penalty != 0:
-        raise ValueError(
-            f"length_penalty={length_penalty} has no effect with beams=1: pass beams=4, say, or leave it out"
-        )
-    samples = (
-        sampling.temperature not in (0, 1)
-        or sampling.filter_logits is not FILTER_LOGITS_FN["top_k"]
-        or sampling.filter_kwargs
-        or sampling.generator is not None
-    )
-    if beams > 1 and samples:
-        raise ValueError(
-            f"beams={beams} does not sample, so temperature={sampling.temperature}, filter_logits_fn, filter_kwargs "
-            "and generator have no effect: leave them out, or pass beams=1"
-        )
-    return beams > 1
-
-
-def check_compile(compile: Any, cache_kv: bool, can_cache: bool) -> None:
-    """Refuse to compile a step that there is not.
-
-    Raises:
-        TypeError: `compile` is not a bool.
-        ValueError: the whole text is read at each step, so that no step is like the one before.
-    """
-    if not isinstance(compile, bool):
-        raise TypeError(f"compile={compile!r} must be True or False")
-    if compile and not cache_kv:
-        raise ValueError("compile=True needs the key-value cache: leave out cache_kv=False")
-    if compile and not can_cache:
-        raise ValueError("compile=True needs the key-value cache, which cannot be used with this model: leave it out")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 
-from palme_xt.adoption import read_config
+from palme_xt.adoption import describe
 from palme_xt.decoding.loop import eval_mode
 
 Pair = tuple[Any, Any]
@@ -120,7 +120,7 @@ def as_pair(model: nn.Module | Pair) -> Pair:
 
 def draw_inputs(pair: Pair, b: int = 2, n: int = 12) -> tuple[Tensor, Tensor]:
     """Random images and texts for a pair, always the same."""
-    config = read_config(*pair)
+    config = describe(*pair)
     generator = torch.Generator().manual_seed(0)
     weight = pair[0].pos_embedding
     img = torch.randn(b, config.channels, config.image_size, config.image_size, generator=generator)

@@ -1,4 +1,4 @@
-"""Which x-transformers this package supports."""
+"""The releases of x-transformers that this package supports."""
 
 from __future__ import annotations
 
