@@ -101,60 +101,45 @@ class PalmEConfig:
         for key, value in overrides.items():
             if not isinstance(key, str):
                 raise TypeError(f"{where} has the key {key!r}: keywords must be str, not {type(key).__name__}")
+            given = f"{where}[{key!r}]={value!r}"
             if name := argument_behind(part, key):
-                raise ValueError(
-                    f"{where}[{key!r}]={value!r} repeats the argument {name}={getattr(self, name)!r}: set {name}, and "
-                    f"leave {key!r} out of {where}"
-                )
+                repeated = f"repeats the argument {name}={getattr(self, name)!r}: set {name}"
+                raise ValueError(f"{given} {repeated}, and leave {key!r} out of {where}")
             if key == SET_BY_COMPOSITION[part]:
-                raise ValueError(f"{where}[{key!r}]={value!r} is set by PalmE itself: leave {key!r} out of {where}")
+                raise ValueError(f"{given} is set by PalmE itself: leave {key!r} out of {where}")
             known = upstream_keywords(part)
             if key not in known:
                 closest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"{where}[{key!r}]={value!r} is not a keyword of the installed x-transformers: "
-                    f"did you mean {closest!r}?"
-                )
+                raise ValueError(f"{given} is not a keyword of the installed x-transformers: did you mean {closest!r}?")
 
     def _check_sizes(self) -> None:
         if self.image_size % self.patch_size:
             nearest = max(1, round(self.image_size / self.patch_size)) * self.patch_size
-            raise ValueError(
-                f"image_size={self.image_size} must be divisible by patch_size={self.patch_size}: "
-                f"an image is cut into whole patches; use image_size={nearest}, say"
-            )
+            rule = f"image_size={self.image_size} must be divisible by patch_size={self.patch_size}"
+            raise ValueError(f"{rule}: an image is cut into whole patches; use image_size={nearest}, say")
         if self.alibi_pos_bias and self.alibi_num_heads > self.decoder_heads:
-            raise ValueError(
-                f"alibi_num_heads={self.alibi_num_heads} must be within 1..decoder_heads={self.decoder_heads} when "
-                "alibi_pos_bias is on: lower alibi_num_heads, or raise decoder_heads"
-            )
+            rule = f"alibi_num_heads={self.alibi_num_heads} must be within 1..decoder_heads={self.decoder_heads}"
+            raise ValueError(f"{rule} when alibi_pos_bias is on: lower alibi_num_heads, or raise decoder_heads")
         for part, heads in ("encoder", self.encoder_heads), ("decoder", self.decoder_heads):
             kv_heads = getattr(self, f"{part}_kwargs").get("attn_kv_heads")
             if kv_heads is None:
                 continue
             check_positive_int(f"{part}_kwargs['attn_kv_heads']", kv_heads)
             if heads % kv_heads:
-                raise ValueError(
-                    f"{part}_kwargs['attn_kv_heads']={kv_heads} must divide {part}_heads={heads}: "
-                    "each key-value head serves equally many query heads"
-                )
+                rule = f"{part}_kwargs['attn_kv_heads']={kv_heads} must divide {part}_heads={heads}"
+                raise ValueError(f"{rule}: each key-value head serves equally many query heads")
 
     def _check_values_of_overrides(self) -> None:
         for name in _NO_LOGITS_FOR_EACH_TOKEN:
             value = self.transformer_kwargs.get(name)
             if (value and value != 1) or value is True:
-                raise ValueError(
-                    f"transformer_kwargs[{name!r}]={value!r} leaves no logits for each token, which PalmE learns and "
-                    f"decodes from: leave {name!r} out"
-                )
+                given = f"transformer_kwargs[{name!r}]={value!r}"
+                raise ValueError(f"{given} leaves no logits for each token, which PalmE needs: leave {name!r} out")
         check_positive_int("vit_kwargs['channels']", self.channels)
         if not is_int(self.ignore_index):
             raise TypeError(f"autoregressive_kwargs['ignore_index']={self.ignore_index!r} must be an int")
-        if not is_int(self.pad_value) or not 0 <= self.pad_value < self.num_tokens:
-            raise ValueError(
-                f"autoregressive_kwargs['pad_value']={self.pad_value!r} must be a token id within "
-                f"0..num_tokens-1={self.num_tokens - 1}: upstream feeds it to the decoder where a target is ignored"
-            )
+        why = "upstream feeds it to the decoder where a target is ignored"
+        check_token_id("autoregressive_kwargs['pad_value']", self.pad_value, self.num_tokens, why)
 
     def _warn_of_dropped_positions(self) -> None:
         others = ("rotary_pos_emb", "rel_pos_bias", "polar_pos_emb")
@@ -263,10 +248,8 @@ def to_json_types(value: Any, name: str) -> Any:
         return [to_json_types(item, name) for item in value]
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise TypeError(
-        f"{name}={value!r} has no JSON form: only None, bool, int, finite float, str, lists and dicts can be saved "
-        "with a config; build the model with it in Python and save the rest"
-    )
+    rule = "only None, bool, int, finite float, str, lists and dicts can be saved with a config"
+    raise TypeError(f"{name}={value!r} has no JSON form: {rule}; pass it in Python, and save the rest")
 
 
 def is_int(value: Any) -> bool:
@@ -280,3 +263,11 @@ def check_positive_int(name: str, value: Any, remedy: str = "use 1 or more") -> 
         raise TypeError(f"{name}={value!r} must be a positive int, not {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}={value} must be a positive int: {remedy}")
+
+
+def check_token_id(name: str, value: Any, num_tokens: int, remedy: str) -> None:
+    """Reject anything but an int within `0 .. num_tokens - 1`."""
+    if not is_int(value):
+        raise TypeError(f"{name}={value!r} must be a token id, not {type(value).__name__}: {remedy}")
+    if not 0 <= value < num_tokens:
+        raise ValueError(f"{name}={value} must be a token id within 0..num_tokens-1={num_tokens - 1}: {remedy}")

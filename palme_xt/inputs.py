@@ -37,10 +37,8 @@ def check_img(img: Any, config: PalmEConfig) -> None:
         remedy = last or f": convert the images, or build the model with vit_kwargs={{'channels': {shape[-3]}}}"
         raise ValueError(f"img has shape {shape} with {shape[-3]} channels, must have {config.channels}{remedy}")
     if shape[-2:] != (config.image_size, config.image_size):
-        raise ValueError(
-            f"img has shape {shape} with {shape[-2]}x{shape[-1]} pixels, must be "
-            f"{config.image_size}x{config.image_size}, the model's image_size: resize or crop the images"
-        )
+        found, size = f"img has shape {shape} with {shape[-2]}x{shape[-1]} pixels", f"{config.image_size}"
+        raise ValueError(f"{found}, must be {size}x{size}, the model's image_size: resize or crop the images")
 
 
 def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig) -> Tensor | None:
@@ -66,9 +64,7 @@ def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig)
         return None
     if (img is None) == (context is None):
         found = "neither img nor context is" if img is None else "both img and context are"
-        raise ValueError(
-            f"{found} given: a model with cross_attend=True needs either img, or context=model.encode(img)"
-        )
+        raise ValueError(f"{found} given: a model that cross-attends needs img, or context=model.encode(img)")
     if context is None:
         check_img(img, config)
     else:
@@ -85,10 +81,8 @@ def _check_context(context: Any, config: PalmEConfig) -> None:
         raise TypeError(f"context is {found}, must be a floating-point tensor (b, p, d): pass what encode returns")
     shape = tuple(context.shape)
     if context.ndim != 3 or shape[2] != config.encoder_dim or 0 in shape:
-        raise ValueError(
-            f"context has shape {shape}, must be (b, p, encoder_dim={config.encoder_dim}) and not empty: pass what "
-            "encode returns"
-        )
+        rule = f"must be (b, p, encoder_dim={config.encoder_dim}) and not empty"
+        raise ValueError(f"context has shape {shape}, {rule}: pass what encode returns")
 
 
 def _check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
@@ -101,10 +95,8 @@ def _check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
         images = source.shape[1] if source.ndim == 5 else 1
         embeddings = images * (config.image_size // config.patch_size) ** 2
     if tuple(mask.shape) != (len(source), embeddings):
-        raise ValueError(
-            f"context_mask has shape {tuple(mask.shape)}, must be (b, p) = ({len(source)}, {embeddings}), one "
-            "entry for each patch embedding"
-        )
+        rule = f"must be (b, p) = ({len(source)}, {embeddings}): one entry for each patch embedding"
+        raise ValueError(f"context_mask has shape {tuple(mask.shape)}, {rule}")
 
 
 def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> None:
@@ -141,12 +133,7 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
         )
         within = torch.arange(shape[1], device=text.device) < lens[:, None]
     target = within & (text != config.ignore_index)
-    _require(
-        ~(target & ((text < 0) | (text >= config.num_tokens))).any(),
-        lambda: f"text has ids from {int(text[target].min())} to {int(text[target].max())}; ",
-        f"text must have ids within 0..num_tokens-1={config.num_tokens - 1}, or ignore_index={config.ignore_index}: "
-        "check the tokenizer, or raise num_tokens",
-    )
+    _check_range(text, target, config, "text", f", or ignore_index={config.ignore_index}")
     _require(
         target[:, 1:].any(),
         lambda: f"text has shape {shape} and only ignore_index={config.ignore_index} after its first token; ",
@@ -181,24 +168,18 @@ def check_prompts(
     prompts = prompts.long()
     count, longest = prompts.shape
     if batch is not None and count != batch:
-        raise ValueError(
-            f"prompts are {count}, images {batch}, must be as many: pass one prompt (t,) to share it, or one for each"
-        )
+        remedy = "pass one prompt (t,) to share it, or one for each"
+        raise ValueError(f"prompts are {count}, images {batch}, must be as many: {remedy}")
     within = torch.ones_like(prompts, dtype=torch.bool)
     if prompt_lens is not None:
         if not _is_int_tensor(prompt_lens):
             raise TypeError(f"prompt_lens={prompt_lens!r} must be a tensor of ints (b,)")
         if tuple(prompt_lens.shape) != (count,) or prompt_lens.min() < 1 or prompt_lens.max() > longest:
-            raise ValueError(
-                f"prompt_lens={prompt_lens.tolist()} must be {count} lengths within 1..{longest}, one for each prompt"
-            )
+            rule = f"must be {count} lengths within 1..{longest}, one for each prompt"
+            raise ValueError(f"prompt_lens={prompt_lens.tolist()} {rule}")
         within = torch.arange(longest, device=prompts.device) < prompt_lens[:, None]
         prompt_lens = None if bool(within.all()) else prompt_lens
-    _require(
-        ~(within & ((prompts < 0) | (prompts >= config.num_tokens))).any(),
-        lambda: f"prompts have ids from {int(prompts[within].min())} to {int(prompts[within].max())}; ",
-        f"prompts must have ids within 0..num_tokens-1={config.num_tokens - 1}: check the tokenizer",
-    )
+    _check_range(prompts, within, config, "prompts")
     return prompts.masked_fill(~within, config.pad_value), prompt_lens
 
 
@@ -228,10 +209,8 @@ def check_batches(source: Tensor, text: Tensor) -> None:
         remedy = "pass one text for each image"
         if text.shape[1] == len(source):
             remedy = "text is (batch, sequence), so transpose it: text.T"
-        raise ValueError(
-            f"text has shape {tuple(text.shape)} and {name} {tuple(source.shape)}, must have the same batch "
-            f"size, not {len(text)} and {len(source)}: {remedy}"
-        )
+        found = f"text has shape {tuple(text.shape)} and {name} {tuple(source.shape)}"
+        raise ValueError(f"{found}, must have the same batch size, not {len(text)} and {len(source)}: {remedy}")
 
 
 def _check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
@@ -246,16 +225,23 @@ def _check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
     if 0 in shape:
         raise ValueError(f"{name} has shape {shape}, must not be empty: both dimensions must be at least 1")
     if config.use_abs_pos_emb and shape[1] > config.max_seq_len:
-        raise ValueError(
-            f"{name} has {shape[1]} tokens, must have at most max_seq_len={config.max_seq_len} with "
-            "use_abs_pos_emb=True: shorten it, raise max_seq_len, or use the relative positions alone"
-        )
+        rule = f"must have at most max_seq_len={config.max_seq_len} with use_abs_pos_emb=True"
+        raise ValueError(f"{name} has {shape[1]} tokens, {rule}: shorten it, raise max_seq_len, or leave that out")
+
+
+def _check_range(text: Tensor, within: Tensor, config: PalmEConfig, name: str, others: str = "") -> None:
+    last = config.num_tokens - 1
+    _require(
+        ~(within & ((text < 0) | (text > last))).any(),
+        lambda: f"{name} has ids from {int(text[within].min())} to {int(text[within].max())}; ",
+        f"{name} must have ids within 0..num_tokens-1={last}{others}: check the tokenizer, or raise num_tokens",
+    )
 
 
 def _is_int_tensor(value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.dtype == torch.bool:
-        return False
-    return not (value.dtype.is_floating_point or value.dtype.is_complex)
+    return isinstance(value, Tensor) and not (
+        value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+    )
 
 
 def _require(condition: Tensor, found: Callable[[], str], rule: str) -> None:

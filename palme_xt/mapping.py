@@ -9,14 +9,8 @@ from typing import Any
 import palme_xt.upstream  # noqa: F401  # first: it warns of an unsupported release, whose import may fail
 
 # isort: split
+from x_transformers import x_transformers as upstream
 from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
-from x_transformers.x_transformers import (
-    Attention,
-    AttentionLayers,
-    FeedForward,
-    TransformerWrapper,
-    ViTransformerWrapper,
-)
 
 # For each part of the model: upstream's keyword -> the argument that sets it. This table is written once: the model is
 # built from it, overrides are checked against it, and the README's table is tested against it.
@@ -59,40 +53,31 @@ SET_BY_COMPOSITION = {
     "autoregressive": "net",
 }
 
-WRAPPERS = {"vit": ViTransformerWrapper, "transformer": TransformerWrapper, "autoregressive": AutoregressiveWrapper}
-LAYERS = {"attn_": Attention, "cross_attn_": Attention, "ff_": FeedForward}
-
-# What `AttentionLayers.__init__` itself passes to every layer (x-transformers 2.26.0 to 2.31.10): given again behind a
-# prefix, Python refuses the call.
-_SET_BY_ATTENTION_LAYERS = {
-    "attn_": {"dim", "dim_context", "heads", "causal", "qkv_receive_diff_residuals", "learned_value_residual_mix"}
-    | {"rotate_num_heads", "output_proj_depth"},
-    "cross_attn_": {"dim", "heads", "output_proj_depth"},
-    "ff_": {"dim", "output_proj_depth"},
+_WRAPPERS = {
+    "vit": upstream.ViTransformerWrapper,
+    "transformer": upstream.TransformerWrapper,
+    "autoregressive": AutoregressiveWrapper,
 }
+_LAYERS = {"attn_": upstream.Attention, "cross_attn_": upstream.Attention, "ff_": upstream.FeedForward}
 
 
 @cache
 def upstream_keywords(part: str) -> dict[str, Any]:
-    """Return the keywords that the installed x-transformers accepts for a part of the model, with their defaults."""
-    keywords = _parameters(WRAPPERS.get(part, AttentionLayers))
-    if part not in WRAPPERS:
-        for prefix, layer in LAYERS.items():
-            taken = _SET_BY_ATTENTION_LAYERS[prefix]
-            keywords |= {prefix + name: default for name, default in _parameters(layer).items() if name not in taken}
+    """Return the keywords of the installed x-transformers for a part of the model, with their defaults."""
+    keywords = _parameters(_WRAPPERS.get(part, upstream.AttentionLayers))
+    if part not in _WRAPPERS:
+        for prefix, layer in _LAYERS.items():
+            keywords |= {prefix + name: default for name, default in _parameters(layer).items()}
     keywords.pop(SET_BY_COMPOSITION[part], None)
     return keywords
 
 
 def argument_behind(part: str, keyword: str) -> str | None:
-    """Return the argument that sets an upstream keyword, also one like `attn_heads`, which upstream derives itself."""
-    arguments = MAPPING[part]
-    for prefix, names in _SET_BY_ATTENTION_LAYERS.items():
-        if keyword not in arguments and keyword.startswith(prefix) and keyword.removeprefix(prefix) in names:
-            return arguments.get(keyword.removeprefix(prefix))
-    return arguments.get(keyword)
+    """Return the argument that sets an upstream keyword. `attn_heads` is set by what sets `heads`."""
+    bare = [keyword.removeprefix(prefix) for prefix in _LAYERS if keyword.startswith(prefix)]
+    return next((MAPPING[part][name] for name in (keyword, *bare) if name in MAPPING[part]), None)
 
 
-def _parameters(upstream: type) -> dict[str, Any]:
-    parameters = inspect.signature(upstream).parameters.values()
+def _parameters(constructor: type) -> dict[str, Any]:
+    parameters = inspect.signature(constructor).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD}

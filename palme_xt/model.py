@@ -14,13 +14,7 @@ from torch import Tensor, nn
 
 from palme_xt.config import PalmEConfig
 from palme_xt.decoding import loop
-from palme_xt.decoding.request import (
-    GenerationRequest,
-    Request,
-    SamplingRequest,
-    SearchRequest,
-    takes_arguments_of,
-)
+from palme_xt.decoding.request import GenerationRequest, Request, SamplingRequest, SearchRequest, takes_arguments_of
 from palme_xt.inputs import check_batches, check_img, check_source, check_text
 from palme_xt.wiring import DECODER, ENCODER, build
 

@@ -48,7 +48,5 @@ def build(node: Node, config: PalmEConfig) -> Any:
         return node.upstream(**keywords, **modules)
     except (AssertionError, TypeError, ValueError, RuntimeError) as refusal:
         given = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
-        raise ValueError(
-            f"x-transformers {version('x-transformers')} refuses {node.upstream.__name__}({given}): "
-            f"{str(refusal) or 'it gives no reason'}"
-        ) from refusal
+        refused = f"x-transformers {version('x-transformers')} refuses {node.upstream.__name__}({given})"
+        raise ValueError(f"{refused}: {str(refusal) or 'it gives no reason'}") from refusal

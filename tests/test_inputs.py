@@ -131,7 +131,7 @@ def test_lens_are_refused(kwargs: dict[str, Any], error: type[Exception], messag
 @pytest.mark.parametrize(
     ("img", "context", "error", "message"),
     [
-        (None, None, ValueError, "neither img nor context is given: a model with cross_attend=True needs either img"),
+        (None, None, ValueError, "neither img nor context is given: a model that cross-attends needs img"),
         (IMG, torch.randn(3, 4, 24), ValueError, "both img and context are given"),
         (None, torch.randn(3, 4, 7), ValueError, "context has shape (3, 4, 7), must be (b, p, encoder_dim=24)"),
         (None, torch.randn(3, 24), ValueError, "context has shape (3, 24), must be (b, p, encoder_dim=24)"),

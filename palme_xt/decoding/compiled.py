@@ -1,9 +1,9 @@
-"""One step of decoding from upstream's key-value cache, as a single compiled graph for any length."""
+"""One step of decoding from upstream's key-value cache, as one compiled graph for any length."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,28 +12,16 @@ from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import LayerIntermediates
 
 KeyValues = tuple[Tensor, ...]
+Inputs = Mapping[str, Tensor | None]  # what the network takes beside tokens and cache: context, context_mask, ...
 
 
 def _step(
-    net: Any,
-    tokens: Tensor,
-    kinds: tuple[str, ...],
-    cached: list[KeyValues],
-    context: Tensor | None,
-    context_mask: Tensor | None,
-    seq_start_pos: Tensor | None,
+    net: Any, tokens: Tensor, kinds: tuple[str, ...], cached: list[KeyValues], inputs: Inputs
 ) -> tuple[Tensor, list[KeyValues]]:
     layers = [Intermediates(cached_kv=kv, layer_type=kind) for kind, kv in zip(kinds, cached, strict=True)]
     length = cached[kinds.index("a")][0].shape[-2]
-    logits, new = net(
-        tokens,
-        context=context,
-        context_mask=context_mask,
-        seq_start_pos=seq_start_pos,
-        cache=LayerIntermediates(attn_intermediates=layers, cache_length=length),
-        input_not_include_cache=True,
-        return_intermediates=True,
-    )
+    cache = LayerIntermediates(attn_intermediates=layers, cache_length=length)
+    logits, new = net(tokens, **inputs, cache=cache, input_not_include_cache=True, return_intermediates=True)
     return logits[:, -1], [layer.cached_kv for layer in new.attn_intermediates if layer.layer_type == "a"]
 
 
@@ -49,7 +37,7 @@ def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, list[KeyValue
     from torch._inductor.custom_graph_pass import CustomGraphPass  # here, because it takes a while to import
 
     class MatrixVector(CustomGraphPass):
-        """Reads each weight at the bandwidth of the memory, where MKL's product with one row reaches half of it."""
+        """Read each weight at the bandwidth of the memory. MKL's product with one row reaches half of it."""
 
         def __call__(self, graph: torch.fx.Graph) -> None:
             for node in graph.find_nodes(op="call_function", target=torch._C._nn.linear):
@@ -60,29 +48,23 @@ def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, list[KeyValue
         def uuid(self) -> str:
             return "palme_xt matrix-vector product 1"
 
-    # Else what is multiplied, a normalised row, would be computed again for each row of the weight.
+    # Otherwise the normalised row that is multiplied would be computed again for each row of the weight.
     realize = dict.fromkeys(("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold"), 1)
     options: dict[str, Any] = {"pre_grad_custom_pass": MatrixVector(), **realize}
     return torch.compile(_step, fullgraph=True, dynamic=True, options=options)
 
 
 def compiled_step(
-    net: Any,
-    tokens: Tensor,
-    cache: LayerIntermediates,
-    context: Tensor | None,
-    context_mask: Tensor | None,
-    seq_start_pos: Tensor | None,
+    net: Any, tokens: Tensor, cache: LayerIntermediates, inputs: Inputs
 ) -> tuple[Tensor, LayerIntermediates]:
-    """What `net` gives for the next `tokens (b, 1)` after `cache`: their logits `(b, v)` and the longer cache.
+    """Return what `net` gives for the next `tokens (b, 1)` after `cache`: their logits `(b, v)` and the longer cache.
 
     The graph is compiled at the first call for a network, and once more where a batch of one follows a larger one.
     """
     kinds = tuple(layer.layer_type for layer in cache.attn_intermediates)
     cached = [tuple(map(_as_returned, layer.cached_kv)) for layer in cache.attn_intermediates]
-    logits, grown = _compiled(len(tokens) == 1 and tokens.device.type == "cpu")(
-        net, tokens.clone(), kinds, cached, context, context_mask, seq_start_pos
-    )
+    step = _compiled(len(tokens) == 1 and tokens.device.type == "cpu")
+    logits, grown = step(net, tokens.clone(), kinds, cached, inputs)
     self_attentions = iter(grown)
     layers = [
         Intermediates(cached_kv=next(self_attentions) if kind == "a" else kv, layer_type=kind)
@@ -93,5 +75,5 @@ def compiled_step(
 
 
 def _as_returned(kv: Tensor) -> Tensor:
-    # A graph is made for strides, and for views or none: those of the prompt would get one of their own.
+    # A graph is made for given strides, and for views or for none: the prompt's would need a graph of their own.
     return kv if kv._base is None and kv.is_contiguous() else kv.clone(memory_format=torch.contiguous_format)

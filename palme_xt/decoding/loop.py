@@ -72,14 +72,13 @@ class Texts:
     """
 
     def __init__(self, net: Any, request: Request, context: Tensor | None, pad_value: int) -> None:
-        self.net = net
-        self.compile, self.cache_kv = request.compile, request.cache_kv
-        self.context, self.context_mask = context, request.context_mask
+        self.net, self.compile, self.cache_kv = net, request.compile, request.cache_kv
         self.ids: Tensor = request.prompts  # type: ignore[assignment]  # (b, t), as `Request.check` left them
-        self.seq_start_pos = None
+        seq_start_pos = None
         if request.prompt_lens is not None:
-            self.seq_start_pos = self.ids.shape[1] - request.prompt_lens
+            seq_start_pos = self.ids.shape[1] - request.prompt_lens
             self.ids = align_right(self.ids, request.prompt_lens, pad_id=pad_value)
+        self.inputs = {"context": context, "context_mask": request.context_mask, "seq_start_pos": seq_start_pos}
         self.cache: Any = None
 
     def next_logits(self) -> Tensor:
@@ -87,15 +86,11 @@ class Texts:
         cached = self.cache is not None
         # A length of 1 is a constant to the compiler: its graph would serve that one step.
         if cached and self.compile and self.cache.cache_length > 1:
-            logits, self.cache = compiled_step(
-                self.net, self.ids[:, -1:], self.cache, self.context, self.context_mask, self.seq_start_pos
-            )
+            logits, self.cache = compiled_step(self.net, self.ids[:, -1:], self.cache, self.inputs)
             return logits
         logits, cache = self.net(
             self.ids[:, -1:] if cached else self.ids,
-            context=self.context,
-            context_mask=self.context_mask,
-            seq_start_pos=self.seq_start_pos,
+            **self.inputs,
             cache=self.cache,
             input_not_include_cache=cached,
             return_intermediates=True,
@@ -116,9 +111,7 @@ class Texts:
         """
         self.ids = self.ids[rows]
         if not same_samples:
-            self.seq_start_pos = None if self.seq_start_pos is None else self.seq_start_pos[rows]
-            self.context = None if self.context is None else self.context[rows]
-            self.context_mask = None if self.context_mask is None else self.context_mask[rows]
+            self.inputs = {name: None if value is None else value[rows] for name, value in self.inputs.items()}
         if self.cache is not None:
             for layer in self.cache.attn_intermediates:
                 if not (same_samples and layer.layer_type == "c"):
@@ -190,12 +183,7 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     Raises:
         ValueError: If the logits are nan.
     """
-    beams, seq_len, eos_token, length_penalty = (
-        request.beams,
-        request.seq_len,
-        request.eos_token,
-        request.length_penalty,
-    )
+    beams, seq_len, eos_token = request.beams, request.seq_len, request.eos_token
     batch, prompt_len = texts.ids.shape
     device = texts.ids.device
     finished = Hypotheses(

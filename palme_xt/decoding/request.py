@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN
 
-from palme_xt.config import PalmEConfig, check_positive_int, is_int
+from palme_xt.config import PalmEConfig, check_positive_int, check_token_id
 from palme_xt.inputs import check_prompts
 
 FilterLogits = Callable[..., Tensor]
@@ -74,35 +74,29 @@ class Request:
         self.prompts, self.prompt_lens = check_prompts(self.prompts, self.prompt_lens, batch, config)
         self._check_lengths(self.prompts.shape[1], config)
         if self.eos_token is not None:
-            if not is_int(self.eos_token):
-                kind = type(self.eos_token).__name__
-                raise TypeError(f"eos_token={self.eos_token!r} must be a token id or None, not {kind}")
-            if not 0 <= self.eos_token < config.num_tokens:
-                last = config.num_tokens - 1
-                raise ValueError(f"eos_token={self.eos_token} must be a token id within 0..num_tokens-1={last}")
+            check_token_id("eos_token", self.eos_token, config.num_tokens, "or pass None")
         if self.prompt_lens is not None:
             _check_left_padding(config)
         if not isinstance(self.compile, bool):
             raise TypeError(f"compile={self.compile!r} must be True or False")
-        if self.compile and not self.cache_kv:
-            raise ValueError("compile=True needs the key-value cache: leave out cache_kv=False")
-        if self.compile and not can_cache:
-            raise ValueError(
-                "compile=True needs the key-value cache, which cannot be used with this model: leave it out"
+        if self.compile and not (self.cache_kv and can_cache):
+            why = (
+                ", which cannot be used with this model: leave it out"
+                if self.cache_kv
+                else ": leave out cache_kv=False"
             )
+            raise ValueError(f"compile=True needs the key-value cache{why}")
         self.cache_kv = self.cache_kv and can_cache
 
     def _check_lengths(self, prompt_len: int, config: PalmEConfig) -> None:
         check_positive_int("seq_len", self.seq_len, "how many new tokens to decode at most")
-        if prompt_len + self.seq_len <= config.max_seq_len:
-            return
-        found = f"prompt of {prompt_len} tokens + seq_len={self.seq_len} exceeds max_seq_len={config.max_seq_len}"
-        if config.use_abs_pos_emb:
-            raise ValueError(
-                f"{found}, and use_abs_pos_emb=True has no positions beyond: shorten one, or raise max_seq_len"
-            )
-        if self.restrict_to_max_seq_len:
-            raise ValueError(f"{found}: shorten one, or pass restrict_to_max_seq_len=False to extrapolate")
+        beyond = prompt_len + self.seq_len > config.max_seq_len
+        if beyond and (config.use_abs_pos_emb or self.restrict_to_max_seq_len):
+            remedy = ": shorten one, or pass restrict_to_max_seq_len=False to extrapolate"
+            if config.use_abs_pos_emb:
+                remedy = ", and use_abs_pos_emb=True has no positions beyond: shorten one, or raise max_seq_len"
+            found = f"prompt of {prompt_len} tokens + seq_len={self.seq_len} exceeds max_seq_len={config.max_seq_len}"
+            raise ValueError(found + remedy)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -122,17 +116,12 @@ class SamplingRequest(Request):
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
         name = self.filter_logits_fn
-        if isinstance(name, str):
-            if name not in FILTER_LOGITS_FN:
-                closest = difflib.get_close_matches(name, FILTER_LOGITS_FN, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"filter_logits_fn={name!r} must be one of {', '.join(FILTER_LOGITS_FN)}, or a function: "
-                    f"did you mean {closest!r}?"
-                )
-            self._filter = FILTER_LOGITS_FN[name]
-        elif callable(name):
-            self._filter = name
-        else:
+        if isinstance(name, str) and name not in FILTER_LOGITS_FN:
+            closest = difflib.get_close_matches(name, FILTER_LOGITS_FN, n=1, cutoff=0.0)[0]
+            rule = f"must be one of {', '.join(FILTER_LOGITS_FN)}, or a function: did you mean {closest!r}?"
+            raise ValueError(f"filter_logits_fn={name!r} {rule}")
+        self._filter = FILTER_LOGITS_FN[name] if isinstance(name, str) else name
+        if not callable(self._filter):
             raise TypeError(f"filter_logits_fn={name!r} must be a name or a function of logits (b, v)")
 
     def choose(self, logits: Tensor) -> Tensor:
@@ -172,20 +161,12 @@ class GenerationRequest(SamplingRequest, SearchRequest):
         """As `Request.check`. Also reject what has no effect, with beams or without."""
         super().check(config, batch, can_cache)
         if self.beams == 1 and self.length_penalty != 0:
-            raise ValueError(
-                f"length_penalty={self.length_penalty} has no effect with beams=1: pass beams=4, say, or leave it out"
-            )
-        samples = (
-            self.temperature not in (0, 1)
-            or self._filter is not FILTER_LOGITS_FN["top_k"]
-            or self.filter_kwargs
-            or self.generator is not None
-        )
-        if self.beams > 1 and samples:
-            raise ValueError(
-                f"beams={self.beams} does not sample, so temperature={self.temperature}, filter_logits_fn, "
-                "filter_kwargs and generator have no effect: leave them out, or pass beams=1"
-            )
+            rule = "has no effect with beams=1: pass beams=4, say, or leave it out"
+            raise ValueError(f"length_penalty={self.length_penalty} {rule}")
+        filters = self.filter_kwargs or self._filter is not FILTER_LOGITS_FN["top_k"]
+        if self.beams > 1 and (filters or self.temperature not in (0, 1) or self.generator is not None):
+            unused = f"temperature={self.temperature}, filter_logits_fn, filter_kwargs and generator have no effect"
+            raise ValueError(f"beams={self.beams} does not sample, so {unused}: leave them out, or pass beams=1")
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -198,7 +179,5 @@ def _check_left_padding(config: PalmEConfig) -> None:
     for part, name in ("transformer", "num_memory_tokens"), ("decoder", "attn_num_mem_kv"):
         value = getattr(config, f"{part}_kwargs").get(name)
         if value:
-            raise ValueError(
-                f"prompts must be of one length with {part}_kwargs[{name!r}]={value}: x-transformers does not mask the "
-                "padding of shorter ones then; decode each length in a call of its own"
-            )
+            why = "x-transformers does not mask the padding of shorter ones then; decode each length in its own call"
+            raise ValueError(f"prompts must be of one length with {part}_kwargs[{name!r}]={value}: {why}")

@@ -399,7 +399,7 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(IMG, TEXT, 0), ValueError, "seq_len=0 must be a positive int: how many new tokens"),
     (lambda f: f(IMG, TEXT, 2.0), TypeError, "seq_len=2.0 must be a positive int, not float"),
     (lambda f: f(IMG, TEXT, 3, eos_token=32), ValueError, "eos_token=32 must be a token id within 0..num_tokens-1=31"),
-    (lambda f: f(IMG, TEXT, 3, eos_token=True), TypeError, "eos_token=True must be a token id or None, not bool"),
+    (lambda f: f(IMG, TEXT, 3, eos_token=True), TypeError, "eos_token=True must be a token id, not bool: or pass None"),
     (lambda f: f(IMG, TEXT, 3, temperature=-1), ValueError, "temperature=-1 must be 0 (greedy) or more, and finite"),
     (lambda f: f(IMG, TEXT, 3, temperature=float("nan")), ValueError, "temperature=nan must be 0 (greedy) or more"),
     (lambda f: f(IMG, TEXT, 3, temperature="hot"), TypeError, "temperature='hot' must be a number, not str"),
