@@ -105,7 +105,7 @@ class PalmEConfig:
             if name := argument_behind(part, key):
                 repeated = f"repeats the argument {name}={getattr(self, name)!r}: set {name}"
                 raise ValueError(f"{given} {repeated}, and leave {key!r} out of {where}")
-            if key == SET_BY_COMPOSITION[part]:
+            if key in SET_BY_COMPOSITION:
                 raise ValueError(f"{given} is set by PalmE itself: leave {key!r} out of {where}")
             known = upstream_keywords(part)
             if key not in known:
@@ -122,10 +122,9 @@ class PalmEConfig:
             raise ValueError(f"{rule} when alibi_pos_bias is on: lower alibi_num_heads, or raise decoder_heads")
         for part, heads in ("encoder", self.encoder_heads), ("decoder", self.decoder_heads):
             kv_heads = getattr(self, f"{part}_kwargs").get("attn_kv_heads")
-            if kv_heads is None:
-                continue
-            check_positive_int(f"{part}_kwargs['attn_kv_heads']", kv_heads)
-            if heads % kv_heads:
+            if kv_heads is not None:
+                check_positive_int(f"{part}_kwargs['attn_kv_heads']", kv_heads)
+            if kv_heads and heads % kv_heads:
                 rule = f"{part}_kwargs['attn_kv_heads']={kv_heads} must divide {part}_heads={heads}"
                 raise ValueError(f"{rule}: each key-value head serves equally many query heads")
 
@@ -201,9 +200,8 @@ class PalmEConfig:
         names = [argument.name for argument in fields(cls)]
         for key in values:
             if key not in names:
-                closest = difflib.get_close_matches(str(key), names, n=1)
-                hint = f": did you mean {closest[0]!r}?" if closest else f": the arguments are {', '.join(names)}"
-                raise ValueError(f"{key!r} is not an argument of PalmEConfig{hint}")
+                closest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+                raise ValueError(f"{key!r} is not an argument of PalmEConfig: did you mean {closest!r}?")
         return cls(**values)
 
 

@@ -89,9 +89,8 @@ def _check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"context_mask is {found}, must be a bool tensor (b, p), True where the context counts")
-    if source.ndim == 3:
-        embeddings = source.shape[1]
-    else:
+    embeddings = source.shape[1]
+    if source.ndim != 3:
         images = source.shape[1] if source.ndim == 5 else 1
         embeddings = images * (config.image_size // config.patch_size) ** 2
     if tuple(mask.shape) != (len(source), embeddings):
@@ -191,9 +190,6 @@ def _stack_prompts(prompts: Any, config: PalmEConfig) -> tuple[Tensor, Tensor]:
             found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise ValueError(f"prompts[{number}] is {found}, must be a 1-d tensor (t,) of token ids")
         _check_token_ids(prompt[None], config, f"prompts[{number}]")
-    devices = {str(prompt.device) for prompt in prompts}
-    if len(devices) > 1:
-        raise ValueError(f"prompts are on {', '.join(sorted(devices))}, must be on one device: move them first")
     lens = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
     return pad_sequence([prompt.long() for prompt in prompts], batch_first=True, padding_value=config.pad_value), lens
 

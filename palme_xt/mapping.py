@@ -9,26 +9,15 @@ from typing import Any
 import palme_xt.upstream  # noqa: F401  # first: it warns of an unsupported release, whose import may fail
 
 # isort: split
-from x_transformers import x_transformers as upstream
-from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
+from x_transformers import AutoregressiveWrapper, TransformerWrapper, ViTransformerWrapper
+from x_transformers.x_transformers import Attention, AttentionLayers, FeedForward
 
 # For each part of the model: upstream's keyword -> the argument that sets it. This table is written once: the model is
 # built from it, overrides are checked against it, and the README's table is tested against it.
 MAPPING: dict[str, dict[str, str]] = {
-    "vit": {
-        "image_size": "image_size",
-        "patch_size": "patch_size",
-    },
-    "encoder": {
-        "dim": "encoder_dim",
-        "depth": "encoder_depth",
-        "heads": "encoder_heads",
-    },
-    "transformer": {
-        "num_tokens": "num_tokens",
-        "max_seq_len": "max_seq_len",
-        "use_abs_pos_emb": "use_abs_pos_emb",
-    },
+    "vit": {"image_size": "image_size", "patch_size": "patch_size"},
+    "encoder": {"dim": "encoder_dim", "depth": "encoder_depth", "heads": "encoder_heads"},
+    "transformer": {"num_tokens": "num_tokens", "max_seq_len": "max_seq_len", "use_abs_pos_emb": "use_abs_pos_emb"},
     "decoder": {
         "dim": "decoder_dim",
         "depth": "decoder_depth",
@@ -45,31 +34,20 @@ MAPPING: dict[str, dict[str, str]] = {
 }
 
 # What the composition itself passes, or upstream's Encoder and Decoder fix.
-SET_BY_COMPOSITION = {
-    "vit": "attn_layers",
-    "encoder": "causal",
-    "transformer": "attn_layers",
-    "decoder": "causal",
-    "autoregressive": "net",
-}
+SET_BY_COMPOSITION = ("attn_layers", "net", "causal")
 
-_WRAPPERS = {
-    "vit": upstream.ViTransformerWrapper,
-    "transformer": upstream.TransformerWrapper,
-    "autoregressive": AutoregressiveWrapper,
-}
-_LAYERS = {"attn_": upstream.Attention, "cross_attn_": upstream.Attention, "ff_": upstream.FeedForward}
+_WRAPPERS = {"vit": ViTransformerWrapper, "transformer": TransformerWrapper, "autoregressive": AutoregressiveWrapper}
+_LAYERS = {"attn_": Attention, "cross_attn_": Attention, "ff_": FeedForward}
 
 
 @cache
 def upstream_keywords(part: str) -> dict[str, Any]:
     """Return the keywords of the installed x-transformers for a part of the model, with their defaults."""
-    keywords = _parameters(_WRAPPERS.get(part, upstream.AttentionLayers))
+    keywords = _parameters(_WRAPPERS.get(part, AttentionLayers))
     if part not in _WRAPPERS:
         for prefix, layer in _LAYERS.items():
             keywords |= {prefix + name: default for name, default in _parameters(layer).items()}
-    keywords.pop(SET_BY_COMPOSITION[part], None)
-    return keywords
+    return {name: default for name, default in keywords.items() if name not in SET_BY_COMPOSITION}
 
 
 def argument_behind(part: str, keyword: str) -> str | None:

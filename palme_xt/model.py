@@ -71,11 +71,10 @@ class PalmE(nn.Module):
         """
         from palme_xt.adoption import describe, warn_unless_described  # here, because few models need it
 
-        config = describe(encoder, decoder)
-        warn_unless_described(config, encoder, decoder)
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model.config, model.encoder, model.decoder = config, encoder, decoder
+        model.config, model.encoder, model.decoder = describe(encoder, decoder), encoder, decoder
+        warn_unless_described(model.config, encoder, decoder)
         return model
 
     def encode(self, img: Tensor) -> Tensor:
@@ -191,12 +190,11 @@ class PalmE(nn.Module):
         def steps() -> Iterator[Tensor]:
             with loop.evaluating(self):
                 tokens = loop.sample(start(), request, self.config.pad_value)
-            while True:
+                step = next(tokens, None)
+            while step is not None:
+                yield step
                 with loop.evaluating(self):
                     step = next(tokens, None)
-                if step is None:
-                    return
-                yield step
 
         return steps()
 

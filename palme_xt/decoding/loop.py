@@ -6,7 +6,6 @@ Letters in shapes: b batch, t tokens of a prompt, n new tokens, k beams, v vocab
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,32 +32,26 @@ WRONG_WITH_CACHE = (
 
 def can_cache(net: Any, config: PalmEConfig) -> bool:
     """Whether a cached step of `net` computes what reading the whole text computes."""
-    wrong = any(config.decoder_kwargs.get(name) for name in WRONG_WITH_CACHE)
     # xPos scales by the distance from the middle of the text, which memory keys have none of.
-    wrong = wrong or bool(config.rotary_xpos and config.decoder_kwargs.get("attn_num_mem_kv"))
+    wrong_with_xpos = config.rotary_xpos and config.decoder_kwargs.get("attn_num_mem_kv")
+    wrong = wrong_with_xpos or any(config.decoder_kwargs.get(name) for name in WRONG_WITH_CACHE)
     # A decoder adopted from upstream may crash with its cache, and may have overrides that nobody knows of.
     adopted = not isinstance(net.attn_layers, CachedDecoder)
     return bool(net.can_cache_kv) and not (wrong or adopted or net.looped)
 
 
 @contextlib.contextmanager
-def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode; afterwards, whatever happens, return every module to the mode that it was in."""
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluate models without gradients. Afterwards every module is in the mode that it was in, whatever happened."""
     was_training = [module for model in models for module in model.modules() if module.training]
     try:
         for model in models:
             model.eval()
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module in was_training:
             module.training = True
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, without gradients."""
-    with eval_mode(model), torch.no_grad():
-        yield
 
 
 class Texts:
@@ -148,19 +141,10 @@ def sample(texts: Texts, request: SamplingRequest, pad_value: int) -> Iterator[T
             going = going[stays]
 
 
-@dataclasses.dataclass
-class Hypotheses:
-    """The best finished texts of each sample, best first: `tokens (b, k, n)` and `scores (b, k)`, -inf for none."""
-
-    tokens: Tensor
-    scores: Tensor
-
-    def add(self, tokens: Tensor, scores: Tensor) -> None:
-        """Add `tokens (b, c, n)` with `scores (b, c)`, and keep the k best."""
-        all_scores = torch.cat([self.scores, scores], dim=1)
-        self.scores, best = all_scores.topk(self.scores.shape[1], dim=1)
-        all_tokens = torch.cat([self.tokens, tokens], dim=1)
-        self.tokens = _take(all_tokens, best)
+def _best(ids: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` best of texts `(b, c, n)` with `scores (b, c)`, best first, and their scores."""
+    scores, best = scores.topk(count, dim=1)
+    return _take(ids, best), scores
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -186,10 +170,9 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     beams, seq_len, eos_token = request.beams, request.seq_len, request.eos_token
     batch, prompt_len = texts.ids.shape
     device = texts.ids.device
-    finished = Hypotheses(
-        torch.full((batch, beams, seq_len), pad_value, device=device),
-        torch.full((batch, beams), -torch.inf, device=device),
-    )
+    # The best finished texts of each sample, best first, with the score -inf where there is none.
+    finished = torch.full((batch, beams, seq_len), pad_value, device=device)
+    finished_scores = torch.full((batch, beams), -torch.inf, device=device)
     going = torch.arange(batch, device=device)  # which sample each of those still in `texts` is
     scores = torch.zeros(batch, 1, device=device)  # (b, width) of the unfinished beams, best first
     for length in range(1, seq_len + 1):
@@ -204,14 +187,15 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
         parents, tokens = candidates // vocabulary, candidates % vocabulary
 
         so_far = rearrange(texts.ids[:, prompt_len:], "(b w) n -> b w n", w=width)
-        candidates_ids = torch.cat([_take(so_far, parents), tokens[..., None]], dim=-1)
+        extended = torch.cat([_take(so_far, parents), tokens[..., None]], dim=-1)
         last = length == seq_len
         ends = torch.full_like(tokens, last, dtype=torch.bool) if eos_token is None else (tokens == eos_token) | last
         if last or eos_token is not None:
-            here = Hypotheses(finished.tokens[going], finished.scores[going])
-            padded = nn.functional.pad(candidates_ids, (0, seq_len - length), value=pad_value)
-            here.add(padded, (scores / length**request.length_penalty).masked_fill(~ends, -torch.inf))
-            finished.tokens[going], finished.scores[going] = here.tokens, here.scores
+            padded = nn.functional.pad(extended, (0, seq_len - length), value=pad_value)
+            ended_scores = (scores / length**request.length_penalty).masked_fill(~ends, -torch.inf)
+            all_ids = torch.cat([finished[going], padded], dim=1)
+            all_scores = torch.cat([finished_scores[going], ended_scores], dim=1)
+            finished[going], finished_scores[going] = _best(all_ids, all_scores, beams)
         if last:
             break
 
@@ -219,7 +203,7 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
         # From here on, a sum of log probabilities only falls, and the length that divides it only grows.
         longest = seq_len if request.length_penalty > 0 else length + 1
         reachable = scores[:, 0] / longest**request.length_penalty
-        stays = (reachable > finished.scores[going].amin(dim=1)).nonzero()[:, 0]
+        stays = (reachable > finished_scores[going].amin(dim=1)).nonzero()[:, 0]
         if len(stays) == 0:
             break
         parent_rows = parents.gather(1, best) + width * torch.arange(len(going), device=device)[:, None]
@@ -227,9 +211,8 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
         texts.select(rearrange(parent_rows[stays], "b w -> (b w)"), same_samples=same_samples)
         texts.append(rearrange(tokens.gather(1, best)[stays], "b w -> (b w)"))
         scores, going = scores[stays], going[stays]
-    none = finished.scores.isneginf()[..., None]
-    tokens = finished.tokens.masked_fill(none, pad_value)
-    return rearrange(tokens, "b k n -> k b n"), rearrange(finished.scores, "b k -> k b")
+    finished.masked_fill_(finished_scores.isneginf()[..., None], pad_value)
+    return rearrange(finished, "b k n -> k b n"), rearrange(finished_scores, "b k -> k b")
 
 
 def _refuse_nan(logits: Tensor) -> None:

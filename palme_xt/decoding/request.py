@@ -79,13 +79,12 @@ class Request:
             _check_left_padding(config)
         if not isinstance(self.compile, bool):
             raise TypeError(f"compile={self.compile!r} must be True or False")
-        if self.compile and not (self.cache_kv and can_cache):
-            why = (
-                ", which cannot be used with this model: leave it out"
-                if self.cache_kv
-                else ": leave out cache_kv=False"
+        if self.compile and not self.cache_kv:
+            raise ValueError("compile=True needs the key-value cache: leave out cache_kv=False")
+        if self.compile and not can_cache:
+            raise ValueError(
+                "compile=True needs the key-value cache, which cannot be used with this model: leave it out"
             )
-            raise ValueError(f"compile=True needs the key-value cache{why}")
         self.cache_kv = self.cache_kv and can_cache
 
     def _check_lengths(self, prompt_len: int, config: PalmEConfig) -> None:
@@ -112,9 +111,7 @@ class SamplingRequest(Request):
     def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
         """As `Request.check`."""
         super().check(config, batch, can_cache)
-        _check_number("temperature", self.temperature)
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or more, and finite")
+        _check_number("temperature", self.temperature, 0, "0 (greedy) or more, and finite")
         name = self.filter_logits_fn
         if isinstance(name, str) and name not in FILTER_LOGITS_FN:
             closest = difflib.get_close_matches(name, FILTER_LOGITS_FN, n=1, cutoff=0.0)[0]
@@ -146,9 +143,7 @@ class SearchRequest(Request):
         """As `Request.check`."""
         super().check(config, batch, can_cache)
         check_positive_int("beams", self.beams, "1 decodes without a search")
-        _check_number("length_penalty", self.length_penalty)
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty={self.length_penalty} must be finite: 0 to 2 is usual")
+        _check_number("length_penalty", self.length_penalty, -math.inf, "finite: 0 to 2 is usual")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -169,9 +164,11 @@ class GenerationRequest(SamplingRequest, SearchRequest):
             raise ValueError(f"beams={self.beams} does not sample, so {unused}: leave them out, or pass beams=1")
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: Any, least: float, rule: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
+    if not (value >= least and math.isfinite(value)):
+        raise ValueError(f"{name}={value} must be {rule}")
 
 
 def _check_left_padding(config: PalmEConfig) -> None:

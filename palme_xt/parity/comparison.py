@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 
 from palme_xt.adoption import describe
-from palme_xt.decoding.loop import eval_mode
+from palme_xt.decoding import evaluating
 
 Pair = tuple[Any, Any]
 CHECKS = ("parameters", "layers", "logits", "loss", "gradients", "cached decoding")
@@ -86,7 +86,7 @@ def compare(
         drawn_img, drawn_text = draw_inputs(ours)
         img, text = drawn_img if img is None else img, drawn_text if text is None else text
     found_by: dict[str, str | None] = {}
-    with _same_weights(ours, theirs), eval_mode(*ours, *theirs):
+    with _same_weights(ours, theirs), evaluating(*ours, *theirs):
         for check in CHECKS:
             if check == "parameters" and check in checks:
                 found_by[check] = None

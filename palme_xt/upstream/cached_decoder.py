@@ -1,4 +1,4 @@
-"""The one workaround that an ejected program needs as well: it is printed from here, so lines keep to 88 columns."""
+"""The workaround that `source.py` prints into programs as well, which is why its lines have at most 88 columns."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import x_transformers
 
 
 class Decoder(x_transformers.Decoder):
-    """Decodes with a key-value cache when ALiBi and rotary positions are both on.
+    """Decode with a key-value cache when ALiBi and rotary positions are both on.
 
     x-transformers 1.42.7 to 2.31.10: computing rotary positions in forward rebinds
     `pos`, which sends ALiBi down its path for custom positions: an (n, n) bias for the
@@ -15,7 +15,7 @@ class Decoder(x_transformers.Decoder):
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, for `x (b, n, d)` and the same keywords."""
+        """Return what upstream returns, for `x (b, n, d)` and the same keywords."""
         rotary = self.rotary_pos_emb
         given = any(kwargs.get(name) is not None for name in ("rotary_pos_emb", "pos"))
         if rotary is not None and not given:

@@ -10,14 +10,14 @@ import x_transformers
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-LOGITS_IN_CACHE = 2**23  # numbers, of 4 bytes 32 MB: fewer are as fast at once as chunk by chunk
+LOGITS_IN_CACHE = 2**23  # numbers, 32 MB in float32: fewer are as fast in one piece
 CHUNK = 512  # tokens
 
 
 class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
     """`x_transformers.AutoregressiveWrapper`, whose loss takes less time and memory.
 
-    What upstream adds to the cross entropy, and any call with `return_outputs=True`, is upstream's own computation.
+    Upstream's own code computes everything that it adds to the cross entropy, and any call with `return_outputs=True`.
     """
 
     def forward(
@@ -28,21 +28,14 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
         lens: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As upstream, for token ids `x (b, n)`."""
-        more_than_cross_entropy = (
-            self.net.looped
-            or self.net.output_is_log_prob
-            or self.add_attn_z_loss
-            or self.add_continuous_pred_head
-            or self.mask_prob > 0
-            or prepend_embeds is not None
-        )
-        if return_outputs or more_than_cross_entropy:
+        """Return what upstream returns, for token ids `x (b, n)`."""
+        more = self.net.looped or self.net.output_is_log_prob or self.add_attn_z_loss or self.add_continuous_pred_head
+        if return_outputs or more or self.mask_prob > 0 or prepend_embeds is not None:
             return super().forward(x, return_outputs=return_outputs, prepend_embeds=prepend_embeds, lens=lens, **kwargs)
         if lens is not None:
             x = x.masked_fill(torch.arange(x.shape[1], device=x.device) >= lens[:, None], self.ignore_index)
-        # x-transformers 2.29 to 2.31.10 computes the log softmax in several passes over copies of the logits; earlier
-        # ones copied them to leave out the last token, which here has the target that does not count.
+        # x-transformers 2.29 to 2.31.10 computes the log softmax in several passes over copies of the logits. Earlier
+        # releases copied them to leave out the last token. Here, that token has a target that does not count.
         targets = F.pad(x[:, 1:], (0, 1), value=self.ignore_index).flatten()
         x = torch.where(x == self.ignore_index, self.pad_value, x)
         if not self._in_chunks(x):
@@ -58,12 +51,12 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
         )
 
     def _in_chunks(self, x: Tensor) -> bool:
-        """Whether torch can compute the loss chunk by chunk here, and with profit; since 2.13."""
+        """Whether torch (2.13 and later) can compute the loss chunk by chunk here, and it pays."""
         to_logits = self.net.to_logits
         return (
             hasattr(F, "linear_cross_entropy")
             and not torch.compiler.is_exporting()
-            # In a graph for any length, what is not known counts as no: asking would cost a graph for each answer.
+            # In a graph for any length, an unknown answer counts as no: asking would cost one graph per answer.
             and statically_known_true(x.numel() * self.net.num_tokens > LOGITS_IN_CACHE)
             and type(to_logits) is nn.Linear
             and type(to_logits.weight) is nn.Parameter

@@ -1,4 +1,4 @@
-"""Small subclasses for what x-transformers gets wrong. Each goes when `tests/upstream/test_modules.py` says it can."""
+"""Upstream's modules with the workarounds. Each workaround goes when `tests/upstream/test_modules.py` says it can."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Decoder(CachedDecoder):
     Arguments, parameters, buffers and outputs are upstream's.
 
     Attributes:
-        alibi: the ALiBi bias, computed once for all layers; `rel_pos`, which upstream computes in each, is None then.
+        alibi: The ALiBi bias, computed once for all layers. `rel_pos`, which upstream computes in each layer, is None.
     """
 
     rel_pos: Any
@@ -54,10 +54,10 @@ class Decoder(CachedDecoder):
                 ((self._num_mem_kv, self._flash),) = alike
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As upstream, for `x (b, n, d)` and the same keywords.
+        """Return what upstream returns, for `x (b, n, d)` and the same keywords.
 
         Raises:
-            ValueError: `attn_bias` beside ALiBi, which upstream refuses as well.
+            ValueError: If `attn_bias` is given beside ALiBi, which upstream refuses as well.
         """
         if self.alibi is not None:
             if kwargs.get("attn_bias") is not None:
@@ -67,7 +67,7 @@ class Decoder(CachedDecoder):
 
     def _alibi_arguments(self, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         # x-transformers 1.30 to 2.31.10 computes the bias in each layer, and masks a copy of it for each sample.
-        # Without padding, where the bias has to be masked for each sample anyway, one causal bias serves all of them.
+        # Padding must be masked for each sample anyway. Without padding, one causal bias serves all samples.
         arguments: dict[str, Any] = {}
         if kwargs.get("pos") is not None:
             bias = self.alibi.forward_custom_pos(kwargs["pos"])
@@ -90,8 +90,8 @@ class TransformerWrapper(x_transformers.TransformerWrapper):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # x-transformers 1.30 to 2.31.10: `to_logits` is then a lambda that holds on to this very instance, also in a
-        # deepcopy of it. A bound method is copied and pickled with what it is bound to.
+        # x-transformers 1.30 to 2.31.10: `to_logits` is then a lambda that refers to this very instance, even in a
+        # deepcopy of it. A bound method is copied and pickled together with its instance.
         if kwargs.get("tie_embedding") and not kwargs.get("return_only_embed"):
             self.to_logits = self._tied_logits
 

@@ -1,4 +1,4 @@
-"""Upstream's rotary positions, which stay precise in low precision."""
+"""Upstream's rotary positions, whose frequencies stay precise when the model is cast."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from x_transformers import x_transformers as upstream
 
 
 class RotaryEmbedding(upstream.RotaryEmbedding):
-    """`x_transformers.x_transformers.RotaryEmbedding`, whose buffers keep float32 at least.
+    """`x_transformers.x_transformers.RotaryEmbedding`, whose buffers stay float32 at least.
 
     Args:
-        rotary: the one whose place it takes, with all that it holds.
+        rotary: The module that it replaces. It takes over all of its state.
     """
 
     def __init__(self, rotary: upstream.RotaryEmbedding) -> None:
@@ -21,7 +21,7 @@ class RotaryEmbedding(upstream.RotaryEmbedding):
         self.__dict__.update(rotary.__dict__)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # x-transformers 1.30 to 2.31.10: `.to(bfloat16)` leaves 129 different angles to the positions 500 to 999.
+        # x-transformers 1.30 to 2.31.10: `.to(bfloat16)` leaves 129 distinct angles for the positions 500 to 999.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, precise in before.items():
