@@ -93,8 +93,8 @@ def _check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
     if source.ndim != 3:
         images = source.shape[1] if source.ndim == 5 else 1
         embeddings = images * (config.image_size // config.patch_size) ** 2
-    if tuple(mask.shape) != (len(source), embeddings):
-        rule = f"must be (b, p) = ({len(source)}, {embeddings}): one entry for each patch embedding"
+    if tuple(mask.shape) != (source.shape[0], embeddings):
+        rule = f"must be (b, p) = ({source.shape[0]}, {embeddings}): one entry for each patch embedding"
         raise ValueError(f"context_mask has shape {tuple(mask.shape)}, {rule}")
 
 
@@ -200,13 +200,13 @@ def check_batches(source: Tensor, text: Tensor) -> None:
     Raises:
         ValueError: If the batch sizes differ.
     """
-    if len(source) != len(text):
+    images, texts = source.shape[0], text.shape[0]  # not len(), which would fix the batch size of an exported graph
+    if images != texts:
         name = "context" if source.ndim == 3 else "img"
-        remedy = "pass one text for each image"
-        if text.shape[1] == len(source):
-            remedy = "text is (batch, sequence), so transpose it: text.T"
+        transposed = text.shape[1] == images
+        remedy = "text is (batch, sequence), so transpose it: text.T" if transposed else "pass one text for each image"
         found = f"text has shape {tuple(text.shape)} and {name} {tuple(source.shape)}"
-        raise ValueError(f"{found}, must have the same batch size, not {len(text)} and {len(source)}: {remedy}")
+        raise ValueError(f"{found}, must have the same batch size, not {texts} and {images}: {remedy}")
 
 
 def _check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:

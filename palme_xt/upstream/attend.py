@@ -42,7 +42,7 @@ class Attend(upstream.Attend):
         causal: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Attend as upstream does: `q (b, h, i, d)`, `k` and `v (b, kvh, j, d)`, `mask (b, 1, i, j)`, `attn_bias (h, i, j)`."""
+        """Attend, for `q (b, h, i, d)`, `k` and `v (b, kvh, j, d)`, `mask (b, 1, i, j)`, `attn_bias (h, i, j)`."""
         others = ("prev_attn", "attn_delta", "flash_pack_seq_kwargs")
         special = self.add_zero_kv or self.l2_distance or any(kwargs.get(name) is not None for name in others)
         if not self.flash or causal is not False or special:
