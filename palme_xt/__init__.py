@@ -17,4 +17,4 @@ else:
 
 
 __all__ = ["PalmE", "PalmEConfig"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
