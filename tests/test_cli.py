@@ -27,7 +27,7 @@ from palme_xt.captioner.options import DIGITS_MODEL, Data, Training
 from palme_xt.captioner.training.loop import warm_up_and_decay
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
-from palme_xt.storage.folder import PretrainedError
+from palme_xt.storage.folder import FolderError
 from palme_xt.tokens import printable
 from tests.captioner.captioned import TINY, picture, spoil, write_folder
 
@@ -457,7 +457,7 @@ def test_what_is_no_image_or_no_run(run: Path, tmp_path: Path, capsys: pytest.Ca
         ["caption", str(tmp_path), "x.png"],
         r"\S+ is not a run folder: it has no config.json; .*train. makes one",
     )
-    fails(capsys, ["caption", str(tmp_path / "none"), "x.png"], r"\S+ is not a run folder: it has no config.json; .*")
+    fails(capsys, ["caption", str(tmp_path / "none"), "x.png"], r"\S+ is not a run folder: there is no such folder; .*")
 
 
 def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -666,5 +666,5 @@ def test_an_interrupt_leaves_a_usable_run(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_run_that_is_no_run() -> None:
-    with pytest.raises(PretrainedError, match="is not a run folder"):
+    with pytest.raises(FolderError, match="is not a run folder"):
         Run("nowhere").load()
