@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from palme_xt.adoption import read_config, warn_unless_described
+from palme_xt.adoption import describe, warn_unless_described
 from palme_xt.config import PalmEConfig
 from palme_xt.decoding.loop import FilterLogits, Rows, beam_search, evaluating, sample, wrong_with_cache
 from palme_xt.decoding.request import (
@@ -78,7 +78,7 @@ class PalmE(nn.Module):
             TypeError: not an `x_transformers.ViTransformerWrapper`, or not an `AutoregressiveWrapper` around a Decoder.
             ValueError: they do not fit together.
         """
-        config = read_config(encoder, decoder)
+        config = describe(encoder, decoder)
         warn_unless_described(config, encoder, decoder)
         model = cls.__new__(cls)
         nn.Module.__init__(model)

@@ -436,8 +436,8 @@ def test_a_full_disk_is_one_line(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("palme_xt.captioner.training.run.Run.write", full)
-    fails(capsys, ["parity", "record", str(run)], r".*No space left on device")
+    monkeypatch.setattr("palme_xt.storage.folder.replace_files", full)
+    fails(capsys, ["parity", "record", str(run)], r"\S+ cannot be written: No space left on device")
 
 
 def test_captioning_leaves_the_model_in_its_mode(run: Path) -> None:
