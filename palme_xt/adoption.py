@@ -28,7 +28,7 @@ def describe(encoder: Any, decoder: Any) -> PalmEConfig:
     Raises:
         TypeError: If `encoder` is not a `ViTransformerWrapper`, or `decoder` is not an `AutoregressiveWrapper` around a
             causal decoder.
-        ValueError: If the decoder cross-attends to a context of another width than the encoder's.
+        ValueError: If the decoder cross-attends to a context of another width than the encoder gives.
     """
     _check_kind("encoder", encoder, ViTransformerWrapper)
     _check_kind("decoder", decoder, AutoregressiveWrapper)
@@ -76,7 +76,7 @@ def warn_unless_described(config: PalmEConfig, encoder: nn.Module, decoder: nn.M
         name, found, built = different
         warnings.warn(
             f"the modules have overrides that cannot be read off them: {name} is {found}, and {built} in a model built "
-            "from model.config; the adopted model works, but PalmE.from_config(model.config) is another model",
+            "from model.config; the adopted model works, but PalmE.from_config(model.config) builds another",
             stacklevel=3,
         )
 
@@ -138,7 +138,7 @@ def _overrides(encoder: Any, decoder: Any) -> dict[str, dict[str, Any]]:
 
 
 def _of_layers(layers: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the values that encoders and decoders both have, with upstream's defaults."""
+    """Return the overrides that encoders and decoders share, each with upstream's default."""
     attention, _ = _attentions(layers)
     values: dict[str, tuple[Any, Any]] = {
         "attn_dim_head": (layers.attn_dim_head, UPSTREAM_DIM_HEAD),
@@ -158,5 +158,5 @@ def _of_layers(layers: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _changed(values: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """Return the values that are not the default beside them."""
+    """Return the values that differ from their defaults."""
     return {name: value for name, (value, default) in values.items() if value != default}

@@ -54,7 +54,7 @@ class PalmE(model.PalmE, ModelHubMixin):
     ) -> Self:
         """Return the model in a folder, or in a repository of the hub, in eval mode.
 
-        Weights are only read from safetensors, and cast to the dtypes of a new model. For a folder, the arguments about
+        Weights are read from safetensors only, and cast to the dtypes of a new model. For a folder, the arguments about
         downloads have no effect.
 
         Args:

@@ -81,7 +81,7 @@ def compare(
     Args:
         first: A `PalmE`, another module that holds a `ViTransformerWrapper` and an `AutoregressiveWrapper`, or a pair
             of these two.
-        second: Likewise.
+        second: As `first`.
         img: `(b, c, h, w)`. Defaults to random images that fit `first`.
         text: `(b, n)`. Defaults to random tokens that fit `first`.
         tolerance: Largest absolute difference between two numbers that is accepted. The default, 0, is bitwise.
@@ -112,7 +112,7 @@ def compare(
 
 
 def draw_inputs(model: Wired | PalmE, b: int = 2, n: int = 12) -> tuple[Tensor, Tensor]:
-    """Return random images and texts that fit a model, the same ones at each call."""
+    """Return random images and texts that fit a model. They are the same for every call."""
     config = describe(model.encoder, model.decoder)
     generator = torch.Generator().manual_seed(0)
     weight = model.encoder.pos_embedding
@@ -256,7 +256,7 @@ _COMPARED: dict[str, Callable[..., Outputs]] = {
 
 @contextmanager
 def _same_weights(first: nn.Module, second: nn.Module) -> Iterator[None]:
-    """Give the second model the weights of the first, and its own back afterwards."""
+    """Give the second model the weights of the first, and restore its own afterwards."""
     own = copy.deepcopy(second.state_dict())
     try:
         second.load_state_dict(first.state_dict())

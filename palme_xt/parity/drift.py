@@ -41,7 +41,7 @@ def record(folder: str | os.PathLike[str]) -> None:
     """Write `parity.safetensors` into a model folder: inputs, what the model computes from them now, and versions.
 
     Raises:
-        FolderError: If it is not a model folder, cannot be written, or its model computes nan or inf.
+        FolderError: If `folder` is not a model folder or cannot be written, or if its model computes nan or inf.
     """
     model = load(folder)
     img, text = comparison.draw_inputs(model, b=1)
@@ -62,7 +62,7 @@ def check(folder: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdi
         tolerance: Largest difference that is accepted, as a share of the largest value of the tensor.
 
     Raises:
-        FolderError: If it is not a model folder, or no reference was recorded there, or the weights have changed since.
+        FolderError: If `folder` is not a model folder, has no reference, or has other weights now.
         ValueError: If the tolerance is negative.
     """
     if not tolerance >= 0:
@@ -95,7 +95,7 @@ def numbers(model: PalmE, img: Tensor, text: Tensor) -> dict[str, Tensor]:
 
 
 def fingerprint(output: Tensor) -> Tensor:
-    """Return eight differently weighted sums of a tensor: hardly any change leaves all of them as they are."""
+    """Return eight differently weighted sums of a tensor: almost any change to it changes some of them."""
     values = output.double().flatten()
     place = torch.arange(len(values), dtype=torch.float64)
     waves = torch.stack([torch.cos(place * step + step) for step in (0.0, 0.1, 0.37, 0.73, 1.13, 1.71, 2.23, 2.9)])
