@@ -30,9 +30,8 @@ CHECK_GOLDENS = """
 import warnings
 warnings.simplefilter("ignore")
 from palme_xt.parity.drift import check
-from palme_xt.captioner.training.run import Run
 from tests.parity.goldens.make import FOLDER, GOLDENS
-found = {name: check(Run(FOLDER / name)).difference for name in GOLDENS}
+found = {name: check(FOLDER / name).difference for name in GOLDENS}
 different = {name: difference for name, difference in found.items() if difference}
 first = next(iter(different.values()), None)
 print(f"{len(different)} of {len(found)} differ, first {first}" if different else "equal")

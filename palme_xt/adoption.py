@@ -1,4 +1,4 @@
-"""Which config describes modules that were wired by hand: what `PalmE.from_modules` reads off them."""
+"""Describe modules that were wired by hand as a config: what `PalmE.from_modules` reads off them."""
 
 from __future__ import annotations
 
@@ -14,49 +14,36 @@ from x_transformers import x_transformers as upstream
 from palme_xt.config import DEFAULT_DIM_HEAD, PalmEConfig
 from palme_xt.wiring import DECODER, ENCODER, build
 
-NORMS = {"RMSNorm": "use_rmsnorm", "ScaleNorm": "use_scalenorm", "SimpleRMSNorm": "use_simple_rmsnorm"}
+_NORMS = {"RMSNorm": "use_rmsnorm", "ScaleNorm": "use_scalenorm", "SimpleRMSNorm": "use_simple_rmsnorm"}
+_AUTOREGRESSIVE = {"pad_value": 0, "ignore_index": -100, "mask_prob": 0.0}  # upstream's defaults
 
 
 def describe(encoder: Any, decoder: Any) -> PalmEConfig:
-    """The config of modules that fit together.
+    """Return the config of an encoder and a decoder that fit together.
 
-    The 17 arguments are always read. Of the overrides those are that show in the modules' attributes: channels,
-    register tokens, head dimensions, key-value heads, norms, gated and bias-free feedforwards, tied embeddings, rotary
-    without xPos, `pad_value`, `ignore_index`.
+    The 17 arguments are always read. Overrides are read where they show in the modules' attributes: channels, register
+    tokens, head dimensions, key-value heads, norms, gated and bias-free feedforwards, tied embeddings, rotary positions
+    without xPos, `pad_value`, `ignore_index`, `mask_prob`.
 
     Raises:
-        TypeError: not a `ViTransformerWrapper`, or not an `AutoregressiveWrapper` around a causal decoder.
-        ValueError: the decoder's cross-attention takes a context of another width than the encoder gives.
+        TypeError: If `encoder` is not a `ViTransformerWrapper`, or `decoder` is not an `AutoregressiveWrapper` around a
+            causal decoder.
+        ValueError: If the decoder cross-attends to a context of another width than the encoder gives.
     """
-    if not isinstance(encoder, ViTransformerWrapper):
-        raise TypeError(f"encoder is a {type(encoder).__name__}, must be an x_transformers.ViTransformerWrapper")
-    if not isinstance(decoder, AutoregressiveWrapper) or not isinstance(decoder.net, TransformerWrapper):
-        raise TypeError(
-            f"decoder is a {type(decoder).__name__}, must be an x_transformers.AutoregressiveWrapper around a "
-            "TransformerWrapper"
-        )
+    _check_kind("encoder", encoder, ViTransformerWrapper)
+    _check_kind("decoder", decoder, AutoregressiveWrapper)
+    _check_kind("decoder.net", decoder.net, TransformerWrapper)
+    _check_kind("decoder.net.attn_layers", decoder.net.attn_layers, Decoder)
     net, layers = decoder.net, decoder.net.attn_layers
-    if not isinstance(layers, Decoder):
-        raise TypeError(f"decoder.net.attn_layers is a {type(layers).__name__}, must be an x_transformers.Decoder")
-    self_attention, cross_attention = _attentions(layers)
+    attention, cross_attention = _attentions(layers)
     width = encoder.attn_layers.dim
     if cross_attention is not None and cross_attention.to_k.in_features != width:
         raise ValueError(
             f"decoder takes a context of width {cross_attention.to_k.in_features}, encoder gives {width}: they must be "
             f"the same, so build the Decoder with cross_attn_dim_context={width}"
         )
-    self_attention = self_attention or cross_attention
     rel_pos = getattr(layers, "alibi", None) or layers.rel_pos
     alibi = isinstance(rel_pos, upstream.AlibiPositionalBias)
-    rotary = layers.rotary_pos_emb
-    has_abs_pos_emb = not isinstance(net.pos_emb, upstream.always)
-    decoder_kwargs = _layer_overrides(layers)
-    if rotary is not None and rotary.scale is None:
-        decoder_kwargs["rotary_pos_emb"] = True
-    if rotary is not None and has_abs_pos_emb:
-        decoder_kwargs["disable_abs_pos_emb"] = False
-    if cross_attention is not None and cross_attention.qk_norm != self_attention.qk_norm:
-        decoder_kwargs["cross_attn_qk_norm"] = cross_attention.qk_norm
     return PalmEConfig(
         image_size=round(encoder.pos_embedding.shape[1] ** 0.5) * encoder.patch_size,
         patch_size=encoder.patch_size,
@@ -69,26 +56,56 @@ def describe(encoder: Any, decoder: Any) -> PalmEConfig:
         decoder_depth=_depth(layers),
         decoder_heads=layers.attn_heads,
         alibi_num_heads=rel_pos.heads if alibi else min(4, layers.attn_heads),
-        use_abs_pos_emb=has_abs_pos_emb,
+        use_abs_pos_emb=not isinstance(net.pos_emb, upstream.always),
         cross_attend=layers.cross_attend,
         alibi_pos_bias=alibi,
-        rotary_xpos=rotary is not None and rotary.scale is not None,
-        attn_flash=self_attention.attend.flash,
-        qk_norm=self_attention.qk_norm,
-        vit_kwargs=_vit_overrides(encoder),
-        encoder_kwargs=_layer_overrides(encoder.attn_layers),
-        transformer_kwargs={} if isinstance(net.to_logits, nn.Module) else {"tie_embedding": True},
-        decoder_kwargs=decoder_kwargs,
-        autoregressive_kwargs=_unless({"pad_value": 0, "ignore_index": -100, "mask_prob": 0.0}, decoder),
+        rotary_xpos=layers.rotary_pos_emb is not None and layers.rotary_pos_emb.scale is not None,
+        attn_flash=attention.attend.flash,
+        qk_norm=attention.qk_norm,
+        **_overrides(encoder, decoder),
     )
 
 
+def warn_unless_described(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module) -> None:
+    """Warn if a model built from `config` has other parameters than the modules have."""
+    quiet = {part: getattr(config, part) | {"verbose": False} for part in ("encoder_kwargs", "decoder_kwargs")}
+    config = replace(config, **quiet)
+    with torch.device("meta"):
+        described = nn.ModuleDict({"encoder": build(ENCODER, config), "decoder": build(DECODER, config)})
+    if different := different_shape(nn.ModuleDict({"encoder": encoder, "decoder": decoder}), described):
+        name, found, built = different
+        warnings.warn(
+            f"the modules have overrides that cannot be read off them: {name} is {found}, and {built} in a model built "
+            "from model.config; the adopted model works, but PalmE.from_config(model.config) builds another",
+            stacklevel=3,
+        )
+
+
+def different_shape(first: nn.Module, second: nn.Module) -> tuple[str, Any, Any] | None:
+    """Return the first name in the state dicts whose shapes differ, and both shapes, or "missing" where there is none.
+
+    Returns:
+        None if all shapes are equal.
+    """
+    ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (first, second))
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            return name, ours.get(name, "missing"), theirs.get(name, "missing")
+    return None
+
+
+def _check_kind(name: str, module: Any, kind: type) -> None:
+    if not isinstance(module, kind):
+        raise TypeError(f"{name} is a {type(module).__name__}, must be an x_transformers.{kind.__name__}")
+
+
 def _attentions(layers: Any) -> tuple[Any, Any]:
-    by_kind: dict[str, Any] = {"a": None, "c": None}
+    """Return the first self-attention, or else the first cross-attention, and the first cross-attention or None."""
+    first: dict[str, Any] = {}
     for kind, (_, layer, _) in zip(layers.layer_types, layers.layers, strict=True):
-        if by_kind.get(kind, layer) is None:
-            by_kind[kind] = next(module for module in layer.modules() if isinstance(module, upstream.Attention))
-    return by_kind["a"], by_kind["c"]
+        if kind in ("a", "c") and kind not in first:
+            first[kind] = next(module for module in layer.modules() if isinstance(module, upstream.Attention))
+    return first.get("a", first.get("c")), first.get("c")
 
 
 def _depth(layers: Any) -> int:
@@ -96,58 +113,50 @@ def _depth(layers: Any) -> int:
     return max(1, kinds.count("a") or kinds.count("c"))
 
 
-def _unless(defaults: dict[str, Any], module: Any) -> dict[str, Any]:
-    return {name: getattr(module, name) for name, default in defaults.items() if getattr(module, name) != default}
+def _overrides(encoder: Any, decoder: Any) -> dict[str, dict[str, Any]]:
+    """Return the five override dicts."""
+    net, layers = decoder.net, decoder.net.attn_layers
+    attention, cross_attention = _attentions(layers)
+    rotary, absolute = layers.rotary_pos_emb, not isinstance(net.pos_emb, upstream.always)
+    decoder_only = {
+        "rotary_pos_emb": (rotary is not None and rotary.scale is None, False),
+        "disable_abs_pos_emb": (rotary is None or not absolute, True),
+        "cross_attn_qk_norm": ((cross_attention or attention).qk_norm, attention.qk_norm),
+    }
+    vit = {
+        "channels": (encoder.patch_to_embedding[1].in_features // encoder.patch_size**2, 3),
+        "num_register_tokens": (len(encoder.register_tokens) if encoder.has_register_tokens else 0, 0),
+    }
+    autoregressive = {name: (getattr(decoder, name), default) for name, default in _AUTOREGRESSIVE.items()}
+    return {
+        "vit_kwargs": _changed(vit),
+        "encoder_kwargs": _changed(_of_layers(encoder.attn_layers)),
+        "transformer_kwargs": _changed({"tie_embedding": (not isinstance(net.to_logits, nn.Module), False)}),
+        "decoder_kwargs": _changed(_of_layers(layers) | decoder_only),
+        "autoregressive_kwargs": _changed(autoregressive),
+    }
 
 
-def _vit_overrides(encoder: Any) -> dict[str, Any]:
-    overrides = {}
-    patch_dim = encoder.patch_to_embedding[1].in_features
-    if patch_dim != 3 * encoder.patch_size**2:
-        overrides["channels"] = patch_dim // encoder.patch_size**2
-    if encoder.has_register_tokens:
-        overrides["num_register_tokens"] = len(encoder.register_tokens)
-    return overrides
-
-
-def _layer_overrides(layers: Any) -> dict[str, Any]:
-    overrides: dict[str, Any] = {}
-    attention = next(found for found in _attentions(layers) if found is not None)
-    if layers.attn_dim_head != DEFAULT_DIM_HEAD:
-        overrides["attn_dim_head"] = layers.attn_dim_head
-    if attention.kv_heads != attention.heads:
-        overrides["attn_kv_heads"] = attention.kv_heads
-    norm = type(layers.final_norm).__name__
-    if norm in NORMS:
-        overrides[NORMS[norm]] = True
-    for feedforward in (module for module in layers.modules() if isinstance(module, upstream.FeedForward)):
+def _of_layers(layers: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the overrides that encoders and decoders share, each with upstream's default."""
+    attention, _ = _attentions(layers)
+    values: dict[str, tuple[Any, Any]] = {
+        "attn_dim_head": (layers.attn_dim_head, DEFAULT_DIM_HEAD),
+        "attn_kv_heads": (attention.kv_heads, attention.heads),
+    }
+    for kind, keyword in _NORMS.items():
+        values[keyword] = type(layers.final_norm).__name__ == kind, False
+    feedforward = next((module for module in layers.modules() if isinstance(module, upstream.FeedForward)), None)
+    if feedforward is not None:
         first = feedforward.ff[0]
-        if isinstance(first, upstream.GLU):
-            overrides["ff_glu"] = True
-            linear, activation = first.proj, first.act
-        else:
-            linear, activation = first[0], first[1]
-        if isinstance(activation, nn.SiLU):
-            overrides["ff_swish"] = True
-        if linear.bias is None:
-            overrides["ff_no_bias"] = True
-        break
-    return overrides
+        gated = isinstance(first, upstream.GLU)
+        linear, activation = (first.proj, first.act) if gated else (first[0], first[1])
+        values["ff_glu"] = gated, False
+        values["ff_swish"] = isinstance(activation, nn.SiLU), False
+        values["ff_no_bias"] = linear.bias is None, False
+    return values
 
 
-def warn_unless_described(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module) -> None:
-    """Warn if `config` would build other parameters than the modules have."""
-    quiet = {part: getattr(config, part) | {"verbose": False} for part in ("encoder_kwargs", "decoder_kwargs")}
-    with torch.device("meta"):
-        silent = replace(config, **quiet)
-        described = nn.ModuleDict({"encoder": build(ENCODER, silent), "decoder": build(DECODER, silent)})
-    modules = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
-    wanted, found = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (described, modules))
-    for name in [*found, *wanted]:
-        if wanted.get(name) != found.get(name):
-            warnings.warn(
-                f"the modules have overrides that cannot be read off them: {name} is {found.get(name, 'missing')}, "
-                f"where model.config gives {wanted.get(name, 'none')}; the model works, but from_config builds another",
-                stacklevel=3,
-            )
-            return
+def _changed(values: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Return the values that differ from their defaults."""
+    return {name: value for name, (value, default) in values.items() if value != default}

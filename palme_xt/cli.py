@@ -413,15 +413,14 @@ def _source(options: dict[str, Any]) -> int:
 
 
 def _parity(options: dict[str, Any]) -> int:
-    from palme_xt.captioner.training.run import PARITY, Run
-    from palme_xt.parity.drift import check, record
+    from palme_xt.parity.drift import PARITY, check, record
 
-    run = Run(options["run"])
+    folder = Path(options["run"])
     if options["action"] == "record":
-        record(run)
-        print(f"{run.folder / PARITY} written")
+        record(folder)
+        print(f"{folder / PARITY} written")
         return 0
-    verdict = check(run, options["tolerance"])
+    verdict = check(folder, options["tolerance"])
     for name, installed in verdict.installed.items():
         print(f"{name}: recorded with {verdict.recorded[name]}, installed is {installed}")
     print(f"differs: {verdict.difference}" if verdict.difference else f"the same within {options['tolerance']:g}")

@@ -1,4 +1,4 @@
-"""PalmE on the Hugging Face hub: saved, loaded and pushed as other models are."""
+"""PalmE on the Hugging Face hub: saved, loaded and pushed like other models."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelHubMixin, snapshot_download
 
 from palme_xt import model
-from palme_xt.storage import folder as pretrained
+from palme_xt.storage import folder as storage
 from palme_xt.storage.card import model_card
-from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, PretrainedError
+from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, FolderError, one_line
 
 
 class PalmE(model.PalmE, ModelHubMixin):
-    """`palme_xt.PalmE`, which it is in all else, that the hub can hold.
+    """`palme_xt.PalmE` with the methods of `huggingface_hub.ModelHubMixin`.
 
-        model = PalmE.from_pretrained("user/name")  # or a folder, a training run's too
+        model = PalmE.from_pretrained("user/name")  # or a folder, such as that of a training run
         model.save_pretrained("folder")
         model.push_to_hub("user/name")
         captions = palme_xt.captioner.caption.caption(model, img)  # img (b, c, h, w): list of b str
 
+    The hooks `_from_pretrained` and `_save_pretrained` would come too late (huggingface_hub 0.34 to 2.4): before the
+    mixin calls them, it passes the content of config.json on as keywords, with raw errors, and deletes config.json.
+
     Attributes:
-        companions: files beside the weights, by name, that it was loaded with and is saved with: the tokenizer's, the
-            preprocessing's, the model card. Each of `palme_xt.storage.folder.COMPANIONS` may be put there. The card is
-            that of the loaded weights: after training on, `model.companions = {}`, or those but README.md, for a new
-            one.
-        how_trained: what `config.json` says under "training", saved again; None for a model that was not loaded.
+        companions: Files beside the weights, by name, that the model was loaded with and is saved with: those of the
+            tokenizer and of the preprocessing, and the model card. Names are those in
+            `palme_xt.storage.folder.COMPANIONS`. The card describes the loaded weights: after further training, remove
+            it, as `model.companions = {}` does, and a new one is written.
+        how_trained: What `config.json` has under "training", saved again; None if the model was not loaded.
     """
 
     companions: Mapping[str, bytes] = MappingProxyType({})
     how_trained: Mapping[str, Any] | None = None
 
-    # The mixin's own reads config.json itself, with raw errors, takes what it finds there for keywords, and goes on
-    # without one (huggingface_hub 0.21 to 2.4 at least), so that `_from_pretrained` comes too late.
     @classmethod
     def from_pretrained(  # type: ignore[override]  # no keywords that replace arguments: the weights would not fit
         cls,
@@ -51,40 +52,33 @@ class PalmE(model.PalmE, ModelHubMixin):
         revision: str | None = None,
         device: str | torch.device = "cpu",
     ) -> Self:
-        """The model in a folder, or in a repository of the hub, in eval mode.
+        """Return the model in a folder, or in a repository of the hub, in eval mode.
 
-        Weights are read from safetensors alone, and cast to the dtypes that a new model has. The arguments on download
-        mean nothing for a folder.
+        Weights are read from safetensors only, and cast to the dtypes of a new model. For a folder, the arguments about
+        downloads have no effect.
 
         Args:
-            pretrained_model_name_or_path: a folder here, or else "user/name" on the hub.
-            force_download: download again what the cache has.
-            token: for the hub; by default, that of `hf auth login`.
-            cache_dir: of downloads; by default, huggingface_hub's.
-            local_files_only: take the repository from the cache, without network.
-            revision: branch, tag or commit of the repository; by default, `main`.
-            device: of the model.
+            pretrained_model_name_or_path: A local folder, or else "user/name" on the hub.
+            force_download: Download files again that are in the cache.
+            token: Token for the hub. Defaults to that of `hf auth login`.
+            cache_dir: Folder for downloads. Defaults to that of huggingface_hub.
+            local_files_only: Read the repository from the cache, without network.
+            revision: Branch, tag or commit of the repository. Defaults to `main`.
+            device: Where to put the model.
 
         Raises:
-            PretrainedError: neither a folder here nor a repository that can be read, or one that holds no model, or
-                whose files are damaged or do not belong together.
+            FolderError: If there is no such folder and no repository that can be read, or if it does not hold a model,
+                or if its files are damaged or do not belong together.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.exists():
-            folder = _download(
-                str(pretrained_model_name_or_path),
-                force_download=force_download,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                revision=revision,
-            )
-        loaded = pretrained.load_as(cls, folder, device)
-        loaded.companions = pretrained.read_companions(folder)
-        loaded.how_trained = pretrained.read_json(folder).get(TRAINING)
+            cached = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+            folder = _download(str(pretrained_model_name_or_path), token, revision, **cached)
+        loaded = storage.load_as(cls, folder, device)
+        loaded.companions = storage.read_companions(folder)
+        loaded.how_trained = storage.read_json(folder).get(TRAINING)
         return loaded
 
-    # The mixin's own deletes config.json before there is a new one.
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
@@ -95,26 +89,27 @@ class PalmE(model.PalmE, ModelHubMixin):
         model_card_kwargs: dict[str, Any] | None = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Write `config.json`, `model.safetensors` and the companions into a folder, over those that are there.
+        """Write `config.json`, `model.safetensors` and the companions into a folder, replacing those that are there.
 
-        A README.md that is there already stays, as huggingface_hub has it; so does a companion that this model has no
-        other for. After an error the files in it are as they were.
+        An existing README.md stays, as in huggingface_hub, and so does a companion that this model has none to replace
+        with. After an error the files in the folder are as they were.
 
         Args:
-            save_directory: the folder, made where it is missing.
-            config: None: it is the model's own.
-            repo_id: with `push_to_hub`, the repository; by default, the folder's name.
-            push_to_hub: push it as well.
-            model_card_kwargs: for `generate_model_card`, whose card then replaces one that the model was loaded with.
-            **push_to_hub_kwargs: for `push_to_hub`.
+            save_directory: The folder, which is made if it is missing.
+            config: Must be None: the model's own is saved.
+            repo_id: The repository to push to. Defaults to the name of the folder.
+            push_to_hub: Also push the model to the hub.
+            model_card_kwargs: Keywords for `generate_model_card`. The new card replaces one that the model was loaded
+                with.
+            **push_to_hub_kwargs: Keywords for `push_to_hub`.
 
         Returns:
-            The URL of the commit with `push_to_hub=True`, else None.
+            The URL of the commit if `push_to_hub=True`, else None.
 
         Raises:
-            PretrainedError: the folder cannot be written.
-            ValueError: `config` is not None.
-            TypeError: an argument of the model has no JSON form.
+            FolderError: If the folder cannot be written.
+            ValueError: If `config` is not None.
+            TypeError: If an argument of the model has no JSON form.
         """
         if config is not None:
             raise ValueError("config must be None: the weights are saved with the arguments that they belong to")
@@ -123,20 +118,20 @@ class PalmE(model.PalmE, ModelHubMixin):
             companions.pop(CARD, None)
         elif CARD not in companions or model_card_kwargs is not None:
             companions[CARD] = str(self.generate_model_card(**model_card_kwargs or {})).encode()
-        pretrained.save(self, save_directory, self.how_trained, companions)
+        storage.save(self, save_directory, self.how_trained, companions)
         if not push_to_hub:
             return None
         name = repo_id or Path(save_directory).name
         return self.push_to_hub(name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
-    # The mixin's own saves into a folder of its choice, without saying for which repository.
+    # The mixin (huggingface_hub 0.34 to 2.4) does not tell `save_pretrained` the repository, which the card names.
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **how: Any) -> str:
-        """Upload what `save_pretrained` writes, in one commit, to a repository made where it is missing.
+        """Upload what `save_pretrained` writes, in one commit, to a repository which is made if it is missing.
 
         Args:
-            repo_id: "user/name", or "name" of one's own.
-            model_card_kwargs: as in `save_pretrained`.
-            **how: for `huggingface_hub.ModelHubMixin.push_to_hub`.
+            repo_id: "user/name", or "name" for one of your own.
+            model_card_kwargs: As in `save_pretrained`.
+            **how: Keywords for `huggingface_hub.ModelHubMixin.push_to_hub`.
 
         Returns:
             The URL of the commit.
@@ -146,30 +141,22 @@ class PalmE(model.PalmE, ModelHubMixin):
         return super().push_to_hub(repo_id, model_card_kwargs=model_card_kwargs, **how)
 
     def generate_model_card(self, metrics: Mapping[str, Any] | None = None, repo_id: str | None = None) -> ModelCard:
-        """A new card, whatever the model was loaded with: `palme_xt.storage.card`, with these arguments."""
+        """Return a new card of this model, whatever card it was loaded with; see `palme_xt.storage.card.model_card`."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return ModelCard(model_card(self.config, self.how_trained, metrics, parameters=parameters, repo_id=repo_id))
 
 
-def _download(name: str, *, token: str | bool | None, local_files_only: bool, revision: str | None, **how: Any) -> Path:
+def _download(name: str, token: str | bool | None, revision: str | None, **cached: Any) -> Path:
+    """Return the folder of the cache that holds a repository's files."""
+    wanted = [CONFIG, WEIGHTS, *COMPANIONS]
     try:
-        folder = Path(
-            snapshot_download(
-                name,
-                token=token,
-                local_files_only=local_files_only,
-                revision=revision,
-                allow_patterns=[CONFIG, WEIGHTS, *COMPANIONS],
-                **how,
-            )
-        )
-    except Exception as error:  # what the transport raises depends on the release of huggingface_hub
-        why = " ".join(str(error).split()) or type(error).__name__
-        message = f"{name} is neither a folder here nor a repository of the hub that can be read: {why}"
-        raise PretrainedError(message) from error
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if not {CONFIG, WEIGHTS} <= set(names) and not local_files_only:
-        with contextlib.suppress(Exception):  # without the names of its other files, the error says less
+        folder = Path(snapshot_download(name, token=token, revision=revision, allow_patterns=wanted, **cached))
+    except Exception as error:  # what is raised depends on the release of huggingface_hub
+        message = f"{name} is neither a folder here nor a repository of the hub that can be read: {one_line(error)}"
+        raise FolderError(message) from error
+    names = os.listdir(folder) if folder.is_dir() else []
+    if not {CONFIG, WEIGHTS} <= set(names) and not cached["local_files_only"]:
+        with contextlib.suppress(Exception):  # without the names of the other files, the error says less
             names = HfApi(token=token).list_repo_files(name, revision=revision)
-    pretrained.check_files(f"{name} on the hub", names)
+    storage.check_files(f"{name} on the hub", names)
     return folder

@@ -1,4 +1,4 @@
-"""`PalmE.from_modules`: modules that were wired by hand, adopted as they are, and the config read off them."""
+"""`PalmE.from_modules` adopts modules that were wired by hand as they are, and reads the config off them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.models import batch, small
 def test_the_17_arguments_are_read_off_the_modules(config: PalmEConfig) -> None:
     hand_wired = HandWired(config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of overrides that do not show, tested below
+        warnings.simplefilter("ignore", UserWarning)  # about overrides that do not show, tested below
         model = PalmE.from_modules(hand_wired.encoder, hand_wired.decoder)
     assert model.encoder is hand_wired.encoder
     assert model.decoder is hand_wired.decoder
@@ -61,17 +61,17 @@ def test_overrides_that_show_are_read(arguments: dict[str, Any]) -> None:
     assert replace(model.config, **quiet) == source
 
 
-def test_overrides_that_do_not_show_are_warned_of() -> None:
+def test_overrides_that_do_not_show_cause_a_warning() -> None:
     hand_wired = HandWired(small(decoder_kwargs={"attn_num_mem_kv": 2}).config)
     message = (
         r"the modules have overrides that cannot be read off them: decoder\.net\.attn_layers\.layers\.0\.1\.mem_k is "
-        r"\(4, 2, 8\), where model\.config gives none"
+        r"\(4, 2, 8\), and missing in a model built from model\.config"
     )
     with pytest.warns(UserWarning, match=message):
         PalmE.from_modules(hand_wired.encoder, hand_wired.decoder)
 
 
-def test_an_adopted_model_decodes_also_where_upstreams_cache_crashes() -> None:
+def test_an_adopted_model_also_decodes_where_upstreams_cache_crashes() -> None:
     source = small()
     hand_wired = HandWired(source.config)
     hand_wired.load_state_dict(source.state_dict())
@@ -81,7 +81,7 @@ def test_an_adopted_model_decodes_also_where_upstreams_cache_crashes() -> None:
     assert torch.equal(model.generate(img, text, 6, temperature=0.0), expected)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_modules_that_do_not_fit_are_rejected() -> None:
     model = small()
     with pytest.raises(TypeError, match=r"encoder is a Linear, must be an x_transformers\.ViTransformerWrapper"):
         PalmE.from_modules(nn.Linear(2, 2), model.decoder)

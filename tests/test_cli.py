@@ -28,7 +28,7 @@ from palme_xt.captioner.training.loop import warm_up_and_decay
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
 from palme_xt.source import to_source
-from palme_xt.storage.folder import PretrainedError
+from palme_xt.storage.folder import FolderError
 from palme_xt.tokens import printable
 from tests.captioner.captioned import TINY, picture, spoil, write_folder
 
@@ -437,8 +437,8 @@ def test_a_full_disk_is_one_line(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("palme_xt.captioner.training.run.Run.write", full)
-    fails(capsys, ["parity", "record", str(run)], r".*No space left on device")
+    monkeypatch.setattr("palme_xt.storage.folder.replace_files", full)
+    fails(capsys, ["parity", "record", str(run)], r"\S+ cannot be written: No space left on device")
 
 
 def test_captioning_leaves_the_model_in_its_mode(run: Path) -> None:
@@ -458,7 +458,7 @@ def test_what_is_no_image_or_no_run(run: Path, tmp_path: Path, capsys: pytest.Ca
         ["caption", str(tmp_path), "x.png"],
         r"\S+ is not a run folder: it has no config.json; .*train. makes one",
     )
-    fails(capsys, ["caption", str(tmp_path / "none"), "x.png"], r"\S+ is not a run folder: it has no config.json; .*")
+    fails(capsys, ["caption", str(tmp_path / "none"), "x.png"], r"\S+ is not a run folder: there is no such folder; .*")
 
 
 def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -478,7 +478,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             weights,
             ".*image_size=33 must be divisible.*",
         ),
-        ("weights", config, weights[:-9], r"\S+model.safetensors does not hold this model's weights: .*"),
+        ("weights", config, weights[:-9], r"\S+model.safetensors holds no safetensors weights that can be read .*"),
         ("shape", config.replace('"decoder_dim": 16', '"decoder_dim": 24'), weights, ".*does not hold this model's.*"),
     ]:
         (tmp_path / name).mkdir()
@@ -667,5 +667,5 @@ def test_an_interrupt_leaves_a_usable_run(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_run_that_is_no_run() -> None:
-    with pytest.raises(PretrainedError, match="is not a run folder"):
+    with pytest.raises(FolderError, match="is not a run folder"):
         Run("nowhere").load()

@@ -1,4 +1,4 @@
-"""Do two models compute the same numbers, and does one still compute the same as before?"""
+"""Parity: whether two models compute the same numbers, and whether one model still computes the same as before."""
 
 from palme_xt.parity.comparison import Report, compare
 

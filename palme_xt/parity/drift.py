@@ -1,104 +1,101 @@
-"""Does a trained model still compute the same numbers under the x-transformers that is installed now?"""
+"""Check whether a trained model still computes the same numbers with the x-transformers that is installed now."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from palme_xt.captioner.training.run import PARITY, WEIGHTS, Run, RunError
-from palme_xt.decoding.loop import evaluating
+from palme_xt.decoding import evaluating
 from palme_xt.model import PalmE
-from palme_xt.parity.comparison import cached_logits, draw_inputs, first_difference, forward, in_one_line, layer_outputs
+from palme_xt.parity import comparison
+from palme_xt.storage.folder import WEIGHTS, FolderError, load, one_line, write_files
 
+PARITY = "parity.safetensors"
 TOLERANCE = 1e-4  # of the largest value; other kernels for the same arithmetic differ by about 1e-6
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` found: the versions then and now, and the first difference in words, or None."""
+    """The result of `check`.
+
+    Attributes:
+        recorded: Versions with which the reference was recorded, by package.
+        installed: Versions that are installed now.
+        difference: A description of the first difference, or None if there is none.
+    """
 
     recorded: dict[str, str]
     installed: dict[str, str]
     difference: str | None
 
 
-def record(run: Run) -> None:
-    """Write beside the weights what the model computes now: inputs, fingerprints of its layers, logits, versions.
+def record(folder: str | os.PathLike[str]) -> None:
+    """Write `parity.safetensors` into a model folder: inputs, what the model computes from them now, and versions.
 
     Raises:
-        RunError: not a run folder.
+        FolderError: If `folder` is not a model folder or cannot be written, or if its model computes nan or inf.
     """
-    model = run.load()
-    img, text = draw_inputs((model.encoder, model.decoder), b=1)
+    model = load(folder)
+    img, text = comparison.draw_inputs(model, b=1)
     reference = {"img": img, "text": text} | numbers(model, img, text)
     if bad := [name for name, tensor in reference.items() if not tensor.isfinite().all()]:
-        raise RunError(f"{run.folder} computes nan or inf from {bad[0]} on: nothing can be compared with that")
-    order = {f"order.{place:06}": name for place, name in enumerate(reference)}
+        raise FolderError(f"{folder} computes nan or inf from {bad[0]} on: nothing can be compared with that")
     tensors = {name: tensor.contiguous() for name, tensor in reference.items()}
-    metadata = installed_versions() | order | {"weights": _digest(run)}
-    run.write(PARITY, safetensors.torch.save(tensors, metadata=metadata))
+    order = {f"order.{place:06}": name for place, name in enumerate(tensors)}  # safetensors sorts names
+    metadata = installed_versions() | order | {"weights": _digest(folder)}
+    write_files(folder, {PARITY: lambda path: save_file(tensors, path, metadata)})
 
 
-def check(run: Run, tolerance: float = TOLERANCE) -> Verdict:
+def check(folder: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdict:
     """Compute again what `record` has written, from the same weights and inputs.
 
     Args:
-        run: a run folder with a recorded reference.
-        tolerance: the largest difference that counts as none, as a share of the largest value of its tensor.
+        folder: A model folder with a recorded reference.
+        tolerance: Largest difference that is accepted, as a share of the largest value of the tensor.
 
     Raises:
-        RunError: not a run folder, or nothing was recorded there.
-        ValueError: a negative tolerance.
+        FolderError: If `folder` is not a model folder, has no reference, or has other weights now.
+        ValueError: If the tolerance is negative.
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance} must be 0 or more")
-    path = run.folder / PARITY
-    if not path.is_file():
-        raise RunError(f"{run.folder} has no {PARITY}: write one with `palme-xt parity record {run.folder}`")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata()
-            names = [metadata[key] for key in sorted(metadata) if key.startswith("order.")]
-            reference = {name: file.get_tensor(name) for name in names}
-        img, text = reference.pop("img"), reference.pop("text")
-        recorded = {name: metadata[name] for name in installed_versions()}
-        weights = metadata["weights"]
-    except (safetensors.SafetensorError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is no reference that `palme-xt parity record` wrote: {error}") from error
-    model = run.load()
-    if weights != _digest(run):
-        raise RunError(f"{run.folder / WEIGHTS} has changed since `palme-xt parity record`: record it again")
+    img, text, reference, recorded = _read_reference(Path(folder) / PARITY)
+    model = load(folder)
+    if recorded.pop("weights") != _digest(folder):
+        raise FolderError(f"{Path(folder) / WEIGHTS} has changed since `palme-xt parity record`: record it again")
     try:
         found = numbers(model, img, text)
-    except Exception as error:  # whatever upstream raises is what there is to report
-        difference: str | None = f"the model crashes: {in_one_line(error)}"
+    except Exception as error:  # whatever upstream raises is a result
+        difference: str | None = f"the model crashes: {comparison.describe_crash(error)}"
     else:
-        shares = [
-            {name: value / _largest(reference[name]) for name, value in side.items() if name in reference}
+        largest = {name: tensor.abs().max().item() or 1.0 for name, tensor in reference.items()}
+        expected, shares = (
+            {name: tensor / largest[name] for name, tensor in side.items() if name in largest}
             for side in (reference, found)
-        ]
-        difference = first_difference(shares[0], shares[1], tolerance)
+        )
+        difference = comparison.first_difference(expected, shares, tolerance)
     return Verdict(recorded, installed_versions(), difference)
 
 
 def numbers(model: PalmE, img: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """Fingerprints of all layers in the order in which they finish, then logits, loss and cached logits."""
-    pair = model.encoder, model.decoder
+    """Return fingerprints of all layers in the order in which they finish, then logits, loss and cached logits."""
     with evaluating(model):
-        outputs = {name: fingerprint(output) for name, output in layer_outputs(pair, img, text).items()}
-        loss, logits = forward(pair, img, text)
-        cached = torch.stack(list(cached_logits(pair, img, text).values()), dim=1)
-    return outputs | {"logits": logits, "loss": loss[None], "cached logits": cached}
+        layers = {name: fingerprint(layer) for name, layer in comparison.layer_outputs(model, img, text).items()}
+        loss, logits = comparison.forward(model, img, text)
+        cached = torch.stack(list(comparison.cached_logits(model, img, text).values()), dim=1)
+    return layers | {"logits": logits, "loss": loss[None], "cached logits": cached}
 
 
 def fingerprint(output: Tensor) -> Tensor:
-    """Eight sums of a tensor, each with other weights: hardly a change leaves all of them as they are."""
+    """Return eight differently weighted sums of a tensor: almost any change to it changes some of them."""
     values = output.double().flatten()
     place = torch.arange(len(values), dtype=torch.float64)
     waves = torch.stack([torch.cos(place * step + step) for step in (0.0, 0.1, 0.37, 0.73, 1.13, 1.71, 2.23, 2.9)])
@@ -107,14 +104,27 @@ def fingerprint(output: Tensor) -> Tensor:
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions that decide the numbers."""
+    """Return the versions of the packages that determine the numbers."""
     return {name: version(name) for name in ("x-transformers", "torch", "palme-xt")}
 
 
-def _digest(run: Run) -> str:
-    return hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest()
+def _read_reference(path: Path) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, str]]:
+    """Return what `record` has written: img, text, other tensors in their order, versions and digest of the weights."""
+    if not path.is_file():
+        raise FolderError(f"{path.parent} has no {PARITY}: write one with `palme-xt parity record {path.parent}`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            names = [metadata[key] for key in sorted(metadata) if key.startswith("order.")]
+            reference = {name: file.get_tensor(name) for name in names}
+        recorded = {name: metadata[name] for name in (*installed_versions(), "weights")}
+        return reference.pop("img"), reference.pop("text"), reference, recorded
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise FolderError(
+            f"{path} is not a reference that `palme-xt parity record` wrote: {one_line(error)}"
+        ) from error
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    largest = tensor.abs().max()
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
+def _digest(folder: str | os.PathLike[str]) -> str:
+    with open(Path(folder) / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A model card: the README.md of a model folder, which the hub shows and finds the model by."""
+"""A model card: the README.md of a model folder, which the hub displays and indexes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from palme_xt.config import PalmEConfig
 
-TEMPLATE = """---
-{front_matter}
+_TEMPLATE = """---
+{metadata}
 ---
 
 # PalmE
 
-{what}
+{description}
+Built with `palme_xt` on top of [x-transformers](https://github.com/lucidrains/x-transformers).
 
 ## Use
 
 ```python
 from palme_xt.hub import PalmE
 
-model = PalmE.from_pretrained("{name}")  # of this repository, or of a folder that holds its files
+model = PalmE.from_pretrained("{name}")  # this repository, or a folder with its files
 ```
 
 {caption}
@@ -42,10 +43,10 @@ model = PalmE.from_pretrained("{name}")  # of this repository, or of a folder th
 {metrics}
 """
 
-IMAGES = """A vision-language model: a ViT encoder turns an image of {size} x {size} pixels into patch embeddings, and a
-causal text decoder cross-attends to them."""
-TEXT = "A text-only decoder: with `cross_attend=False` it does not look at images."
-CAPTION = """Captions of image files, with those files in FOLDER:
+_IMAGES = """A vision-language model: a ViT encoder turns an image of {size} x {size} pixels into patch embeddings, and
+a causal text decoder cross-attends to them."""
+_TEXT = "A text-only decoder: it is built with `cross_attend=False` and takes no images."
+_CAPTION = """To caption image files, download this repository to FOLDER and run:
 
 ```bash
 palme-xt caption FOLDER IMAGE
@@ -60,67 +61,62 @@ def model_card(
     parameters: int | None = None,
     repo_id: str | None = None,
 ) -> str:
-    """A model card in Markdown, its metadata in front as YAML.
+    """Return a model card in Markdown that begins with its metadata in YAML.
 
     Args:
-        config: the model's arguments, shown as a table.
-        training: how it was trained, as `config.json` has it: `{"data": ..., "steps": ..., ...}`.
-        metrics: of its evaluation. Finite floats go into the metadata too, where the data are known; ints are counts.
-        parameters: how many the model has.
-        repo_id: "user/name" of the repository that the card is for, where it is known.
+        config: The model's arguments, shown as a table.
+        training: How the model was trained, as in `config.json`: `{"data": ..., "steps": ..., ...}`.
+        metrics: Results of an evaluation. If the data set is known, finite floats also go into the metadata; ints do
+            not, because they are counts.
+        parameters: Number of parameters, shown if given.
+        repo_id: The repository that the card is written for, "user/name", if known.
 
     Raises:
-        TypeError: an override in `config` that has no JSON form.
+        TypeError: If an override in `config` has no JSON form.
     """
-    data = ModelCardData(
+    results = _results(config, (training or {}).get("data"), metrics or {})
+    metadata = ModelCardData(
         library_name="palme_xt",
-        pipeline_tag="image-to-text" if config.cross_attend else "text-generation",
+        pipeline_tag=_task(config),
         tags=["palme", "x-transformers", *(["image-captioning"] if config.cross_attend else [])],
-        model_name="PalmE",
-        eval_results=_results(config, (training or {}).get("data"), metrics or {}) or None,
+        model_name="PalmE" if results else None,
+        eval_results=results or None,
     )
-    if data.eval_results is None:
-        data.pop("model_name")
-    what = IMAGES.format(size=config.image_size) if config.cross_attend else TEXT
     count = "" if parameters is None else f" It has {parameters:,} parameters."
-    return TEMPLATE.format(
-        front_matter=data.to_yaml(),
+    return _TEMPLATE.format(
+        metadata=metadata.to_yaml(),
         name=repo_id or "NAME",
-        what=f"{what}{count}\nBuilt with `palme_xt` over [x-transformers](https://github.com/lucidrains/x-transformers).",
-        caption=CAPTION if config.cross_attend else "It captions no images.",
+        description=(_IMAGES.format(size=config.image_size) if config.cross_attend else _TEXT) + count,
+        caption=_CAPTION if config.cross_attend else "The model does not caption images.",
         arguments=_table("argument", config.to_dict()),
-        training=_table("option", training) if training else "How it was trained is not known.",
-        metrics=_table("metric", metrics) if metrics else "It comes without an evaluation.",
+        training=_table("option", training) if training else "No training details are available.",
+        metrics=_table("metric", metrics) if metrics else "No evaluation results are available.",
     )
+
+
+def _task(config: PalmEConfig) -> str:
+    return "image-to-text" if config.cross_attend else "text-generation"
 
 
 def _results(config: PalmEConfig, data: object, metrics: Mapping[str, Any]) -> list[EvalResult]:
-    """For the metadata, which wants a data set beside each metric."""
-    if data is None:
-        return []
+    """Return the metrics for the metadata, which requires a data set for each of them."""
     name = _one_line(data)
-    # The hub makes a link of the type, and checks that it could be the name of a data set there. Folders could be too.
+    # The hub makes a link of the type, and rejects one that cannot be the name of a data set there.
     on_the_hub = re.fullmatch(r"hf:((?:[\w-][\w.-]*/)?[\w-][\w.-]*)(?::.*)?", name, re.ASCII)
     return [
-        EvalResult(
-            task_type="image-to-text" if config.cross_attend else "text-generation",
-            dataset_type=on_the_hub[1] if on_the_hub else "custom",
-            dataset_name=name,
-            metric_type=metric,
-            metric_value=value,
-        )
+        EvalResult(_task(config), on_the_hub[1] if on_the_hub else "custom", name, metric, value)
         for metric, value in metrics.items()
-        if isinstance(value, float) and math.isfinite(value)
+        if data is not None and isinstance(value, float) and math.isfinite(value)
     ]
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items()]
+    rows = [f"| {_escaped(name)} | {_escaped(value)} |" for name, value in values.items()]
     return "\n".join([f"| {title} | value |", "|---|---|", *rows])
 
 
-def _cell(value: object) -> str:
-    """On one line, and without what Markdown would take for its own."""
+def _escaped(value: object) -> str:
+    """Return text that a table shows as it is: on one line, with Markdown's special characters escaped."""
     return re.sub(r"([\\`*|<\[])", r"\\\1", _one_line(value))
 
 

@@ -1,4 +1,4 @@
-"""The parity report: what agrees is said to agree, and the first place where two models part is named."""
+"""The parity report says which models agree, and names the first place where two models differ."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_first_different_parameter_is_named() -> None:
 
 
 class Doubled(nn.Module):
-    """What stands in a layer's place and gives twice its output."""
+    """A replacement for a layer which gives twice its output."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

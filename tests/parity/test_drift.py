@@ -1,4 +1,4 @@
-"""The drift guard, and this project's own goldens: the numbers of x-transformers 2.31.10, under what is installed."""
+"""The drift guard, and this project's own goldens: the numbers of x-transformers 2.31.10, with what is installed."""
 
 from __future__ import annotations
 
@@ -15,50 +15,48 @@ import pytest
 import torch
 
 import palme_xt.upstream.versions
-from palme_xt.captioner.training.run import PARITY, Run, RunError
 from palme_xt.cli import main
-from palme_xt.parity.drift import check, fingerprint, record
+from palme_xt.parity.drift import PARITY, check, fingerprint, record
+from palme_xt.storage.folder import FolderError, load, save
 from palme_xt.upstream.attend import Attend
 from tests.models import small
 from tests.parity.goldens.make import FOLDER, GOLDENS
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """A run with a recorded reference."""
-    model = small()
-    recorded = Run(tmp_path / "run")
-    recorded.create(model.config, {})
-    recorded.save(model.state_dict())
-    record(recorded)
-    return recorded
+def folder(tmp_path: Path) -> Path:
+    """Return a model folder with a recorded reference."""
+    save(small(), tmp_path / "run")
+    record(tmp_path / "run")
+    return tmp_path / "run"
 
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_goldens(name: str) -> None:
-    assert check(Run(FOLDER / name)).difference is None
+    assert check(FOLDER / name).difference is None
 
 
 def test_goldens_are_sensitive(tmp_path: Path) -> None:
-    shutil.copytree(FOLDER / "default_flags", tmp_path / "run")
-    run = Run(tmp_path / "run")
-    model = run.load()
+    folder = shutil.copytree(FOLDER / "default_flags", tmp_path / "run")
+    model = load(folder)
     with torch.no_grad():
         model.decoder.net.attn_layers.layers[3][1].to_k.weight[0, 0] += 0.01
-    with mock.patch("palme_xt.captioner.training.run.Run.load", return_value=model):
-        difference = check(run).difference
+    with mock.patch("palme_xt.parity.drift.load", return_value=model):
+        difference = check(folder).difference
     assert re.match(r"decoder\.net\.attn_layers\.layers\.3\.1\.to_k differs by up to", difference or "")
 
 
-def test_the_same_release_computes_the_same(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["parity", "check", str(run.folder)]) == 0
+def test_the_same_release_computes_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", "check", str(folder)]) == 0
     *versions, verdict = capsys.readouterr().out.splitlines()
     assert verdict == "the same within 0.0001"
     assert [line.split(":")[0] for line in versions] == ["x-transformers", "torch", "palme-xt"]
-    assert main(["parity", "check", str(run.folder), "--tolerance=0"]) == 0  # bitwise, on the same machine
+    assert main(["parity", "check", str(folder), "--tolerance=0"]) == 0  # bitwise, on the same machine
 
 
-def test_a_release_that_scales_twice_is_caught_at_its_first_layer(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_release_that_scales_twice_is_caught_at_its_first_layer(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # What x-transformers 2.17.1 to 2.25.4 did: queries and keys are multiplied by the scale of qk-norm as well.
     original = Attend.forward
 
@@ -66,43 +64,43 @@ def test_a_release_that_scales_twice_is_caught_at_its_first_layer(run: Run, caps
         return original(self, q * 10 if self.causal else q, k, *args, **kwargs)
 
     with mock.patch.object(Attend, "forward", scaled_twice):
-        assert main(["parity", "check", str(run.folder)]) == 1
+        assert main(["parity", "check", str(folder)]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(
         r"differs: decoder\.net\.attn_layers\.layers\.0\.1\.attend differs by up to [\d.]+ \(values up", last
     )
 
 
-def test_a_release_that_crashes_is_caught(run: Run) -> None:
+def test_a_release_that_crashes_is_caught(folder: Path) -> None:
     with mock.patch.object(Attend, "forward", side_effect=RuntimeError("shapes\nmore")):
-        assert check(run).difference == "the model crashes: RuntimeError: shapes"
+        assert check(folder).difference == "the model crashes: RuntimeError: shapes"
     with mock.patch.object(Attend, "forward", side_effect=AssertionError):
-        assert check(run).difference == "the model crashes: AssertionError"
+        assert check(folder).difference == "the model crashes: AssertionError"
 
 
-def test_changed_weights_are_not_taken_for_drift(run: Run) -> None:
-    model = run.load()
+def test_changed_weights_are_not_taken_for_drift(folder: Path) -> None:
+    model = load(folder)
     with torch.no_grad():
         model.encoder.pos_embedding += 1
-    run.save(model.state_dict())
-    with pytest.raises(RunError, match=r"model\.safetensors has changed since `palme-xt parity record`: record"):
-        check(run)
+    save(model, folder)
+    with pytest.raises(FolderError, match=r"model\.safetensors has changed since `palme-xt parity record`: record"):
+        check(folder)
 
 
-def test_nan_is_not_recorded(run: Run) -> None:
-    model = run.load()
+def test_nan_is_not_recorded(folder: Path) -> None:
+    model = load(folder)
     with torch.no_grad():
         model.encoder.pos_embedding.fill_(torch.nan)
-    run.save(model.state_dict())
-    with pytest.raises(RunError, match=r"computes nan or inf from encoder\.\S+ on"):
-        record(run)
+    save(model, folder)
+    with pytest.raises(FolderError, match=r"computes nan or inf from encoder\.\S+ on"):
+        record(folder)
 
 
-def test_record_says_what_it_wrote_and_writes_little(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    (run.folder / PARITY).unlink()
-    assert main(["parity", "record", str(run.folder)]) == 0
-    assert capsys.readouterr().out == f"{run.folder / PARITY} written\n"
-    assert (run.folder / PARITY).stat().st_size < 100_000
+def test_record_says_what_it_wrote_and_writes_little(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / PARITY).unlink()
+    assert main(["parity", "record", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / PARITY} written\n"
+    assert (folder / PARITY).stat().st_size < 100_000
 
 
 def test_a_fingerprint_shows_every_element() -> None:
@@ -117,21 +115,21 @@ def test_a_fingerprint_shows_every_element() -> None:
     assert not torch.allclose(fingerprint(swapped), expected)
 
 
-def test_bad_requests(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["parity", "check", str(run.folder), "--tolerance=-1"]) == 2
+def test_bad_requests(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", "check", str(folder), "--tolerance=-1"]) == 2
     assert "tolerance=-1.0 must be 0 or more" in capsys.readouterr().err
-    (run.folder / PARITY).write_bytes(b"rubbish")
-    assert main(["parity", "check", str(run.folder)]) == 2
-    assert "is no reference that `palme-xt parity record` wrote" in capsys.readouterr().err
-    (run.folder / PARITY).unlink()
-    assert main(["parity", "check", str(run.folder)]) == 2
+    (folder / PARITY).write_bytes(b"rubbish")
+    assert main(["parity", "check", str(folder)]) == 2
+    assert "is not a reference that `palme-xt parity record` wrote: " in capsys.readouterr().err
+    (folder / PARITY).unlink()
+    assert main(["parity", "check", str(folder)]) == 2
     assert "write one with `palme-xt parity record" in capsys.readouterr().err
     assert main(["parity", "record", str(tmp_path / "none")]) == 2
     assert "is not a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("installed", ["1.44.8", "2.25.5", "3.0.0"])
-def test_an_unsupported_release_is_warned_of(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_release_causes_a_warning(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(palme_xt.upstream.versions, "version", lambda name: installed)
     message = rf"x-transformers {installed} is installed, and palme_xt supports 2\.26 to 2\.x: .*pip install"
     with pytest.warns(UserWarning, match=message):
@@ -139,7 +137,7 @@ def test_an_unsupported_release_is_warned_of(installed: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("installed", ["2.26.0", "2.31.10", "2.100.1rc1"])
-def test_a_supported_release_is_not_warned_of(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supported_release_causes_no_warning(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(palme_xt.upstream.versions, "version", lambda name: installed)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -18,7 +18,7 @@ from palme_xt.captioner.data.batches import Batch, DataError, Source, load_batch
 from palme_xt.captioner.images import Preprocessing
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training.distributed import Errors
-from palme_xt.decoding.loop import evaluating
+from palme_xt.decoding import evaluating
 from palme_xt.model import PalmE
 
 AT_ONCE = 128

@@ -34,7 +34,8 @@ from torch import Tensor
 from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
 from palme_xt.storage import folder as pretrained
-from palme_xt.storage.folder import CONFIG, WEIGHTS, sync
+from palme_xt.storage.atomic import sync
+from palme_xt.storage.folder import CONFIG, WEIGHTS
 
 try:
     import fcntl
@@ -145,7 +146,7 @@ class Run:
         """The arguments of the model.
 
         Raises:
-            PretrainedError: not a run folder, or one whose `config.json` holds no model's arguments.
+            FolderError: not a run folder, or one whose `config.json` holds no model's arguments.
         """
         return pretrained.read_config(self.folder)
 
@@ -153,7 +154,7 @@ class Run:
         """How it was trained, as `create` was told.
 
         Raises:
-            PretrainedError: as `config`.
+            FolderError: as `config`.
         """
         training = pretrained.read_json(self.folder).get("training", {})
         return training if isinstance(training, dict) else {}
@@ -162,7 +163,7 @@ class Run:
         """The trained model, in eval mode.
 
         Raises:
-            PretrainedError: not a run folder, or one whose files are damaged or do not belong together.
+            FolderError: not a run folder, or one whose files are damaged or do not belong together.
         """
         return pretrained.load(self.folder, device)
 

@@ -369,7 +369,7 @@ def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytes
     good, config = (run / CHECKPOINT).read_bytes(), (run / "config.json").read_text()
     capsys.readouterr()
     resume = ["train", f"--resume={run}"]
-    fails(capsys, ["train", "--resume=nowhere"], r"nowhere is not a run folder: it has no config.json; .*")
+    fails(capsys, ["train", "--resume=nowhere"], r"nowhere is not a run folder: there is no such folder; .*")
     for steps in 9, 500:  # the default, too
         others = [f"--steps={steps}", "--lr=1", "--decoder_kwargs.ff_glu=true", "--data=x"]
         message = r"--resume=\S+ goes with no other option but --data, found --steps --lr --decoder_kwargs: .*"

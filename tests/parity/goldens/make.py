@@ -1,7 +1,7 @@
-"""Make the goldens: run folders of small models with what they compute. `python -m tests.parity.goldens.make`
+"""Make the goldens, folders of small models with what they compute: `python -m tests.parity.goldens.make`.
 
-Made with x-transformers 2.31.10 and torch 2.13.0. Make them anew only if a number is meant to change: under whatever is
-installed, `tests/parity/test_drift.py` compares with what is here.
+Made with x-transformers 2.31.10 and torch 2.13.0. Make them again only if a number is meant to change, because
+`tests/parity/test_drift.py` compares whatever is installed with these files.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from palme_xt.captioner.training.run import Run
 from palme_xt.parity.drift import record
+from palme_xt.storage.folder import save
 from tests.models import small
 
 FOLDER = Path(__file__).parent
@@ -31,10 +31,8 @@ def main() -> None:
     for name, arguments in GOLDENS.items():
         model = small(encoder_dim=16, decoder_dim=16, **arguments)
         shutil.rmtree(FOLDER / name, ignore_errors=True)
-        run = Run(FOLDER / name)
-        run.create(model.config, {})
-        run.save(model.state_dict())
-        record(run)
+        save(model, FOLDER / name, {})
+        record(FOLDER / name)
 
 
 if __name__ == "__main__":
