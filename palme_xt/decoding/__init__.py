@@ -1,5 +1,5 @@
 """Decoding from the key-value cache: greedy, sampled, streamed and beam search."""
 
-from palme_xt.decoding import evaluating
+from palme_xt.decoding.loop import evaluating
 
 __all__ = ["evaluating"]
