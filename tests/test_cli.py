@@ -85,7 +85,7 @@ def test_a_run_folder_holds_what_it_promises(run: Path) -> None:
 def test_one_unreadable_image_does_not_keep_the_others_from_captions(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("palme_xt.cli.CAPTIONED_AT_ONCE", 3)
+    monkeypatch.setattr("palme_xt.cli.caption.CAPTIONED_AT_ONCE", 3)
     images = sorted(map(str, (run / "held_out").glob("*.png")))
     expected = captions(capsys, run, images=images)
     (tmp_path / "bad.png").touch()

@@ -33,6 +33,26 @@ PICTURES_MODEL = replace(DIGITS_MODEL, image_size=64, max_seq_len=128, vit_kwarg
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """Which run to write or resume, and which tokenizer a new run has.
+
+    Args:
+        run: New run folder (default: runs/NAME-DATE-TIME).
+        resume: Run to resume from its last checkpoint, as if it had never stopped. No other option is allowed beside
+            it, except `data` where the data have moved.
+        tokenizer: A `tokenizer.json` of the tokenizers library, or a repository on the hub (default: bytes).
+        bos_token: Token that begins a text (default: the tokenizer's usual one).
+        eos_token: Token that ends a text (default: the tokenizer's usual one).
+    """
+
+    run: str | None = None
+    resume: str | None = None
+    tokenizer: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+
+
+@dataclass(frozen=True)
 class Data:
     """Which captioned pictures to learn from.
 

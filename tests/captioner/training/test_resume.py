@@ -126,7 +126,7 @@ def test_a_signal_ends_the_training_after_the_step(
     assert signal.getsignal(number) == before
     assert [line["step"] for line in Run(tmp_path / "told").metrics()] == [1, 2, 3, 3, 4, 5, 5]
     out = capsys.readouterr().out
-    assert f"go on with it: palme-xt train --resume {tmp_path / 'told'}" in out
+    assert f"resume it: palme-xt train --resume {tmp_path / 'told'}" in out
     assert "5 steps; 16 training rows read, of which skipped: none" in out
     assert main(["train", f"--resume={tmp_path / 'told'}"]) == 0
     assert end_of(tmp_path / "told") == end_of(tmp_path / "whole")

@@ -1,0 +1,105 @@
+"""The command line, `palme-xt COMMAND ...`: each command is a module here, and is imported when it is needed.
+
+`palme-xt --version` therefore does not wait seconds for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import palme_xt
+
+COMMANDS = {
+    "train": "train a captioner on your images, or on scenes of digits",
+    "caption": "caption image files with a trained run",
+    "source": "print the model as an x-transformers program",
+    "parity": "tell whether another x-transformers computes the same",
+}
+INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `palme-xt` with the given arguments, or those of the process.
+
+    Returns:
+        The exit status: that of the command, 130 after an interrupt, or 2 for anything that the user can correct, which
+        is explained in one line on stderr.
+    """
+    try:
+        with warnings.catch_warnings():
+            # x-transformers up to 2.31.10 uses torch.jit.script, which torch 2.15 warns of.
+            for category in FutureWarning, DeprecationWarning:
+                warnings.filterwarnings("ignore", message=".*torch.jit.script", category=category)
+            command, options = parse(sys.argv[1:] if argv is None else argv)
+            status: int = _module(command).run(options)
+            return status
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("palme_xt"):
+            raise
+        complain(f"error: {error.name} is not installed: pip install -e '.[train]'")
+    except (ValueError, TypeError, OSError) as error:
+        # Errors of this package explain themselves. One from elsewhere is a defect, and shows where it is from.
+        if not isinstance(error, OSError) and not _raised_here(error):
+            raise
+        complain(f"error: {error}", met=getattr(error, "met", False))
+    except KeyboardInterrupt:
+        complain("interrupted", met=True)
+        return INTERRUPTED
+    return 2
+
+
+def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the command that `argv` names, and its options.
+
+    Raises:
+        SystemExit: With status 0 after `--help`, `--version` or no argument at all, with status 2 after an error.
+        ValueError: If options do not go together.
+    """
+    listed = "\n".join(f"  {name:9} {purpose}" for name, purpose in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="palme-xt",
+        usage="palme-xt [--help] [--version] COMMAND ...",
+        description="PalmE, a vision-language model over x-transformers.",
+        epilog=f"commands:\n{listed}\n\n`palme-xt COMMAND --help` lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"palme-xt {palme_xt.__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    if not argv:
+        parser.print_help()
+        parser.exit()
+    command: str = parser.parse_args(argv[:1]).command
+    return command, _module(command).parse([_with_underscores(argument) for argument in argv[1:]])
+
+
+def _with_underscores(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
+
+
+def complain(message: str, *, met: bool = False) -> None:
+    """Print one line on stderr.
+
+    Of many processes, the first one prints it if all have `met`, and otherwise the first one of each machine.
+    """
+    rank, first_here = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+    if rank == "0" or (first_here and not met):
+        print(f"palme-xt: {message}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"palme_xt.cli.{command}")
+
+
+def _raised_here(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("palme_xt.")

@@ -1,0 +1,123 @@
+"""Caption image files with a trained run, one line each, or draw where on an image it looked."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palme_xt.captioner import attention, drawing
+from palme_xt.captioner import caption as captioning
+from palme_xt.captioner.images import ImageError, Preprocessing, read_preprocessing
+from palme_xt.captioner.tokenizer import Tokenizer, read_tokenizer
+from palme_xt.cli import complain
+from palme_xt.model import PalmE
+from palme_xt.storage.folder import load
+from palme_xt.tokens import printable
+
+CAPTIONED_AT_ONCE = 64
+
+
+def parse(argv: list[str]) -> dict[str, Any]:
+    """Return the options in `argv`."""
+    parser = argparse.ArgumentParser(
+        prog="palme-xt caption",
+        usage="palme-xt caption RUN IMAGE [IMAGE ...] [OPTION ...]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` made")
+    parser.add_argument("image", metavar="IMAGE", nargs="+", help="image files that Pillow can read")
+    parser.add_argument("--beams", type=int, default=1, help="width of a beam search (default: 1, no search)")
+    parser.add_argument("--temperature", type=float, help="sample at this temperature (default: 0, do not sample)")
+    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens that sum to this probability")
+    parser.add_argument("--seed", type=int, help="seed of the sampling (default: a new one each time)")
+    parser.add_argument("--stream", action="store_true", help="print each caption as it is decoded")
+    parser.add_argument(
+        "--attention", metavar="OUT.png", help="draw where on one IMAGE the decoder looked for each word"
+    )
+    layer = "which cross-attention to draw, in the order in which they run (default: -1, the last)"
+    parser.add_argument("--layer", type=int, help=layer)
+    return vars(parser.parse_args(argv))
+
+
+def run(options: dict[str, Any]) -> int:
+    """Caption the images that can be read, and return the exit status."""
+    folder = Path(options["run"])
+    model = load(folder)
+    preprocessing, tokenizer = read_preprocessing(folder, model.config), read_tokenizer(folder)
+    how = _how_to_decode(options)
+    if options["attention"] is not None:
+        return _draw_attention(options, model, preprocessing, tokenizer, how)
+    if options["layer"] is not None:
+        raise ValueError(f"--layer={options['layer']} has no effect without --attention: leave it out")
+    unreadable = 0
+    for start in range(0, len(options["image"]), CAPTIONED_AT_ONCE):
+        images: dict[int, Tensor] = {}
+        paths = options["image"][start : start + CAPTIONED_AT_ONCE]
+        for number, path in enumerate(paths):
+            try:
+                images[number] = preprocessing.read(path)
+            except ImageError as error:  # the other images are captioned
+                complain(f"error: {error}")
+                unreadable += 1
+        if options["stream"]:
+            for number, img in images.items():
+                print(f"{paths[number]}: ", end="", flush=True)
+                for text in captioning.stream_caption(model, img, tokenizer, **how):
+                    print(printable(text), end="", flush=True)
+                print()
+        elif images:
+            texts = captioning.caption(model, torch.stack(list(images.values())), tokenizer, **how)
+            for number, text in zip(images, texts, strict=True):
+                print(f"{paths[number]}: {printable(text)}", flush=True)
+    return 2 if unreadable else 0
+
+
+def _draw_attention(
+    options: dict[str, Any], model: PalmE, preprocessing: Preprocessing, tokenizer: Tokenizer, how: dict[str, Any]
+) -> int:
+    out, paths = Path(options["attention"]), options["image"]
+    if len(paths) != 1 or options["stream"]:
+        raise ValueError(f"--attention={out} draws one image, without --stream: found {len(paths)} images")
+    if out.suffix.lower() != ".png" or (out.exists() and out.samefile(paths[0])):
+        raise ValueError(f"--attention={out} must be a PNG file, and not the image itself: name another")
+    img = preprocessing.read(paths[0])[None]
+    (ids,) = captioning.caption_ids(model, img, tokenizer, **how).tolist()
+    ids = ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
+    piece = tokenizer.pieces()
+    pieces = [piece(token) for token in ids]
+    words = attention.words([*pieces[:-1], pieces[-1] + piece(tokenizer.eos)] if pieces else [])
+    text = torch.tensor([[tokenizer.bos, *(ids or [tokenizer.eos])]])
+    layer = -1 if options["layer"] is None else options["layer"]
+    maps = attention.word_maps(attention.cross_attention_maps(model, img, text, layer)[0], words)
+    drawing.draw_attention(preprocessing.shown(img[0]), [printable(word) for word, _ in words], maps, out)
+    print(f"{paths[0]}: {printable(tokenizer.decode(ids))}")
+    print(f"{out} written")
+    return 0
+
+
+def _how_to_decode(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of `PalmE.generate`, and seed the sampling."""
+    beams, temperature, top_p, seed = (options[name] for name in ("beams", "temperature", "top_p", "seed"))
+    if beams != 1 and (options["stream"] or temperature or top_p is not None or seed is not None):
+        raise ValueError(f"--beams={beams} goes with no other option: it does not sample, and ends with the best beam")
+    how: dict[str, Any] = {} if beams == 1 else {"beams": beams}
+    if temperature is not None:
+        how["temperature"] = temperature
+    if top_p is not None:
+        if temperature == 0:
+            raise ValueError(f"--top-p={top_p} has no effect with --temperature=0, which does not sample: drop one")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"--top-p={top_p} must be greater than 0 and at most 1")
+        how |= {"temperature": 1.0} | how | {"filter_logits_fn": "top_p", "filter_kwargs": {"thres": top_p}}
+    if seed is not None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"--seed={seed} must be within 0..2**63-1")
+        if not how.get("temperature"):
+            raise ValueError(f"--seed={seed} has no effect without --temperature or --top-p: leave it out")
+        torch.manual_seed(seed)
+    return how

@@ -1,0 +1,124 @@
+"""Train a captioner on your own captioned images, or on scenes of handwritten digits, and show what it has learned.
+
+`accelerate launch -m palme_xt train ...` trains in several processes. Every argument of PalmE is an option. Overrides
+are given one by one and added to the defaults, as in --decoder_kwargs.ff_glu true, or as a whole dict, which replaces
+them. The model's defaults depend on the data and the tokenizer: see `palme-xt train --data DATA --help`. Options may be
+spelled with hyphens or underscores.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from jsonargparse import ArgumentParser
+
+from palme_xt.captioner.options import DIGITS, DIGITS_MODEL, PICTURES_MODEL, Data, RunOptions, Training
+from palme_xt.captioner.tokenizer import load_tokenizer, read_tokenizer
+from palme_xt.captioner.training.loop import Outcome, train
+from palme_xt.captioner.training.run import Run
+from palme_xt.cli import INTERRUPTED
+from palme_xt.cli.given import given, reject_others
+from palme_xt.config import PalmEConfig
+from palme_xt.tokens import printable
+
+FLAGS = ("--strict", "--streaming")  # options that may stand alone
+HELP = ("-h", "--help")
+SHOWN = 8
+WIDEST = 60
+
+
+def parse(argv: list[str]) -> dict[str, Any]:
+    """Return the options in `argv`; the defaults of the model depend on them.
+
+    Raises:
+        ValueError: If there are other options beside `--resume`, or the tokenizer cannot be read.
+    """
+    parser = ArgumentParser(
+        prog="palme-xt train",
+        usage="palme-xt train [--data DATA] [--run RUN] [OPTION VALUE ...]\n"
+        "       palme-xt train --resume RUN [--data DATA]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    for options in RunOptions, Data, Training, PalmEConfig:
+        parser.add_class_arguments(options)
+
+    argv = [_with_value(argument, following) for argument, following in zip(argv, [*argv[1:], "--"], strict=False)]
+    named = given(parser, [argument for argument in argv if argument not in HELP])
+    if "resume" in named:
+        reject_others(f"--resume={named['resume']}", named, ["resume", "data"])
+    parser.set_defaults(_model_defaults(named, described=any(option in argv for option in HELP)))
+    return dict(parser.parse_args(argv).as_dict()) | {"moved": named.get("data")}
+
+
+def _with_value(argument: str, following: str) -> str:
+    return f"{argument}=true" if argument in FLAGS and following.startswith("--") else argument
+
+
+def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]:
+    model = (DIGITS_MODEL if named.get("data", DIGITS) == DIGITS else PICTURES_MODEL).to_dict()
+    if "tokenizer" not in named or described:
+        return model
+    tokenizer = load_tokenizer(named["tokenizer"], named.get("bos_token"), named.get("eos_token"))
+    return model | {"num_tokens": tokenizer.num_tokens}
+
+
+def run(options: dict[str, Any]) -> int:
+    """Train, print what was learned, and return the exit status."""
+    if options["resume"] is not None:
+        folder = Run(options["resume"])
+        config, values, tokenizer = folder.config(), folder.training(), read_tokenizer(folder.folder)
+        values |= {"data": options["moved"]} if options["moved"] is not None else {}
+    else:
+        values = options
+        tokenizer = load_tokenizer(*(options[name] for name in ("tokenizer", "bos_token", "eos_token")))
+        config = _from_options(PalmEConfig, options)
+        name = re.sub(r"[^\w.-]+", "-", Path(options["data"].rpartition(":")[2]).stem).strip("-.") or "data"
+        folder = Run(options["run"] or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        training, data = _from_options(Training, values), _from_options(Data, values)
+    except KeyError as error:
+        message = f"{folder.folder} does not say how it was trained: {error} is missing in config.json"
+        raise ValueError(message) from error
+    outcome = train(config, training, data, tokenizer, folder, resume=options["resume"] is not None)
+    if PartialState().is_main_process:
+        _print_outcome(outcome, folder.folder)
+    return INTERRUPTED if outcome.interrupted else 0
+
+
+def _from_options(kind: Any, values: Mapping[str, Any]) -> Any:
+    return kind(**{option.name: values[option.name] for option in fields(kind)})
+
+
+def _print_outcome(outcome: Outcome, folder: Path) -> None:
+    evaluation, progress = outcome.evaluation, outcome.progress
+    rows = list(zip(evaluation.predicted, evaluation.true, strict=True))
+    shown = [(predicted == true, _cut(printable(predicted)), _cut(true)) for predicted, true in rows[:SHOWN]]
+    width = max(len("predicted"), *(len(predicted) for _, predicted, _ in shown))
+    print(f"{'':6} {'predicted':{width}}  true")
+    for right, predicted, true in shown:
+        print(f"{'right' if right else 'wrong':6} {predicted:{width}}  {true}")
+    matches = f"held-out exact match: {evaluation.exact_match:.1%} of {len(rows)} images"
+    print(f"{matches}; loss {evaluation.loss:.3f} nats per token")
+    print(f"{progress.step} steps; {progress.rows} training rows read, of which skipped: {_counted(progress.skipped)}")
+    print(f"{len(rows)} held-out images; skipped: {_counted(evaluation.skipped)}")
+    quoted = shlex.quote(str(folder))
+    print(f"run folder: {folder}")
+    print(f"caption its held-out images: palme-xt caption {quoted} {quoted}/held_out/*.png")
+    if outcome.interrupted:
+        print(f"resume it: palme-xt train --resume {quoted}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
+
+
+def _counted(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} with {reason}" for reason, count in sorted(skipped.items())) or "none"
