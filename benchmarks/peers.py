@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE, PalmEConfig
-from tests.hand_wired import HandWired
 
 OURS = "palme_xt"
 HAND_WIRED = "x-transformers, wired by hand"

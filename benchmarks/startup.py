@@ -6,11 +6,11 @@ import subprocess
 import sys
 import time
 
+from benchmarks.hand_wired import HandWired
 from benchmarks.peers import HAND_WIRED, OURS
 from benchmarks.report import Report
 from benchmarks.timing import medians
 from palme_xt import PalmE, PalmEConfig
-from tests.hand_wired import HandWired
 
 ROUNDS = 9
 IMPORT = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
