@@ -1,1 +1,1 @@
-"""What the README's numbers come from: `python -m benchmarks [SUBSET ...]` prints them as Markdown tables."""
+"""Measure what the READMEs report: `python -m benchmarks [SUBSET ...]` prints their tables as Markdown."""

@@ -1,4 +1,4 @@
-"""How long a token takes: against upstream's own loop, without a cache, against Hugging Face, against the floor."""
+"""Time each decoded token: against upstream's own loop, without the cache, against Hugging Face and the floor."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
 from benchmarks.floors import bandwidth, step_floor
-from benchmarks.peers import HUGGING_FACE, OURS, hugging_face
-from benchmarks.report import Report
-from benchmarks.timing import medians
-from palme_xt import PalmE
+from benchmarks.peers import HUGGING_FACE, OURS, build
+from benchmarks.report import Report, ratio
+from benchmarks.timing import Contestant, medians
+from palme_xt import PalmEConfig
 
+COLUMNS = ("batch", "contestant", "ms per token", "relative to Hugging Face")
 SEQ_LEN = 128
 ROUNDS = 3
 COMPILED = "palme_xt, `compile=True`"
@@ -21,51 +22,56 @@ UPSTREAM = "x-transformers' `generate`, run by `palme_xt`'s `Decoder`"
 UNCACHED = "palme_xt, `cache_kv=False`"
 
 
+def contestants(models: dict[str, Any], img: Tensor, start: Tensor) -> dict[str, Contestant]:
+    """Return what decodes `SEQ_LEN` tokens greedily for each image."""
+    model = models[OURS]
+    ours = partial(model.generate, img, start, SEQ_LEN, temperature=0.0)
+
+    def upstream() -> Any:
+        with torch.no_grad():
+            return model.decoder.generate(start, SEQ_LEN, context=model.encode(img), temperature=0.0)
+
+    found: dict[str, Contestant] = {OURS: ours, COMPILED: partial(ours, compile=True), UPSTREAM: upstream}
+    if HUGGING_FACE in models:
+        found[HUGGING_FACE] = partial(
+            models[HUGGING_FACE].generate,
+            img,
+            decoder_input_ids=start,
+            decoder_start_token_id=0,
+            max_new_tokens=SEQ_LEN,
+            min_new_tokens=SEQ_LEN,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+    return found
+
+
+def check(found: dict[str, Contestant], batch: int) -> None:
+    """Check that all contestants decode as many tokens, and that ours are the same in every way of decoding."""
+    tokens: dict[str, Any] = {name: contestant() for name, contestant in found.items()}
+    for name in COMPILED, UPSTREAM:
+        assert torch.equal(tokens[name], tokens[OURS]), name
+    assert HUGGING_FACE not in tokens or tokens[HUGGING_FACE].shape == (batch, 1 + SEQ_LEN)
+
+
 def main() -> None:
-    torch.manual_seed(0)
-    model = PalmE().eval()
-    peer = hugging_face(model.config).eval()
-    report = Report("decoding", f"Decoding: default configuration, greedy, {SEQ_LEN} new tokens", "transformers")
-    report.header("batch", "contestant", "ms a token", "relative to Hugging Face")
+    models = {name: model.eval() for name, model in build(PalmEConfig(), OURS, HUGGING_FACE).items()}
+    title = f"Decoding: default configuration, greedy, {SEQ_LEN} new tokens"
+    report = Report("decoding", title, COLUMNS, ["transformers"])
     for batch in 1, 16:
-        img = torch.randn(batch, 3, 256, 256)
-        start = torch.zeros(batch, 1, dtype=torch.long)
-
-        def ours(cache_kv: bool = True, img: Any = img, start: Any = start) -> Any:
-            return model.generate(img, start, SEQ_LEN, temperature=0.0, cache_kv=cache_kv)
-
-        def upstream(img: Any = img, start: Any = start) -> Any:
-            with torch.no_grad():
-                return model.decoder.generate(start, SEQ_LEN, context=model.encode(img), temperature=0.0)
-
-        def theirs(img: Any = img, start: Any = start) -> Any:
-            return peer.generate(
-                img,
-                decoder_input_ids=start,
-                decoder_start_token_id=0,
-                max_new_tokens=SEQ_LEN,
-                min_new_tokens=SEQ_LEN,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=0,
-                eos_token_id=None,
-            )
-
-        def compiled(img: Any = img, start: Any = start) -> Any:
-            return model.generate(img, start, SEQ_LEN, temperature=0.0, compile=True)
-
-        assert theirs().shape == (batch, 1 + SEQ_LEN)
-        assert torch.equal(ours(), upstream())
-        assert torch.equal(ours(), compiled())
-        seconds = medians({OURS: ours, COMPILED: compiled, UPSTREAM: upstream, HUGGING_FACE: theirs}, ROUNDS)
-        if batch == 1:  # at 16, minutes
-            seconds |= medians({UNCACHED: partial(ours, cache_kv=False)}, 1)
+        img, start = torch.randn(batch, 3, 256, 256), torch.zeros(batch, 1, dtype=torch.long)
+        found = contestants(models, img, start)
+        check(found, batch)
+        seconds = medians(found, ROUNDS)
+        if batch == 1:  # takes minutes at 16
+            uncached = partial(models[OURS].generate, img, start, SEQ_LEN, temperature=0.0, cache_kv=False)
+            seconds |= medians({UNCACHED: uncached}, 1)
         floor = "floor: reading the decoder's weights" if batch == 1 else "floor: the matrix products of a step"
-        seconds[floor] = step_floor(model.decoder.net, batch) * SEQ_LEN
+        seconds[floor] = step_floor(models[OURS].decoder.net, batch) * SEQ_LEN
         for name, value in seconds.items():
-            report.row(batch, name, f"{value / SEQ_LEN * 1e3:.1f}", f"{value / seconds[HUGGING_FACE]:.2f}")
+            report.row(batch, name, f"{value / SEQ_LEN * 1e3:.1f}", ratio(value, seconds.get(HUGGING_FACE)))
     report.end()
     print(f"Memory bandwidth: {bandwidth() / 1e9:.1f} GB/s.\n")
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        model.generate(torch.randn(1, 3, 256, 256), torch.zeros(1, 1, dtype=torch.long), 64, temperature=0.0)
-    report.profile("Where the time goes at batch 1, 64 tokens", profiled)
+    report.profile("Where the time goes at batch 1", contestants(models, img[:1], start[:1])[OURS])

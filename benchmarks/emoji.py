@@ -1,4 +1,4 @@
-"""Real pictures to learn from: the emoji of an npm package, with their official names, as an imagefolder.
+"""Train on real images: the emoji of an npm package with their official names, as an imagefolder.
 
 `python -m benchmarks emoji` trains on them; `python -m benchmarks.emoji DIR` only writes them to DIR.
 """
@@ -21,6 +21,7 @@ from palme_xt.captioner.tokenizer import ByteTokenizer
 from palme_xt.captioner.training.loop import train
 from palme_xt.captioner.training.run import Run
 
+COLUMNS = ("held-out images", "how many", "exactly right")
 PACKAGE = "emoji-datasource-google@16.0.0"  # Noto Color Emoji, 64 pixels; names from Unicode 16
 TRAINING = Training(steps=3000, lr=1e-3, eval_every=500)
 TONES = {
@@ -32,11 +33,11 @@ TONES = {
 }
 
 
-def prepare(folder: Path) -> int:
-    """Download the package with npm and write its pictures and `metadata.jsonl` into a new `folder`.
+def prepare(folder: Path) -> list[str]:
+    """Download the package with npm, and write its images and `metadata.jsonl` into a new `folder`.
 
     Returns:
-        How many pictures there are.
+        The caption of each image.
     """
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as download:
@@ -50,11 +51,11 @@ def prepare(folder: Path) -> int:
             shutil.copy(package / "img" / "google" / "64" / name, folder / name)
     lines = (json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows)
     (folder / "metadata.jsonl").write_text("".join(lines))
-    return len(rows)
+    return [text for _, text in rows]
 
 
 def captions(emoji: list[dict[str, object]]) -> Iterator[tuple[str, str]]:
-    """File names and captions: `waving hand sign`, and `waving hand sign: dark skin tone` of its variations."""
+    """Yield file names and captions, such as `waving hand sign`, and `waving hand sign: dark skin tone`."""
     for each in emoji:
         variations = each.get("skin_variations") or {}
         assert isinstance(variations, dict)
@@ -66,30 +67,33 @@ def captions(emoji: list[dict[str, object]]) -> Iterator[tuple[str, str]]:
                 yield str(shown["image"]), caption
 
 
+def by_kind(true: list[str], predicted: list[str], trained: set[str]) -> dict[str, list[bool]]:
+    """Return which held-out captions are exactly right: all, and apart by whether the emoji's name was trained on."""
+    right: dict[str, list[bool]] = {"all": [], "another skin tone was trained on": [], "none was": []}
+    for expected, found in zip(true, predicted, strict=True):
+        kind = "another skin tone was trained on" if expected.split(": ")[0] in trained else "none was"
+        for which in "all", kind:
+            right[which].append(expected == found)
+    return right
+
+
 def main() -> None:
-    report = Report("emoji", "Captioning emoji", "accelerate", "datasets", "pillow")
+    report = Report("emoji", "Captioning emoji", COLUMNS, ["accelerate", "datasets", "pillow"])
     run = Run(FOLDER / f"emoji-{time.strftime('%Y%m%d-%H%M%S')}")
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder) / "emoji")
-        rows = [json.loads(line) for line in (Path(folder) / "emoji" / "metadata.jsonl").read_text().splitlines()]
+        texts = prepare(Path(folder) / "emoji")
         started = time.perf_counter()
         outcome = train(PICTURES_MODEL, TRAINING, Data(str(Path(folder) / "emoji")), ByteTokenizer(), run)
         minutes = (time.perf_counter() - started) / 60
-    held_out = list(outcome.evaluation.true)
-    trained = {row["text"].split(": ")[0] for row in rows if row["text"] not in held_out}
-    right: dict[str, list[bool]] = {"all": [], "another skin tone was trained on": [], "none was": []}
-    for true, predicted in zip(outcome.evaluation.true, outcome.evaluation.predicted, strict=True):
-        kind = list(right)[1 if true.split(": ")[0] in trained else 2]
-        for which in "all", kind:
-            right[which].append(true == predicted)
-    report.header("held-out pictures", "how many", "exactly right")
-    for which, matches in right.items():
-        report.row(which, len(matches), f"{sum(matches) / len(matches):.1%}")
+    true, predicted = list(outcome.evaluation.true), list(outcome.evaluation.predicted)
+    trained = {text.split(": ")[0] for text in texts if text not in true}
+    for kind, matches in by_kind(true, predicted, trained).items():
+        report.row(kind, len(matches), f"{sum(matches) / len(matches):.1%}")
     report.end()
-    print(f"{len(rows)} pictures, {TRAINING.steps} steps, {minutes:.0f} minutes, run folder {run.folder}\n")
+    print(f"{len(texts)} images, {TRAINING.steps} steps, {minutes:.0f} minutes, run folder {run.folder}\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.emoji", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder")
-    print(f"{prepare(parser.parse_args().folder)} pictures")
+    print(f"{len(prepare(parser.parse_args().folder))} images")

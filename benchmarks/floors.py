@@ -1,4 +1,4 @@
-"""What no implementation can beat on this machine: its memory bandwidth, and its matrix products."""
+"""Measure what no implementation can beat on this machine: its memory bandwidth, and its matrix products."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def _fastest_half(action: Callable[[], object], times: int = 9) -> float:
@@ -20,25 +21,24 @@ def _fastest_half(action: Callable[[], object], times: int = 9) -> float:
 
 
 def bandwidth() -> float:
-    """Bytes a second at which this machine reads memory: a sum over 1 GiB."""
+    """Return the bytes per second at which this machine reads memory, from a sum over 1 GiB."""
     values = torch.ones(2**28)
     return values.nbytes / _fastest_half(values.sum)
 
 
 def weights_read_each_step(net: nn.Module) -> list[Tensor]:
-    """The weight matrices of a decoder that a cached step reads whole: all but the token embedding, and but the keys
-    and values of cross-attention, which are cached."""
-    linear = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    """Return the weight matrices of a decoder that a cached step reads whole.
+
+    These are all but the token embedding, and but the keys and values of cross-attention, which are cached.
+    """
     cross = [name for name, module in net.named_modules() if getattr(module, "causal", None) is False]
-    return [
-        module.weight
-        for name, module in linear.items()
-        if not any(name in (f"{attention}.to_k", f"{attention}.to_v") for attention in cross)
-    ]
+    cached = {f"{attention}.{projection}" for attention in cross for projection in ("to_k", "to_v")}
+    linear = {name: module for name, module in net.named_modules() if isinstance(module, nn.Linear)}
+    return [module.weight for name, module in linear.items() if name not in cached]
 
 
 def step_floor(net: nn.Module, batch: int) -> float:
-    """Seconds to read all weights of a step once, at batch 1; of their matrix products alone, at larger ones."""
+    """Return the seconds to read all weights of a step at batch 1, or for their matrix products at larger batches."""
     weights = weights_read_each_step(net)
     if batch == 1:
         return sum(weight.nbytes for weight in weights) / bandwidth()
@@ -48,9 +48,7 @@ def step_floor(net: nn.Module, batch: int) -> float:
 
 
 def flops_floor(step: Callable[[], object]) -> float:
-    """Seconds that the floating-point operations of `step` take at the rate of a large matrix product."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """Return the seconds that the floating-point operations of `step` take at the rate of a large matrix product."""
     with FlopCounterMode(display=False) as counter:
         step()
     a, b, out = torch.randn(2048, 512), torch.randn(512, 2048), torch.empty(2048, 2048)

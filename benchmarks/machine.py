@@ -1,34 +1,32 @@
-"""Where the numbers were measured."""
+"""Describe the machine and the releases that a table was measured with."""
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 
 def describe(*packages: str) -> str:
-    """One line with versions, threads and processor, to stand above each table."""
-    versions = ", ".join(
-        f"{package} {version(package)}" for package in ("torch", "x-transformers", *packages) if _installed(package)
-    )
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    return f"{date.today()}: Python {platform.python_version()}, {versions}, {torch.get_num_threads()} threads, {cpu}"
+    """Return one line with date, Python, releases, threads and processor, to stand under a table."""
+    releases = ", ".join(_releases("torch", "x-transformers", *packages))
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{date.today()}: Python {platform.python_version()}, {releases}, {threads}, {_processor()}."
 
 
-def _installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
+def _releases(*packages: str) -> Iterator[str]:
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            yield f"{package} {version(package)}"
 
 
-def _cpuinfo() -> list[str]:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return file.readlines()
-    except OSError:
-        return []
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

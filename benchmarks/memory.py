@@ -1,4 +1,4 @@
-"""Peak memory of one training step, each contestant alone in a process, above what the process held before."""
+"""Measure the peak memory of a training step, each contestant alone in a process."""
 
 from __future__ import annotations
 
@@ -6,45 +6,44 @@ import resource
 import subprocess
 import sys
 
-import torch
-
-from benchmarks.peers import HAND_WIRED, HUGGING_FACE, OURS, losses, training_step
-from benchmarks.report import Report
+from benchmarks.peers import HAND_WIRED, HUGGING_FACE, OURS, build, draw_batch, installed, training_steps
+from benchmarks.report import Report, ratio
 from palme_xt import PalmE, PalmEConfig
 
+COLUMNS = ("batch", "tokens", "contestant", "MB", "relative to Hugging Face", "relative to hand-wired")
 SHAPES = (4, 256), (2, 1024)
 FLOOR = "floor: weights and gradients"
 
 
 def peak() -> float:
-    """The most memory that this process has held, in MB (Linux counts in units of 1024 bytes)."""
+    """Return the most memory that this process has held, in MB (Linux counts in units of 1024 bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def measure(name: str, b: int, n: int) -> float:
-    """MB that a model and its second training step take at their peak."""
+    """Return the MB that a model and its second training step take at their peak."""
     config = PalmEConfig()
-    losses(PalmEConfig(image_size=32, encoder_depth=1, decoder_depth=1, num_tokens=8), OURS)  # imports are not counted
+    build(PalmEConfig(image_size=32, encoder_depth=1, decoder_depth=1, num_tokens=8), OURS)  # imports are not counted
     before = peak()
-    module, loss = losses(config, name)[name]
-    img, text = torch.randn(b, 3, config.image_size, config.image_size), torch.randint(config.num_tokens, (b, n))
+    (step,) = training_steps(build(config, name), *draw_batch(config, b, n)).values()
     for _ in range(2):
-        training_step(module, loss, img, text)()
+        step()
     return peak() - before
 
 
 def main() -> None:
-    report = Report("memory", "Peak memory of a training step", "transformers")
-    report.header("batch", "tokens", "contestant", "MB", "relative to hand-wired")
+    names = installed(OURS, HAND_WIRED, HUGGING_FACE)
     weights = 2 * sum(parameter.nbytes for parameter in PalmE().parameters()) / 1e6
+    report = Report("memory", "Peak memory of a training step", COLUMNS, ["transformers"])
     for b, n in SHAPES:
         found = {}
-        for name in HAND_WIRED, OURS, HUGGING_FACE:
+        for name in names:
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", name, str(b), str(n)]
             found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
         found[FLOOR] = weights
         for name, value in found.items():
-            report.row(b, n, name, f"{value:.0f}", f"{value / found[HAND_WIRED]:.2f}")
+            against = ratio(value, found.get(HUGGING_FACE)), ratio(value, found[HAND_WIRED])
+            report.row(b, n, name, f"{value:.0f}", *against)
     report.end()
 
 

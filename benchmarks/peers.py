@@ -1,28 +1,37 @@
-"""The models that palme_xt is measured against, of the same dimensions. Those not installed are skipped by name."""
+"""The models that palme_xt is measured against, with the same dimensions. Those not installed are skipped by name."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.hand_wired import HandWired
+from benchmarks.timing import Contestant
 from palme_xt import PalmE, PalmEConfig
-from tests.hand_wired import HandWired
 
 OURS = "palme_xt"
 HAND_WIRED = "x-transformers, wired by hand"
 HUGGING_FACE = "transformers `VisionEncoderDecoderModel`"
 COCA = "coca-pytorch `CoCa` (3 + 3 layers, encoder frozen)"
 ORIGINAL = "zetascale `PalmE`"
-Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Peer(NamedTuple):
+    """How a model is built, and how its loss is computed from the model, `img` and `text`."""
+
+    package: str
+    build: Callable[[PalmEConfig], nn.Module]
+    loss: Callable[[Any, Tensor, Tensor], Tensor]
 
 
 def hugging_face(config: Any) -> Any:
-    """ViT and GPT-2 of the same dimensions."""
+    """Build a ViT and a GPT-2 of the same dimensions."""
     from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
 
     encoder = ViTConfig(
@@ -36,7 +45,7 @@ def hugging_face(config: Any) -> Any:
     decoder = GPT2Config(
         vocab_size=config.num_tokens,
         n_positions=config.max_seq_len,
-        resid_pdrop=0.0,  # PalmE has no dropout unless asked
+        resid_pdrop=0.0,  # PalmE has no dropout by default
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         n_embd=config.decoder_dim,
@@ -53,7 +62,7 @@ def hugging_face(config: Any) -> Any:
 
 
 def coca(config: PalmEConfig) -> Any:
-    """CoCa around the same encoder: it freezes the encoder, and learns a contrastive loss besides."""
+    """Build CoCa around the same encoder, which it freezes; it has a contrastive loss as well."""
     CoCa: Any = importlib.import_module("coca_pytorch.coca_pytorch").CoCa
 
     class Embeddings(nn.Module):
@@ -76,58 +85,56 @@ def coca(config: PalmEConfig) -> Any:
     )
 
 
-def losses(config: PalmEConfig, *names: str) -> dict[str, tuple[nn.Module, Loss]]:
-    """Those of the named contestants that are installed, each a module and its loss of `img` and `text`."""
-    torch.manual_seed(0)
-    found: dict[str, tuple[nn.Module, Loss]] = {}
-    for name in names:
-        package, build = CONTESTANTS[name]
-        if find_spec(package):
-            found[name] = build(config)
-        else:
-            print(f"Skipped, {package} is not installed: {name}.\n")
-    return found
+def original(config: PalmEConfig) -> Any:
+    """Build the model of zetascale, whose defaults are ours."""
+    return importlib.import_module("zeta.models").PalmE()
 
 
-def _palme(config: PalmEConfig) -> tuple[nn.Module, Loss]:
-    model = PalmE.from_config(config)
-    return model, model
-
-
-def _hand_wired(config: PalmEConfig) -> tuple[nn.Module, Loss]:
-    model = HandWired(config)
-    return model, model
-
-
-def _hugging_face(config: PalmEConfig) -> tuple[nn.Module, Loss]:
-    model = hugging_face(config).train()
-    return model, lambda img, text: model(img, decoder_input_ids=text, labels=text).loss
-
-
-def _coca(config: PalmEConfig) -> tuple[nn.Module, Loss]:
-    model = coca(config)
-    return model, lambda img, text: model(text, img, return_loss=True)
-
-
-def _original(config: PalmEConfig) -> tuple[nn.Module, Loss]:
-    model: Any = importlib.import_module("zeta.models").PalmE()
-    return model, lambda img, text: model(img, text)[1]
-
-
-CONTESTANTS: dict[str, tuple[str, Callable[[PalmEConfig], tuple[nn.Module, Loss]]]] = {
-    OURS: ("palme_xt", _palme),
-    HAND_WIRED: ("x_transformers", _hand_wired),
-    HUGGING_FACE: ("transformers", _hugging_face),
-    COCA: ("coca_pytorch", _coca),
-    ORIGINAL: ("zeta", _original),
+PEERS = {
+    OURS: Peer("palme_xt", PalmE.from_config, lambda model, img, text: model(img, text)),
+    HAND_WIRED: Peer("x_transformers", HandWired, lambda model, img, text: model(img, text)),
+    HUGGING_FACE: Peer(
+        "transformers", hugging_face, lambda model, img, text: model(img, decoder_input_ids=text, labels=text).loss
+    ),
+    COCA: Peer("coca_pytorch", coca, lambda model, img, text: model(text, img, return_loss=True)),
+    ORIGINAL: Peer("zeta", original, lambda model, img, text: model(img, text)[1]),
 }
 
 
-def training_step(module: nn.Module, loss: Loss, img: Tensor, text: Tensor) -> Callable[[], None]:
-    """Forward and backward."""
+def installed(*names: str) -> list[str]:
+    """Return those of the named models whose package is installed, and print the others."""
+    missing = [name for name in names if not find_spec(PEERS[name].package)]
+    for name in missing:
+        print(f"Skipped, {PEERS[name].package} is not installed: {name}.\n")
+    return [name for name in names if name not in missing]
+
+
+def build(config: PalmEConfig, *names: str) -> dict[str, Any]:
+    """Build those of the named models that are installed, in training mode."""
+    torch.manual_seed(0)
+    return {name: PEERS[name].build(config).train() for name in installed(*names)}
+
+
+def draw_batch(config: PalmEConfig, b: int, n: int) -> tuple[Tensor, Tensor]:
+    """Return `b` random images and texts of `n` tokens."""
+    img = torch.randn(b, 3, config.image_size, config.image_size)
+    return img, torch.randint(config.num_tokens, (b, n))
+
+
+def training_steps(
+    models: Mapping[str, nn.Module], img: Tensor, text: Tensor, *, compile: bool = False
+) -> dict[str, Contestant]:
+    """Return the training step (forward and backward) of each model on the same batch."""
+    return {name: _training_step(name, model, img, text, compile) for name, model in models.items()}
+
+
+def _training_step(name: str, model: nn.Module, img: Tensor, text: Tensor, compile: bool) -> Contestant:
+    loss: Callable[[Tensor, Tensor], Tensor] = partial(PEERS[name].loss, model)
+    if compile:
+        loss = torch.compile(loss)
 
     def step() -> None:
-        module.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss(img, text).backward()
 
     return step

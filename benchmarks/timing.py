@@ -1,4 +1,4 @@
-"""Interleaved timing: contestants take turns, so that a machine that slows down slows all of them."""
+"""Time contestants that take turns, so that a machine that slows down slows all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Contestant = Callable[[], object]
 
 
 def medians(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, float]:
-    """Median seconds of each contestant over `rounds` rounds, after one round that is not counted."""
+    """Return the median seconds of each contestant over `rounds` rounds, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, contestant in contestants.items():

@@ -1,7 +1,7 @@
-"""Which releases of x-transformers run, compute the same numbers, and still need the workarounds.
+"""Find which releases of x-transformers run, compute the same numbers, and still need the workarounds.
 
-Each is installed alone in a throw-away folder, ahead of the installed one on the path: torch and the rest are shared.
-`python -m benchmarks.versions 2.30.5 2.31.10` runs the given ones.
+Each release is installed alone in a temporary folder, ahead of the installed one on the path; torch and the rest are
+shared. `python -m benchmarks.versions 2.30.5 2.31.10` runs the given releases. To be run from the repository's root.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.machine import describe
+from benchmarks.report import Report
 
+COLUMNS = ("x-transformers", "runs", "numbers of the goldens", "parity and decoding tests", "workarounds needed")
 OLDER = ("2.17.10", "2.20.1", "2.25.2", "2.25.5")
-SUPPORTED = ("2.26.4", "2.27.4", "2.28.11", "2.29.4", "2.30.5", "2.31.10")  # the last patch of every minor
+SUPPORTED = ("2.26.4", "2.27.4", "2.28.11", "2.29.4", "2.30.5", "2.31.10")  # the last patch of every minor release
 TESTS = ("tests/parity/test_parity.py", "tests/decoding/test_decoding.py", "tests/decoding/test_beam_search.py")
 WORKAROUNDS = {
     "test_upstream_still_crashes_with_alibi_rotary_and_a_cache": "cache",
@@ -26,15 +28,16 @@ WORKAROUNDS = {
     "test_upstream_still_ties_a_copy_to_the_embedding_of_its_source": "tied copies",
     "test_one_head_crashes_upstream_unless_as_wide_as_the_model": "one head",
 }
+GOLDENS = "tests/parity/goldens"
 CHECK_GOLDENS = """
+import sys
 import warnings
+from pathlib import Path
 warnings.simplefilter("ignore")
 from palme_xt.parity.drift import check
-from tests.parity.goldens.make import FOLDER, GOLDENS
-found = {name: check(FOLDER / name).difference for name in GOLDENS}
-different = {name: difference for name, difference in found.items() if difference}
-first = next(iter(different.values()), None)
-print(f"{len(different)} of {len(found)} differ, first {first}" if different else "equal")
+found = [check(file.parent).difference for file in sorted(Path(sys.argv[1]).glob("*/parity.safetensors"))]
+different = [difference for difference in found if difference]
+print(f"{len(different)} of {len(found)} differ, first {different[0]}" if different else "equal")
 """
 
 
@@ -46,7 +49,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def outcomes(folder: Path, *arguments: str) -> dict[str, bool]:
-    """Whether each test passed; empty if pytest could not begin."""
+    """Return whether each test passed, or an empty dict if pytest could not begin."""
     report = folder / "report.xml"
     options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={report}"]
     python(folder, "-m", "pytest", *options, *arguments)
@@ -54,31 +57,29 @@ def outcomes(folder: Path, *arguments: str) -> dict[str, bool]:
     return {f"{case.get('name')}": case.find("failure") is None and case.find("error") is None for case in cases}
 
 
-def row(release: str) -> str:
-    """The line of the table for one release."""
+def cells(release: str) -> tuple[str, ...]:
+    """Return the row of the table for one release."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", name]
         subprocess.run([*install, f"x-transformers=={release}"], check=True, capture_output=True)
-        goldens = python(folder, "-c", CHECK_GOLDENS)
-        runs = goldens.returncode == 0
-        numbers = goldens.stdout.strip() if runs else goldens.stderr.strip().splitlines()[-1]
-        tests = outcomes(folder, *TESTS) if runs else {}
-        needed = outcomes(folder, "tests/upstream/test_modules.py", "-k", " or ".join(WORKAROUNDS)) if runs else {}
-    still = [label for test, label in WORKAROUNDS.items() if needed.get(test)]
+        goldens = python(folder, "-c", CHECK_GOLDENS, GOLDENS)
+        if goldens.returncode != 0:
+            return release, "no", goldens.stderr.strip().splitlines()[-1], "-", "-"
+        tests = outcomes(folder, *TESTS)
+        needed = outcomes(folder, "tests/upstream/test_modules.py", "-k", " or ".join(WORKAROUNDS))
     failed = list(tests.values()).count(False)
     result = f"{failed} fail" if failed else "all pass" if tests else "-"
-    return f"| {release} | {'yes' if runs else 'no'} | {numbers} | {result} | {', '.join(still) or '-'} |"
+    still = [label for test, label in WORKAROUNDS.items() if needed.get(test)]
+    return release, "yes", goldens.stdout.strip(), result, ", ".join(still) or "-"
 
 
-def main(releases: tuple[str, ...] = OLDER + SUPPORTED) -> None:
-    print("## x-transformers releases\n")
-    print(describe(), end="\n\n")
-    print("| x-transformers | runs | numbers of the goldens | parity and decoding tests | workarounds needed |")
-    print("|---|---|---|---|---|")
+def main(releases: Sequence[str] = OLDER + SUPPORTED) -> None:
+    report = Report("versions", "x-transformers releases", COLUMNS)
     for release in releases:
-        print(row(release), flush=True)
+        report.row(*cells(release))
+    report.end()
 
 
 if __name__ == "__main__":
-    main(tuple(sys.argv[1:]) or OLDER + SUPPORTED)
+    main(sys.argv[1:] or OLDER + SUPPORTED)

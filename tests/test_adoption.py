@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from torch import nn
 
+from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE, PalmEConfig
 from palme_xt.strategies import QUIET, configs
-from tests.hand_wired import HandWired
 from tests.models import batch, small
 
 

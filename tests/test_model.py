@@ -6,8 +6,8 @@ import pytest
 import torch
 import x_transformers
 
+from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE
-from tests.hand_wired import HandWired
 from tests.models import batch, logits, small
 
 

@@ -1,11 +1,14 @@
-"""The README states only what is so: its code runs and prints what it says, its tables are those of the code."""
+"""The READMEs state only what is so: their code runs and prints what they say, their tables are those of the code."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from benchmarks.__main__ import SUBSETS
+from benchmarks.__main__ import parse as parse_benchmarks
 from palme_xt.cli import parse
 from palme_xt.mapping import MAPPING
 from tests.test_config import CONTRACT
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PATHS = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "palme_xt").rglob("README.md"))]
+READMES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
+README = READMES["README.md"]
+EVERYTHING = "\n".join(READMES.values())
 UPSTREAM = {
     "vit": "ViTransformerWrapper",
     "encoder": "Encoder",
@@ -28,9 +34,55 @@ UPSTREAM = {
     "decoder": "Decoder",
     "autoregressive": "AutoregressiveWrapper",
 }
+MACHINE = re.compile(
+    r"\d{4}-\d\d-\d\d: Python [\d.]+, torch \S+, x-transformers [\d.]+, (.+ [\d.]+, )*\d+ threads, .+\."
+)
+RELATIVE = {"relative to Hugging Face", "relative to hand-wired"}
+
+each_readme = pytest.mark.parametrize("name", READMES)
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.strip().splitlines()[-1][:40])
+def blocks(language: str, text: str = EVERYTHING) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def table_after(marker: str) -> tuple[list[str], list[list[str]], str]:
+    """The columns, the rows and the next paragraph of the only table that follows `marker`."""
+    (after,) = EVERYTHING.split(f"<!-- {marker} -->\n")[1:]
+    table, machine, *_ = after.split("\n\n")
+    header, _, *rows = table.splitlines()
+    return cells(header), [cells(row) for row in rows], machine
+
+
+def anchors(text: str) -> set[str]:
+    """Fragments of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_there_is_a_readme_for_each_part_that_has_much_to_say() -> None:
+    folders = "palme_xt/captioner", "palme_xt/decoding", "palme_xt/parity"
+    assert list(READMES) == ["README.md", "benchmarks/README.md", *(f"{folder}/README.md" for folder in folders)]
+    linked = re.findall(r"\]\(([^)]+)\)", README)
+    assert [name for name in READMES if name != "README.md" and name not in linked] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 250
+
+
+@each_readme
+def test_lines_are_of_a_length_that_can_be_read(name: str) -> None:
+    prose = re.sub(r"```(?:bash|text)\n.*?```", "", READMES[name], flags=re.DOTALL)
+    long = [line for line in prose.splitlines() if len(line) > 120]
+    assert [line for line in long if not line.startswith(("|", "![")) and not MACHINE.fullmatch(line)] == []
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
 def test_the_code_runs_and_prints_what_it_says(code: str) -> None:
     promised = re.findall(r"^ *print\(.*\)(?:  |\n)# (.*)$", code, flags=re.MULTILINE)
     assert len(promised) == code.count("print(")
@@ -38,6 +90,24 @@ def test_the_code_runs_and_prints_what_it_says(code: str) -> None:
     with contextlib.redirect_stdout(printed):
         exec(code, {})
     assert printed.getvalue().splitlines() == promised
+
+
+def test_all_code_is_in_languages_that_are_checked() -> None:
+    assert set(re.findall(r"^```(\w*)$", EVERYTHING, flags=re.MULTILINE)) == {"python", "bash", "json", ""}
+    assert EVERYTHING.count("```") == 2 * sum(len(blocks(language)) for language in ("python", "bash", "json"))
+
+
+def test_every_line_of_json_is_an_object() -> None:
+    lines = "".join(blocks("json")).splitlines()
+    assert lines
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+
+
+def test_the_extras_that_a_readme_installs_are_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"pip install (?:-e )?'[\w.-]+\[(\w+)\]'", EVERYTHING)
+    assert len(named) >= 4
+    assert set(named) <= set(extras)
 
 
 def test_the_table_of_arguments_is_the_code_s() -> None:
@@ -49,16 +119,22 @@ def test_the_table_of_arguments_is_the_code_s() -> None:
     assert rows == [(name, str(default), ", ".join(landings[name])) for name, default in CONTRACT.items()]
 
 
-def test_every_test_that_the_readme_names_exists() -> None:
+def test_every_test_that_a_readme_names_exists() -> None:
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", README)
-    assert len(named) > 10
+    named = re.findall(r"`(test_\w+)`", EVERYTHING)
+    assert len(named) > 30
     assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+def test_every_file_that_a_readme_names_exists() -> None:
+    named = re.findall(r"`((?:palme_xt|tests|benchmarks)/[^`\s]*)`", EVERYTHING)
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).exists()] == []
 
 
 COMMANDS = [
     re.split(r"(?:palme-xt|-m palme_xt) ", line, maxsplit=1)[1].split("#")[0]
-    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for block in blocks("bash")
     for line in block.splitlines()
     if re.search(r"(palme-xt|-m palme_xt) (train|caption|source|parity)", line) and not line.startswith("pip ")
 ]
@@ -73,22 +149,83 @@ def test_the_options_of_each_command_are_there(command: str, tmp_path: Path, mon
 
 
 def test_commands_with_unknown_options_are_noticed() -> None:
-    assert len(COMMANDS) > 10
+    assert len(COMMANDS) > 20
     with pytest.raises(SystemExit):
-        parse(["train", "--dat", "pictures"])
+        parse(["train", "--dat", "images"])
 
 
-def test_every_table_and_every_picture_is_there() -> None:
-    measured = re.findall(r"<!-- python -m benchmarks (\w+) -->\n(.)", README)
-    assert len(measured) > 5
-    assert [subset for subset, first in measured if subset not in SUBSETS or first != "|"] == []
-    linked = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
-    assert len(linked) >= 3
-    assert [path for path in linked if not (ROOT / path).is_file()] == []
+def test_every_line_of_bash_is_a_command_that_is_checked() -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")]
+    checked = re.compile(
+        r"pip install -e |(\w+=\w+ )?(accelerate launch .* )?(palme-xt|-m palme_xt) |python -m benchmarks"
+    )
+    assert [line for line in lines if not checked.match(line)] == []
+
+
+def test_the_benchmarks_that_a_readme_runs_are_there() -> None:
+    commands = re.findall(r"python -m benchmarks((?: \w+)*) ?(?:`|-->|\n)", EVERYTHING)
+    assert len(commands) > 10
+    for command in commands:
+        assert parse_benchmarks(command.split()) == (command.split() or list(SUBSETS))
+    with pytest.raises(SystemExit):
+        parse_benchmarks(["drawing"])
+    modules = re.findall(r"python -m (benchmarks\.\w+)", EVERYTHING)
+    assert [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_the_table_of_each_benchmark_is_as_it_prints_it(subset: str) -> None:
+    columns, rows, machine = table_after(f"python -m benchmarks {subset}")
+    assert columns == list(importlib.import_module(f"benchmarks.{subset}").COLUMNS)
+    assert rows
+    assert {len(row) for row in rows} == {len(columns)}
+    assert MACHINE.fullmatch(machine)
+
+
+def test_the_table_of_peers_repeats_what_the_benchmarks_printed() -> None:
+    columns, rows, machine = table_after("rows of: python -m benchmarks training memory decoding")
+    measured = {
+        "training step": "training",
+        "peak memory of a training step": "memory",
+        "decoding one token": "decoding",
+    }
+    assert {row[0].split(",")[0] for row in rows} == set(measured)
+    for row in rows:
+        what, how = re.fullmatch(r"([^,]+)(?:, (.+))?", row[0]).groups()  # type: ignore[union-attr]
+        shown = dict(zip(columns, row, strict=True))
+        theirs, printed, printed_on = table_after(f"python -m benchmarks {measured[what]}")
+        contestant = f"palme_xt, {how}" if how else "palme_xt"
+        found = [dict(zip(theirs, line, strict=True)) for line in printed]
+        (same,) = [
+            line
+            for line in found
+            if line["contestant"] == contestant
+            and line["batch"] == shown["batch"]
+            and line.get("tokens", "-") == shown["tokens"]
+        ]
+        value, unit = shown["palme_xt"].split()
+        assert {f"{unit} per token", unit} & {name for name in same if same[name] == value}
+        assert [shown[name] for name in RELATIVE] == [same.get(name, "crashes") for name in RELATIVE]
+        assert printed_on == machine
+
+
+@each_readme
+def test_every_link_and_every_image_is_there(name: str) -> None:
+    text = re.sub(r"```.*?```", "", READMES[name], flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file.read_text()), target
+
+
+def test_there_are_links_and_images() -> None:
+    assert len(re.findall(r"\]\((?!http)", EVERYTHING)) > 15
+    assert len(re.findall(r"^!\[.+\]\(.+\.png\)$", EVERYTHING, flags=re.MULTILINE)) >= 2
 
 
 def test_accelerate_takes_its_options() -> None:
-    lines = [line for line in README.splitlines() if "accelerate launch -" in line and not line.startswith("`")]
+    lines = [line for line in EVERYTHING.splitlines() if "accelerate launch -" in line and not line.startswith("`")]
     assert len(lines) == 4
     for line in lines:
         words = shlex.split(line.partition("accelerate launch ")[2].partition("-m palme_xt")[0])
@@ -98,13 +235,18 @@ def test_accelerate_takes_its_options() -> None:
 
 
 def test_the_two_commands_come_first() -> None:
-    block = README.split("```bash\n")[1].split("```")[0]
+    block = blocks("bash", README)[0]
     assert [line.split("#")[0].strip() for line in block.strip().splitlines()] == [
         "pip install -e '.[train]' && palme-xt train",
         "pip install -e '.[test]'  && pytest",
     ]
     # Each is run as it stands there, by the only lines of .ci/run that install the package first.
     assert (ROOT / ".ci" / "run").read_text().count('bash -euo pipefail -c "$(readme_command ') == 2
+
+
+def test_benchmarks_import_nothing_from_the_tests() -> None:
+    imports = re.compile(r"^\s*(from|import) tests\b", flags=re.MULTILINE)
+    assert [path.name for path in (ROOT / "benchmarks").glob("*.py") if imports.search(path.read_text())] == []
 
 
 def test_the_changelog_has_the_version() -> None:

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE, PalmEConfig
 from palme_xt.strategies import batches, configs
-from tests.hand_wired import HandWired
 
 
 def same_weights(config: PalmEConfig, seed: int = 0) -> tuple[PalmE, HandWired]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE
 from palme_xt.upstream import loss
-from tests.hand_wired import HandWired
 from tests.models import batch, small
 from tests.upstream.storages import Storages
 

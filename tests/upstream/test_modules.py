@@ -15,10 +15,10 @@ import x_transformers
 from torch import Tensor
 from x_transformers.attend import Attend as UpstreamAttend
 
+from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE
 from palme_xt.upstream.alibi import AlibiPositionalBias
 from palme_xt.upstream.attend import Attend
-from tests.hand_wired import HandWired
 from tests.models import batch, logits, small
 from tests.upstream.storages import Storages
 

@@ -1,4 +1,4 @@
-"""The composition as a user of x-transformers writes it by hand, with nothing of palme_xt's wiring."""
+"""Build the model as a user of x-transformers wires it by hand, without palme_xt's mapping and wiring."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from palme_xt import PalmEConfig
 
 
 def one_head(heads: int, dim: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """What upstream needs to run one head that is not as wide as the model."""
+    """Return the keyword that upstream needs to run a single head that is not as wide as the model."""
     return {"attn_project_out": True} if heads == 1 and overrides.get("attn_dim_head", 64) != dim else {}
 
 
