@@ -1,7 +1,8 @@
-"""Hypothesis strategies: valid configs and inputs by construction, and configs that break one named rule."""
+"""Hypothesis strategies: valid configs and inputs by construction, and arguments that break one rule each."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,18 +12,18 @@ from torch import Tensor
 from palme_xt import PalmEConfig
 
 DIM_HEAD = 8
-QUIET = {"verbose": False}  # upstream logs that rotary positions this small are few
+QUIET = {"verbose": False}  # or upstream logs that so few rotary dimensions may be too few
 
 
 @st.composite
 def configs(draw: st.DrawFn, /, **fixed: Any) -> PalmEConfig:
-    """A small valid config over all 17 arguments and common overrides; `fixed` arguments are taken as given."""
+    """Draw a small valid config over all 17 arguments and common overrides, with the `fixed` arguments as given."""
     return PalmEConfig(**draw(arguments_of_configs(**fixed)))
 
 
 @st.composite
 def arguments_of_configs(draw: st.DrawFn, /, **fixed: Any) -> dict[str, Any]:
-    """Keywords of a small valid `PalmEConfig`."""
+    """Draw the keywords of a small valid `PalmEConfig`."""
     patch_size = draw(st.sampled_from([2, 4]))
     decoder_heads = fixed.get("decoder_heads") or draw(st.sampled_from([1, 2, 4]))
     encoder_heads = fixed.get("encoder_heads") or draw(st.sampled_from([1, 2, 3]))
@@ -44,32 +45,22 @@ def arguments_of_configs(draw: st.DrawFn, /, **fixed: Any) -> dict[str, Any]:
             for flag in ("use_abs_pos_emb", "cross_attend", "alibi_pos_bias", "rotary_xpos", "attn_flash", "qk_norm")
         },
         "vit_kwargs": draw(
-            st.fixed_dictionaries(
-                {},
-                optional={
-                    "channels": st.sampled_from([1, 4]),
-                    "num_register_tokens": st.integers(1, 3),
-                    "post_emb_norm": st.just(True),
-                },
+            _some_of(
+                channels=st.sampled_from([1, 4]), num_register_tokens=st.integers(1, 3), post_emb_norm=st.just(True)
             )
         ),
         "encoder_kwargs": QUIET | draw(attn_layers(encoder_heads)),
         "transformer_kwargs": draw(
-            st.fixed_dictionaries(
-                {},
-                optional={
-                    "tie_embedding": st.just(True),
-                    "post_emb_norm": st.just(True),
-                    "emb_frac_gradient": st.just(0.5),
-                    "l2norm_embed": st.just(True),
-                },
+            _some_of(
+                tie_embedding=st.just(True),
+                post_emb_norm=st.just(True),
+                emb_frac_gradient=st.just(0.5),
+                l2norm_embed=st.just(True),
             )
         ),
         "decoder_kwargs": QUIET | draw(attn_layers(decoder_heads)),
         "autoregressive_kwargs": draw(
-            st.fixed_dictionaries(
-                {}, optional={"pad_value": st.integers(0, num_tokens - 1), "ignore_index": st.sampled_from([-100, -1])}
-            )
+            _some_of(pad_value=st.integers(0, num_tokens - 1), ignore_index=st.sampled_from([-100, -1]))
         ),
     } | fixed
     if arguments["use_abs_pos_emb"] and arguments["rotary_xpos"] and draw(st.booleans()):
@@ -80,33 +71,35 @@ def arguments_of_configs(draw: st.DrawFn, /, **fixed: Any) -> dict[str, Any]:
 
 
 def attn_layers(heads: int) -> st.SearchStrategy[dict[str, Any]]:
-    """Overrides that encoder and decoder share: grouped queries, other norms, gated feedforwards, ..."""
+    """Return a strategy of overrides for an encoder or a decoder: grouped queries, norms, gated feedforwards, ..."""
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     norms = st.sampled_from([{}, {"use_rmsnorm": True}, {"use_scalenorm": True}, {"use_simple_rmsnorm": True}])
-    layers = st.fixed_dictionaries(
-        {"attn_dim_head": st.just(DIM_HEAD)},
-        optional={
-            "attn_num_mem_kv": st.integers(1, 2),
-            "attn_gate_values": st.just(True),
-            "ff_glu": st.just(True),
-            "ff_swish": st.just(True),
-            "ff_mult": st.integers(1, 3),
-            "ff_no_bias": st.just(True),
-            "sandwich_norm": st.just(True),
-            "shift_tokens": st.just(1),
-        },
+    layers = _some_of(
+        attn_num_mem_kv=st.integers(1, 2),
+        attn_gate_values=st.just(True),
+        ff_glu=st.just(True),
+        ff_swish=st.just(True),
+        ff_mult=st.integers(1, 3),
+        ff_no_bias=st.just(True),
+        sandwich_norm=st.just(True),
+        shift_tokens=st.just(1),
     )
-    # x-transformers up to 2.31.10 mixes values into residual values of all heads: not with fewer key-value heads.
+    # x-transformers up to 2.31.10 mixes values into residual values of all heads, which fails with key-value heads.
     values = st.one_of(
         st.builds(lambda kv_heads: {"attn_kv_heads": kv_heads}, st.sampled_from(divisors)),
         st.sampled_from([{}, {"add_value_residual": True}]),
     )
-    return st.builds(lambda norm, value, layer: norm | value | layer, norms, values, layers)
+    dim_head = {"attn_dim_head": DIM_HEAD}
+    return st.builds(lambda norm, value, layer: dim_head | norm | value | layer, norms, values, layers)
+
+
+def _some_of(**keywords: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=keywords)
 
 
 @st.composite
 def batches(draw: st.DrawFn, config: PalmEConfig) -> tuple[Tensor, Tensor]:
-    """Images and texts for `config`: `img (b, c, h, w)` or `(b, m, c, h, w)`, `text (b, n)` with some ignored ids."""
+    """Draw images `(b, c, h, w)` or `(b, m, c, h, w)` and texts `(b, n)` with some ignored ids, for `config`."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     b = draw(st.integers(1, 3))
     several = draw(st.sampled_from([(), (2,)]))
@@ -119,16 +112,9 @@ def batches(draw: st.DrawFn, config: PalmEConfig) -> tuple[Tensor, Tensor]:
 
 
 def broken_arguments() -> st.SearchStrategy[tuple[dict[str, Any], type[Exception], str]]:
-    """Keywords that break one rule of `PalmEConfig`, the error they raise, and a pattern of its message."""
-    sizes = st.sampled_from(
-        [
-            *("image_size", "patch_size", "encoder_dim", "encoder_depth", "encoder_heads", "num_tokens", "max_seq_len"),
-            *("decoder_dim", "decoder_depth", "decoder_heads", "alibi_num_heads"),
-        ]
-    )
-    flags = st.sampled_from(
-        ["use_abs_pos_emb", "cross_attend", "alibi_pos_bias", "rotary_xpos", "attn_flash", "qk_norm"]
-    )
+    """Return a strategy of keywords that break one rule of `PalmEConfig`, the error they raise, and its message."""
+    sizes = st.sampled_from([argument.name for argument in fields(PalmEConfig) if argument.type == "int"])
+    flags = st.sampled_from([argument.name for argument in fields(PalmEConfig) if argument.type == "bool"])
     not_positive = st.builds(
         lambda name, value: ({name: value}, ValueError, f"{name}={value} must be a positive int: use 1 or more"),
         sizes,
