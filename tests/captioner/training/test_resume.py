@@ -21,8 +21,9 @@ from palme_xt import PalmE
 from palme_xt.captioner.training import checkpoint
 from palme_xt.captioner.training import loop as training
 from palme_xt.captioner.training.checkpoint import CHECKPOINT, random_state, set_random_state
-from palme_xt.captioner.training.run import LOCK, UNFINISHED, Run
+from palme_xt.captioner.training.run import LOCK, Run
 from palme_xt.cli import main
+from palme_xt.storage.atomic import UNFINISHED
 from tests.captioner.captioned import TINY, write_folder
 from tests.captioner.training.killing import end_of
 from tests.test_cli import fails
@@ -185,7 +186,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(
 
     crash_at(monkeypatch, 5, resume)
     assert main(["train", f"--data={folder}", *SHORT, f"--run={run}"]) == 0
-    explain(resumed[0], rf"{run} is being trained by another process: wait for its end")
+    explain(resumed[0], rf"{run} is being trained by another process: wait until it ends")
     assert not (run / LOCK).exists()
     monkeypatch.undo()
     assert main(["train", f"--resume={run}"]) == 0
@@ -217,7 +218,7 @@ def test_a_run_goes_on_with_the_same_data(
     for content in [json.dumps(changed), *lines[1:]], lines[:-1]:
         (elsewhere / "metadata.jsonl").write_text("\n".join(content) + "\n")
         capsys.readouterr()
-        message = r"data=\S+ has not the (rows|held_out) that \S+other began with: a run goes on with the same data; .*"
+        message = r"data=\S+ differs from the data that \S+other started with, in its (rows|held_out)_fingerprint: .*"
         fails(capsys, ["train", f"--resume={tmp_path / 'other'}", f"--data={elsewhere}"], message)
 
 
@@ -226,7 +227,7 @@ def test_a_second_signal_ends_at_once(folder: Path, tmp_path: Path, monkeypatch:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("palme_xt.captioner.training.interrupts.SECONDS", 0.0)
+    monkeypatch.setattr("palme_xt.captioner.signals.GRACE_SECONDS", 0.0)
     crash_at(monkeypatch, 5, twice)
     assert main(["train", f"--data={folder}", *SHORT, f"--run={tmp_path / 'run'}"]) == 130
     assert [line["step"] for line in Run(tmp_path / "run").metrics()][-1] == 4
@@ -282,9 +283,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path) ->
     done = subprocess.run([*namespace, "sh", "-c", script, "sh", *train], capture_output=True, text=True)
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip("this user may not mount a small disk")
-    explain(
-        done, rf"\S+{CHECKPOINT} cannot be written: .*No space left on device.*; what was there before is as it was"
-    )
+    explain(done, rf"\S+{CHECKPOINT} cannot be written: .*No space left on device.*; what was saved is unchanged")
     assert not (copy / UNFINISHED).exists()
     assert main(["train", f"--resume={copy}"]) == 0
     assert main(["train", f"--data={folder}", *SHORT, "--eval_every=90", f"--run={tmp_path / 'whole'}"]) == 0
@@ -306,11 +305,11 @@ def test_a_folder_that_becomes_read_only_leaves_the_last_checkpoint(
             run.chmod(0o500)
             _, err = process.communicate()
         done = subprocess.CompletedProcess(endless, process.returncode, "", err)
-        message = "cannot be written: .*Permission denied.*; what was there before is as it was"
+        message = "cannot be written: .*Permission denied.*; what was saved is unchanged"
         explain(done, rf"\S+{CHECKPOINT} {message}")
         (run / LOCK).unlink(missing_ok=True)
         again = subprocess.run([*palme_xt, "train", f"--resume={run}"], capture_output=True, text=True)
-        explain(again, rf"\S+{LOCK} cannot be written: Permission denied")
+        explain(again, rf"\S+{LOCK} cannot be written: Permission denied; what was saved is unchanged")
     finally:
         run.chmod(0o700)
     step = step_of(run)
@@ -375,12 +374,12 @@ def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytes
         message = r"--resume=\S+ goes with no other option but --data, found --steps --lr --decoder_kwargs: .*"
         fails(capsys, [*resume, *others], message)
     (run / CHECKPOINT).write_bytes(good[:-9])
-    fails(capsys, resume, rf"\S+{CHECKPOINT} is no checkpoint that can be read: .*")
+    fails(capsys, resume, rf"\S+{CHECKPOINT} cannot be read as a checkpoint: .*")
     (run / CHECKPOINT).write_bytes((run / "model.safetensors").read_bytes())
-    fails(capsys, resume, rf"\S+{CHECKPOINT} is no checkpoint that can be read: .*")
+    fails(capsys, resume, rf"\S+{CHECKPOINT} cannot be read as a checkpoint: .*")
     (run / CHECKPOINT).write_bytes(good)
     (run / "config.json").write_text(config.replace('"decoder_dim": 16', '"decoder_dim": 24'))
-    fails(capsys, resume, rf"\S+{CHECKPOINT} is not of this model: .*")
+    fails(capsys, resume, rf"\S+{CHECKPOINT} does not belong to this model: .*")
     (run / "config.json").write_text(config.replace('"lr"', '"learning_rate"'))
     fails(capsys, resume, r"\S+ does not say how it was trained: 'lr' is missing in config.json")
     (run / "config.json").write_text(re.sub('"lr": [^,]*', '"lr": "high"', config))
@@ -400,7 +399,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
     train = ["train", f"--data={folder}", *SHORT, "--steps=3"]
     assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", lambda *arguments: crash())
+        patch.setattr(checkpoint, "save", lambda *arguments: crash())
         crashes([*train, f"--run={tmp_path / 'run'}"])
     assert not (tmp_path / "run" / CHECKPOINT).exists()
     assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
