@@ -137,9 +137,8 @@ def load(run: Run, state: State) -> None:
     if metadata is None:
         return
     optimizer = {"state": moments, "param_groups": metadata["param_groups"]} if main else {}
-    options = state_dict.StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=state.accelerator.num_processes > 1
-    )
+    several = state.accelerator.num_processes > 1
+    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
     try:
         state_dict.set_model_state_dict(state.model, _below("model", tensors), options=options)
         options.strict = False  # parameters without gradient have no state
@@ -160,6 +159,7 @@ def load(run: Run, state: State) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a checkpoint."""
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA])

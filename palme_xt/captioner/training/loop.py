@@ -101,12 +101,11 @@ class _Trainer:
             while progress.step < training.steps:
                 started = time.perf_counter()
                 micro_batches, targets, stop = self.read(batches, stop_requested.is_set())
-                state.random_states = checkpoint.random_state()  # for a resumed run, which does this step again
+                state.random_states = checkpoint.random_state()  # to resume from before this step
                 loss = compute_gradients(task, state, self.run, micro_batches, targets) if targets else math.nan
                 if targets and (stop or progress.step % training.save_every == 0):
-                    checkpoint.save(
-                        self.run, state
-                    )  # from before the step, now that its loss and gradient are known to be finite
+                    # The weights from before this step, now that their loss and gradient are known to be finite.
+                    checkpoint.save(self.run, state)
                 if stop:
                     break
                 self.update_weights(micro_batches, targets)
@@ -186,10 +185,10 @@ class _Trainer:
                 )
             if self.main:
                 self.run.save(weights)
-                described = {"step": step, "held_out_images": len(evaluation.true)} | metrics
-                self.run.write("README.md", model_card(task.config, task.options, described).encode())
                 marked = {"interrupted": True} if interrupted else {}
                 self.run.log(step=step, **metrics, skipped_rows=skipped.total(), **marked)
+                described = {"step": step, "held_out_images": len(evaluation.true)} | metrics
+                self.run.write("README.md", model_card(task.config, task.options, described).encode())
             accelerator.log(metrics, step=step)
         self.shown["held-out exact match"] = f"{evaluation.exact_match:.1%}"
         self.bar.set_postfix(self.shown)

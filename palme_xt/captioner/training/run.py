@@ -123,11 +123,12 @@ class Run:
         """Return the lines of `metrics.jsonl`, each step once: a resumed run repeats those after its checkpoint."""
         path = self.folder / METRICS
         kept: list[dict[str, Any]] = []
-        for text in path.read_text().splitlines() if path.exists() else []:
+        content = path.read_text() if path.exists() else ""
+        # After a crash in the middle of a line, the next one was appended to it.
+        for text in content.replace('{"step"', '\n{"step"').splitlines():
             try:
-                # A line that a crash cut short is skipped; the one that was appended to it later is not.
-                line = json.loads(text[text.rfind('{"step"') :])
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # cut short, or empty
                 continue
             while kept and _position(kept[-1]) >= _position(line):
                 kept.pop()

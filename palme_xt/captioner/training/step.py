@@ -65,17 +65,16 @@ def compute_gradients(task: Task, state: State, run: Run, micro_batches: Sequenc
     mean = float(accelerator.reduce(torch.stack(losses).sum()))
     norm = float(accelerator.clip_grad_norm_(state.model.parameters(), task.training.grad_clip))
     if not (math.isfinite(mean) and math.isfinite(norm)):
-        names, step = gather_object([name for batch in micro_batches for name in batch.names]), state.progress.step + 1
+        step = state.progress.step + 1
+        names = gather_object([name for batch in micro_batches for name in batch.names])
         with Errors().shared():
             if accelerator.is_main_process:
                 run.log(step=step, loss=mean, gradient_norm=norm, batch=names)
             value = f"gradient norm of {norm}" if math.isfinite(mean) else f"loss of {mean}"
-            shown = ", ".join(names[:NAMES_SHOWN]) + f" and {len(names) - NAMES_SHOWN} more" * (
-                len(names) > NAMES_SHOWN
-            )
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             raise TrainingError(
-                f"lr={task.training.lr} led to a {value} at step {step}, batch {shown}: lower it; {run.folder} keeps "
-                f"the last good weights, and all names in {METRICS}"
+                f"lr={task.training.lr} led to a {value} at step {step}, batch {', '.join(names[:NAMES_SHOWN])}{more}: "
+                f"lower it; {run.folder} keeps the last good weights, and all names in {METRICS}"
             )
     return mean
 

@@ -222,6 +222,23 @@ def test_a_run_goes_on_with_the_same_data(
         fails(capsys, ["train", f"--resume={tmp_path / 'other'}", f"--data={elsewhere}"], message)
 
 
+def test_checkpoints_of_version_0_1_can_be_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ["train", f"--data={folder}", *SHORT]
+    assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
+    with monkeypatch.context() as patch:
+        crash_at(patch, 6, crash)
+        crashes([*train, f"--run={tmp_path / 'run'}"])
+    path = tmp_path / "run" / CHECKPOINT
+    with safetensors.safe_open(str(path), "pt") as file:
+        state = json.loads(file.metadata()["state"])
+    state["progress"]["metrics_size"] = 7
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"state": json.dumps(state)})
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert end_of(tmp_path / "run") == end_of(tmp_path / "whole")
+
+
 def test_a_second_signal_ends_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
