@@ -1,4 +1,4 @@
-"""Runs that survive: whatever stops them, they go on to the same bits; and what they say when they cannot."""
+"""Runs that survive: whatever stops them, they resume to the same bits, or explain why they cannot."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VARIANTS = {
 
 
 class Crash(BaseException):
-    """What nothing catches."""
+    """An exception that nothing catches."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_build_for_cuda_without_a_device_has_random_states(monkeypatch: pytest
     states = random_state()
     assert sorted(states) == ["python", "python.gauss", "torch"]
     drawn = torch.rand(3)
-    set_random_state(states | {"device": torch.zeros(16, dtype=torch.uint8)})  # resumed without the device of before
+    set_random_state(states | {"device": torch.zeros(16, dtype=torch.uint8)})  # resumed without the device
     assert torch.equal(torch.rand(3), drawn)
     assert not torch.equal(torch.rand(3), drawn)
 
@@ -107,7 +107,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     monkeypatch.setattr(checkpoint, "set_random_state", lambda states: None)
     assert main(["train", f"--resume={tmp_path / 'other'}"]) == 0
     drew_otherwise = end_of(tmp_path / "other")["model.safetensors"] != whole["model.safetensors"]
-    assert drew_otherwise == ("--save_every=50" not in VARIANTS[variant])  # from the start, the seed says enough
+    assert drew_otherwise == ("--save_every=50" not in VARIANTS[variant])  # a run that starts anew needs only the seed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -167,7 +167,7 @@ def test_what_is_learned_is_saved_before_it_is_evaluated(
     assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patch:
         crash_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        patch.setattr(training, "evaluate", lambda *arguments: crash())  # the launcher has lost its patience
+        patch.setattr(training, "evaluate", lambda *arguments: crash())  # the launcher kills the process
         crashes([*train, f"--run={tmp_path / 'run'}"])
     assert step_of(tmp_path / "run") == 5
     assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
@@ -257,7 +257,7 @@ def test_runs_killed_at_20_random_moments_lose_nothing(folder: Path, tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["died"] >= 15  # some were faster
+    assert counts["died"] >= 15  # some ended before
     assert counts["while_writing"] >= 2
     assert counts["moments"] >= 6
 
@@ -268,7 +268,7 @@ def test_the_generators_go_on_where_they_were() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), random.gauss(0, 1), float(torch.rand(()))
 
-    draw()  # of two normal numbers, one is kept for the next time
+    draw()  # gauss draws two numbers and keeps one for the next call
     state = random_state()
     first = draw()
     assert draw() != first
@@ -359,7 +359,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(
     )
     last = Run(tmp_path / "run").metrics()[-1]
     assert (last["step"], last["loss"], len(last["batch"])) == (5, "nan", 4)
-    # Those of step 3: that those of step 4 have a finite loss was not seen.
+    # The weights of step 3, because the loss of those of step 4 was not finite.
     found, good = (safetensors.torch.load_file(tmp_path / name / CHECKPOINT) for name in ("run", "good"))
     assert good.keys() == found.keys()
     assert [name for name, tensor in found.items() if not torch.equal(tensor, good[name])] == []
