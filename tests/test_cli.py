@@ -24,8 +24,8 @@ from palme_xt.captioner.attention import cross_attention_maps
 from palme_xt.captioner.caption import caption
 from palme_xt.captioner.images import ImageError, Preprocessing
 from palme_xt.captioner.options import DIGITS_MODEL, Data, Training
-from palme_xt.captioner.training.loop import warm_up_and_decay
 from palme_xt.captioner.training.run import Run
+from palme_xt.captioner.training.step import warm_up_and_decay
 from palme_xt.cli import main
 from palme_xt.source import to_source
 from palme_xt.storage.folder import FolderError
@@ -313,7 +313,7 @@ def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
     train = ["train", f"--data={folder}", "--steps=2", "--batch_size=4", *TINY]
     fails(capsys, [*train, f"--run={tmp_path / 'run'}"], "no held-out row is usable: name another split or .*")
     many = [*train, "--steps=300", "--save_every=400", "--eval_every=400", f"--run={tmp_path / 'many'}"]
-    message = r"data=\S+ has no usable row among 1000 in a row: .* has 152 tokens, max_seq_len=80"
+    message = r"data=\S+ has 1000 unusable rows in succession: .* has 152 tokens, max_seq_len=80"
     fails(capsys, many, message)
 
 
@@ -596,7 +596,7 @@ def test_a_run_is_never_overwritten(run: Path, tmp_path: Path, capsys: pytest.Ca
     fails(
         capsys,
         ["train", *QUICK, f"--run={run}"],
-        r"\S+ is not empty: name another folder, or remove it first; a run goes on with .*",
+        r"\S+ is not empty: name another folder, or resume its run with --resume",
     )
     (tmp_path / "file").touch()
     fails(capsys, ["train", *QUICK, f"--run={tmp_path / 'file' / 'run'}"], r"\S+ cannot be a run folder: .*")

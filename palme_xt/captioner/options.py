@@ -1,4 +1,4 @@
-"""What a captioner is trained on and how: the options of `palme-xt train`, and the models that it makes by default."""
+"""The options of `palme-xt train`: the data, how to train, and the models that it makes by default."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGITS_MODEL = PalmEConfig(
     decoder_heads=4,
     vit_kwargs={"channels": 1},
     encoder_kwargs={"attn_dim_head": 32},
-    # not verbose: upstream would warn that rotary positions of 16 dimensions are few, and captions are 64 bytes at most
+    # not verbose: upstream would warn that 16 dimensions of rotary positions are few, but captions are 64 bytes at most
     decoder_kwargs={"attn_dim_head": 32, "verbose": False},
 )
 
@@ -54,29 +54,30 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Data:
-    """Which captioned pictures to learn from.
+    """The captioned images to learn from.
 
     Args:
         data: `digits`: scenes of handwritten digits, drawn on the fly. DIR: a folder of images with `metadata.jsonl` or
-            `metadata.csv` (columns `file_name` and `text`), or of parquet files, or of webdataset shards, or one that
-            `save_to_disk` wrote. A file or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or `hf:NAME:CONFIG`: a
-            data set on the hub. Paths are relative to the working directory.
-        held_out: what to evaluate on: a split of the data (`validation`), a share of its rows (0.1) or a number of rows
-            (500). Default: the data's own `validation` or `test`, else a share of 0.1; of a stream, the first 500 rows.
-        image_column: column of the images (default: `image`, `jpg`, `jpeg`, `png`, `webp`, or the one of image type; of
-            webdataset shards, in each row the first of these that it has).
-        text_column: column of the captions (default: `text`, `caption` or `txt`).
-        streaming: read the data as they are needed instead of preparing all of them first; may stand alone. Every
-            process, and each of its `num_workers`, reads the whole stream from its start and decodes its own share; so
-            does a resumed run.
-        shuffle_buffer: rows among which a stream is shuffled; other data are shuffled as a whole.
-        num_workers: processes that read ahead, for each training process; 0: none. Each keeps up to 256 MiB of decoded
-            pictures in memory, unless they are streamed.
-        strict: stop at the first row that cannot be learned from, instead of skipping and counting such rows; may stand
-            alone.
+            `metadata.csv` (columns `file_name` and `text`), of parquet files, of webdataset shards, or written by
+            `save_to_disk`. A file, or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or `hf:NAME:CONFIG`: a data
+            set on the hub. Paths are relative to the working directory.
+        held_out: What to evaluate on: a split of the data (`validation`), a share of its rows (0.1) or a number of rows
+            (500). By default, the data's own split `validation` or `test`; without one, a share of 0.1, or the first
+            500 rows of a stream.
+        image_column: Column of the images. By default, `image`, `jpg`, `jpeg`, `png`, `webp`, or the one column of
+            image type; in webdataset shards, the first of these that a row has.
+        text_column: Column of the captions. By default, `text`, `caption` or `txt`.
+        streaming: Read the data while training, instead of preparing all of them first. The option needs no value.
+            Every process, and each of its `num_workers`, reads the whole stream from its start and decodes its own
+            share; so does a resumed run.
+        shuffle_buffer: Number of rows among which a stream is shuffled; other data are shuffled as a whole.
+        num_workers: Number of reader processes for each training process; 0 reads in the training process itself. Each
+            keeps up to 256 MiB of decoded images in memory, unless the data are streamed.
+        strict: Stop at the first row that cannot be used, instead of skipping and counting such rows. The option needs
+            no value.
 
     Raises:
-        ValueError: a value of another type or out of its range, or one that has no effect on `digits`.
+        ValueError: A value has the wrong type, is out of range, or has no effect on `digits`.
     """
 
     data: str = DIGITS
@@ -106,25 +107,28 @@ class Training:
     """How to train.
 
     Args:
-        steps: optimizer steps.
-        batch_size: pictures a step, of all processes together.
-        gradient_accumulation_steps: micro-batches that the share of each process is computed in, to save memory.
-        lr: peak learning rate of AdamW; it rises linearly over the first tenth of the steps, then falls along a cosine
-            to zero.
-        weight_decay: of AdamW.
-        grad_clip: largest norm of the gradient.
-        mixed_precision: `no`, or `bf16` to compute in bfloat16 where that is safe (default: what `accelerate launch`
-            was told, else no).
-        jitter: random affine distortion of each training digit, as a share of its size; held-out digits, and other
-            data, have none.
-        eval_every: steps between evaluations on held-out pictures.
-        eval_images: held-out pictures of each evaluation, at most.
-        save_every: steps between checkpoints.
-        log_with: a tracker of accelerate, such as `tensorboard` or `wandb`, or `all`; beside `metrics.jsonl`.
-        seed: of the weights, of dropout and of the order of the data; held-out pictures are always the same.
+        steps: Number of optimizer steps.
+        batch_size: Number of images in each step, over all processes together.
+        gradient_accumulation_steps: Number of micro-batches into which each process splits its share of a batch, to
+            save memory.
+        lr: Peak learning rate of AdamW. It rises linearly over the first tenth of the steps, then falls to zero along a
+            cosine.
+        weight_decay: Weight decay of AdamW.
+        grad_clip: Largest norm of the gradient; larger gradients are scaled down to it.
+        mixed_precision: `no`, or `bf16` to compute in bfloat16 where that is safe. By default, what `accelerate launch`
+            was given, or else `no`.
+        jitter: Strength of the random affine distortion of each training digit, as a share of its size. Held-out digits
+            and other data are not distorted.
+        eval_every: Number of steps between evaluations on held-out images.
+        eval_images: Largest number of held-out images in each evaluation.
+        save_every: Number of steps between checkpoints.
+        log_with: Tracker to log to in addition to `metrics.jsonl`: any that accelerate knows, such as `tensorboard` or
+            `wandb`, or `all` that are installed.
+        seed: Seed of the initial weights, of dropout and of the order of the data. The held-out images do not depend on
+            it.
 
     Raises:
-        ValueError: a value of another type, a number out of its range, or an unknown precision.
+        ValueError: A value has the wrong type or is out of range, or the precision is unknown.
     """
 
     steps: int = 500
@@ -165,10 +169,10 @@ KINDS: dict[Any, tuple[Any, str]] = {  # by annotation
 
 
 def check_types(options: Any) -> None:
-    """Refuse a dataclass one of whose values is not of its declared type.
+    """Reject a dataclass that has a value of another type than declared.
 
     Raises:
-        ValueError: there is such a value.
+        ValueError: There is such a value.
     """
     for option in fields(options):
         value, (kind, rule) = getattr(options, option.name), KINDS[option.type]

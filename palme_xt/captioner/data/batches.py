@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from palme_xt.captioner.training.interrupts import ignore_interrupts_until
+from palme_xt.captioner.signals import ignore_interrupts_until
 from palme_xt.config import PalmEConfig
 
 

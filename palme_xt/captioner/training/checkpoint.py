@@ -1,10 +1,12 @@
-"""Everything a training needs to go on as if it had never stopped, in one safetensors file."""
+"""The state of a training run, saved to one safetensors file so that resuming continues bit by bit."""
 
 from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,43 +14,55 @@ import safetensors
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 
 from palme_xt.captioner.training.distributed import Errors
 from palme_xt.captioner.training.run import Run, RunError
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = 1
-STATE = "state"
+METADATA = "state"
 
 
 @dataclass
 class Progress:
-    """How far a training is.
+    """How far a training run is.
 
     Attributes:
-        step: optimizer steps done; the position in the data follows from it.
-        rows: rows read for the first time, and
-        skipped: how many of them were skipped, by reason.
-        metrics_size: bytes of `metrics.jsonl` that belong to these steps.
+        step: Optimizer steps done; the position in the data follows from it.
+        rows: Rows read for the first time, in this process.
+        skipped: How many of these rows were skipped, by reason.
     """
 
     step: int = 0
     rows: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    metrics_size: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class State:
+    """Everything that changes in the course of a training run.
+
+    Attributes:
+        accelerator: The accelerator that prepared model and optimizer.
+        model: The model, perhaps wrapped or sharded.
+        optimizer: The optimizer of its weights.
+        schedule: The schedule of the learning rate.
+        progress: How far the run is.
+        random_states: The states of this process's generators when `progress.step` steps were done.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    progress: Progress = field(default_factory=Progress)
+    random_states: dict[str, Tensor] = field(default_factory=dict)
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of all generators that a model may draw from in this process: torch's, the device's and Python's."""
+    """Return the states of all generators that a model may draw from: torch's, the device's and Python's."""
     version, words, gauss = random.getstate()
     states = {
         "torch": torch.get_rng_state(),
@@ -61,7 +75,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(states: dict[str, Tensor]) -> None:
-    """The inverse of `random_state`."""
+    """Set all generators to what `random_state` returned."""
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     random.setstate((version, tuple(words), *(states["python.gauss"].tolist() or [None])))
@@ -69,123 +83,94 @@ def set_random_state(states: dict[str, Tensor]) -> None:
         torch.get_device_module().set_rng_state(states["device"])
 
 
-def of_all_processes(progress: Progress) -> Progress:
-    """The progress of all processes: each counts the rows that it reads itself."""
-    total = replace(progress, rows=0, skipped={})
-    for each in gather_object([progress]):
-        total.rows += each.rows
-        for reason, count in each.skipped.items():
-            total.skipped[reason] = total.skipped.get(reason, 0) + count
-    return total
+def total_progress(progress: Progress) -> Progress:
+    """Return the progress of all processes, each of which counts the rows that it reads; call it in all of them."""
+    gathered: list[Progress] = gather_object([progress])
+    skipped = sum((each.skipped for each in gathered), Counter[str]())
+    return Progress(progress.step, sum(each.rows for each in gathered), skipped)
 
 
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights, unsharded, in all processes; to be called in all of them."""
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+def full_weights(model: nn.Module) -> dict[str, Any]:
+    """Return the weights, unsharded, in all processes; call it in all of them."""
+    return state_dict.get_model_state_dict(model, options=state_dict.StateDictOptions(full_state_dict=True))
 
 
-def save_checkpoint(
-    run: Run,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    progress: Progress,
-    random_states: dict[str, Tensor],
-) -> None:
-    """Replace the checkpoint of `run` by the present state; to be called in all processes.
-
-    Args:
-        random_states: of this process, as they were when `progress.step` steps were done.
+def save(run: Run, state: State) -> None:
+    """Replace the checkpoint of `run` by `state`; call it in all processes.
 
     Raises:
-        RunError: it cannot be written; the one before is as it was.
+        RunError: The checkpoint cannot be written; the previous one is unchanged.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
-    weights = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
-    progress = of_all_processes(progress)
-    states = gather_object([random_states])
-    if not accelerator.is_main_process:
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = cast(Any, state_dict.get_state_dict(state.model, state.optimizer, options=options))
+    progress, random_states = total_progress(state.progress), gather_object([state.random_states])
+    parts = {"model": weights}
+    parts |= {f"optimizer.{name}": values for name, values in moments.get("state", {}).items()}
+    parts |= {f"random.{process}": states for process, states in enumerate(random_states)}
+    tensors = {f"{part}.{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
+    schedule, groups = state.schedule.state_dict(), moments.get("param_groups")
+    metadata = {"format": FORMAT, "progress": vars(progress), "schedule": schedule, "param_groups": groups}
+    with Errors().shared():
+        if state.accelerator.is_main_process:
+            # One entry, because safetensors writes several in any order: the same state is the same file.
+            run.write_tensors(CHECKPOINT, tensors, {METADATA: json.dumps(metadata)})
+
+
+def load(run: Run, state: State) -> None:
+    """Set `state`, and the generators of all processes, to the checkpoint of `run`; call it in all of them.
+
+    Without a checkpoint, because the run ended before its first one, nothing changes. Only the first process reads the
+    file. There are random states for as many processes as there were; any further process keeps its own.
+
+    Raises:
+        RunError: The file is damaged, or belongs to another model.
+    """
+    main, path = state.accelerator.is_main_process, run.folder / CHECKPOINT
+    metadata, tensors, moments = None, dict[str, Tensor](), dict[str, dict[str, Tensor]]()
+    with Errors().shared():
+        if main and path.is_file():
+            metadata, tensors = _read(path)
+    for name, tensor in _below("optimizer", tensors).items():
+        parameter, _, key = name.rpartition(".")
+        moments.setdefault(parameter, {})[key] = tensor
+    metadata, random_states, trained = broadcast_object_list([metadata, _below("random", tensors), list(moments)])
+    if metadata is None:
         return
-    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
-    for name, state in moments["state"].items():
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
-    tensors |= {f"random.{number}.{name}": state for number, each in enumerate(states) for name, state in each.items()}
-    values = {
-        "format": FORMAT,
-        "progress": vars(progress),
-        "schedule": schedule.state_dict(),
-        "param_groups": moments["param_groups"],
-    }
-    # One entry, because safetensors writes several in any order: the same state is the same file.
-    run.write_tensors(CHECKPOINT, tensors, {STATE: json.dumps(values)})
-
-
-def load_checkpoint(
-    run: Run,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> Progress:
-    """Put the state of `run`'s checkpoint into model, optimizer, schedule and generators, in all processes.
-
-    Only the first process reads the file. Random states are those of as many processes as there were; with more, the
-    others keep theirs.
-
-    Returns:
-        How far the training was; nowhere, if it ended before the first checkpoint.
-
-    Raises:
-        RunError: the file is damaged, or of another model.
-    """
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=accelerator.num_processes > 1)
-    parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}, "random": {}}
-    values: dict[str, Any] | None = None
-    path = run.folder / CHECKPOINT
-    errors = Errors()
-    with errors.held():
-        if accelerator.is_main_process and path.is_file():
-            values = _read(path, parts)
-    errors.meet()
-    moments: dict[str, Any] = {}
-    if values is not None:
-        moments = {"state": {}, "param_groups": values["param_groups"]}
-        for name, value in parts["optimizer"].items():
-            parameter, _, key = name.rpartition(".")
-            moments["state"].setdefault(parameter, {})[key] = value
-    values, randoms, learned = broadcast_object_list([values, parts["random"], list(moments.get("state", {}))])
-    if values is None:
-        return Progress()
+    optimizer = {"state": moments, "param_groups": metadata["param_groups"]} if main else {}
+    several = state.accelerator.num_processes > 1
+    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
     try:
-        set_model_state_dict(model, parts["model"], options=options)
-        set_optimizer_state_dict(model, optimizer, moments, options=replace(options, strict=False))
-        # torch 2.9 to 2.13 makes a state, of one step done, also for parameters that had no gradient yet.
-        for name, weight in model.named_parameters():
-            if name.removeprefix("module.") not in learned:
-                optimizer.state.pop(weight, None)
-        schedule.load_state_dict(values["schedule"])
+        state_dict.set_model_state_dict(state.model, _below("model", tensors), options=options)
+        options.strict = False  # parameters without gradient have no state
+        state_dict.set_optimizer_state_dict(state.model, state.optimizer, optimizer, options=options)
+        # torch 2.9 to 2.13 creates a state, as after one step, also for parameters that had no gradient yet.
+        for name, weight in state.model.named_parameters():
+            if name.removeprefix("module.") not in trained:
+                state.optimizer.state.pop(weight, None)
+        state.schedule.load_state_dict(metadata["schedule"])
     except (RuntimeError, KeyError, ValueError) as error:
-        raise RunError(f"{path} is not of this model: {str(error).splitlines()[0]}") from error
-    mine = f"{accelerator.process_index}."
-    if states := {name.removeprefix(mine): state for name, state in randoms.items() if name.startswith(mine)}:
-        set_random_state(states)
-    progress = Progress(**values["progress"])
-    # Rows are counted where they are read: those of before are counted in the first process from here on.
-    return progress if accelerator.is_main_process else replace(progress, rows=0, skipped={})
+        raise RunError(f"{path} does not belong to this model: {str(error).splitlines()[0]}") from error
+    if own := _below(f"{state.accelerator.process_index}", random_states):
+        set_random_state(own)
+    done = metadata["progress"]  # which has a "metrics_size", too, if it is from before version 0.2
+    state.progress.step = done["step"]
+    if main:  # counts on from the total, the others from 0
+        state.progress.rows, state.progress.skipped = done["rows"], Counter(done["skipped"])
 
 
-def _read(path: Path, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a checkpoint."""
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            values: dict[str, Any] = json.loads((file.metadata() or {})[STATE])
-        for name, tensor in load_file(path).items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        format_ = values["format"]
+            metadata = json.loads((file.metadata() or {})[METADATA])
+            if metadata["format"] != FORMAT:
+                raise ValueError(f"format={metadata['format']} must be {FORMAT}: resume with the version that wrote it")
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is no checkpoint that can be read: {error}") from error
-    if format_ != FORMAT:
-        raise RunError(f"{path} is of format {format_}, must be {FORMAT}: resume with the version it is from")
-    return values
+        raise RunError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the tensors whose names begin with `prefix` and a dot, by the rest of their names."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}

@@ -1,4 +1,4 @@
-"""What a model makes of held-out pictures: the loss of their captions, and captions of its own."""
+"""Evaluate a model on held-out images: the loss of their captions, and the captions that it generates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -14,25 +15,24 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from palme_xt.captioner.caption import caption
-from palme_xt.captioner.data.batches import Batch, DataError, Source, load_batches
-from palme_xt.captioner.images import Preprocessing
-from palme_xt.captioner.tokenizer import Tokenizer
+from palme_xt.captioner.data.batches import Batch, DataError, load_batches
 from palme_xt.captioner.training.distributed import Errors
+from palme_xt.captioner.training.task import Task
 from palme_xt.decoding import evaluating
 from palme_xt.model import PalmE
 
-AT_ONCE = 128
+LARGEST_BATCH = 128
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does on held-out pictures.
+    """The result of an evaluation on held-out images.
 
     Attributes:
-        true: their captions.
-        predicted: those that the model generated.
-        loss: of the true captions, nats a token.
-        skipped: rows that could not be evaluated, by reason.
+        true: The captions of the data.
+        predicted: The captions that the model generated.
+        loss: The mean loss of the true captions, in nats per token.
+        skipped: How many rows could not be evaluated, by reason.
     """
 
     true: list[str]
@@ -42,58 +42,48 @@ class Evaluation:
 
     @property
     def exact_match(self) -> float:
-        """Share of held-out pictures whose caption is right to the last character."""
+        """The share of images whose caption is right to the last character."""
         return sum(map(str.__eq__, self.predicted, self.true)) / len(self.true)
 
 
 @torch.no_grad()
-def evaluate(
-    accelerator: Accelerator,
-    model: PalmE,
-    held_out: Source,
-    count: int,
-    at_once: int,
-    preprocessing: Preprocessing,
-    tokenizer: Tokenizer,
-    strict: bool,
-) -> Evaluation:
-    """Evaluate the first `count` rows of `held_out`, shared among all processes; to be called in all of them.
+def evaluate(task: Task, accelerator: Accelerator, model: PalmE, batch_size: int) -> Evaluation:
+    """Evaluate held-out images, shared among all processes; call it in all of them.
 
     Args:
-        at_once: pictures that a process computes at once, at most; no more than 128 in any case.
-        strict: a row that cannot be evaluated is an error.
+        task: The held-out rows, and how they are read.
+        accelerator: The accelerator of the processes.
+        model: A model that each process can run on its own.
+        batch_size: How many images each process computes at once; no more than 128 in any case.
 
     Raises:
-        DataError: no row can be evaluated, or not all with `strict`.
+        DataError: No row can be evaluated, or one cannot although the data are `strict`.
     """
-    at_once = min(at_once, AT_ONCE)
-    chunks = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
-    mine = range(accelerator.process_index, len(chunks), accelerator.num_processes)
-    parts: list[tuple[int, list[str], list[str], float, int, list[str]]] = []
-    errors = Errors()
-    with errors.held(), evaluating(model):
-        for number, batch in zip(mine, load_batches(held_out, mine, chunks.__getitem__, model.config, 0), strict=True):
-            check_rows([batch], strict)
+    size, count = min(batch_size, LARGEST_BATCH), task.held_out_images
+    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    own = range(accelerator.process_index, len(batches), accelerator.num_processes)
+    parts: list[tuple[int, float, int, list[str], list[str], list[str]]] = []
+    with Errors().shared(), evaluating(model):
+        loaded = load_batches(task.held_out_rows, own, batches.__getitem__, model.config, 0)
+        for number, batch in zip(own, loaded, strict=True):
+            check_rows([batch], task.data.strict)
             loss, predicted = 0.0, list[str]()
             if batch.targets:
-                img = preprocessing.normalise(batch.img.to(accelerator.device))
+                img = task.preprocessing.normalise(batch.img.to(accelerator.device))
                 loss = model(img, batch.text.to(accelerator.device)).item() * batch.targets
-                # Nothing is decoded from nan: the loss tells.
-                predicted = caption(model, img, tokenizer) if math.isfinite(loss) else batch.captions
+                # A model that computes nan cannot decode; the loss reports it.
+                predicted = caption(model, img, task.tokenizer) if math.isfinite(loss) else batch.captions
             reasons = [defect.reason for defect in batch.defects]
-            parts.append((number, batch.captions, predicted, loss, batch.targets, reasons))
-    errors.meet()
-    parts = sorted(gather_object(parts))
-    targets = sum(part[4] for part in parts)
-    if not targets:
+            parts.append((number, loss, batch.targets, batch.captions, predicted, reasons))
+    _, losses, targets, true, generated, defects = zip(*sorted(gather_object(parts)), strict=True)
+    if not sum(targets):
         raise DataError("no held-out row is usable: name another split or number with --held_out")
-    true, guessed = [text for part in parts for text in part[1]], [text for part in parts for text in part[2]]
-    skipped = Counter(reason for part in parts for reason in part[5])
-    return Evaluation(true, guessed, sum(part[3] for part in parts) / targets, dict(skipped))
+    skipped = Counter(chain(*defects))
+    return Evaluation([*chain(*true)], [*chain(*generated)], sum(losses) / sum(targets), dict(skipped))
 
 
-def whole(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
-    """`model`, or where it is sharded, a copy with these weights that any process can run on its own."""
+def unsharded(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
+    """Return `model`, or if it is sharded, a copy with these weights that each process can run on its own."""
     if not isinstance(model, FSDPModule):
         return model
     with torch.random.fork_rng(devices=[]):
@@ -103,10 +93,10 @@ def whole(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
 
 
 def check_rows(batches: Sequence[Batch], strict: bool) -> None:
-    """Refuse rows that cannot be learned from, if `strict`.
+    """Reject rows that cannot be used, if `strict`.
 
     Raises:
-        DataError: there is one.
+        DataError: There is such a row.
     """
     defect = next((defect for batch in batches for defect in batch.defects), None)
     if strict and defect is not None:

@@ -5,273 +5,205 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
-from torch import Tensor
 from tqdm import tqdm
 
-from palme_xt import tokens
-from palme_xt.captioner import drawing as pictures
-from palme_xt.captioner.data import digits
-from palme_xt.captioner.data.batches import Batch, DataError, Example, Share, Source, load_batches
-from palme_xt.captioner.data.rows import load_data
-from palme_xt.captioner.images import PREPROCESSING, Preprocessing
-from palme_xt.captioner.options import DIGITS, Data, Training
+from palme_xt.captioner import drawing
+from palme_xt.captioner.data.batches import Batch, DataError, Example, Share, load_batches
+from palme_xt.captioner.options import Data, Training
+from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
-from palme_xt.captioner.training.checkpoint import (
-    Progress,
-    load_checkpoint,
-    of_all_processes,
-    random_state,
-    save_checkpoint,
-    whole_state_dict,
-)
-from palme_xt.captioner.training.distributed import (
-    Errors,
-    TrainingError,
-    ended,
-    make_accelerator,
-    refuse_parameters_without_gradient,
-    start_trackers,
-)
-from palme_xt.captioner.training.evaluate import Evaluation, check_rows, evaluate, whole
-from palme_xt.captioner.training.interrupts import told_to_stop
-from palme_xt.captioner.training.run import METRICS, Run
+from palme_xt.captioner.training import checkpoint, distributed
+from palme_xt.captioner.training.evaluate import Evaluation, check_rows, evaluate, unsharded
+from palme_xt.captioner.training.run import Run
+from palme_xt.captioner.training.step import compute_gradients, initial_state
+from palme_xt.captioner.training.task import Task, open_run, open_task
 from palme_xt.config import PalmEConfig
-from palme_xt.model import PalmE
 from palme_xt.storage.card import model_card
 
 SAVED_IMAGES = 8
-UNUSABLE_AT_MOST = 1000
-NAMED = 8
+UNUSABLE_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training came to.
+    """The result of a training run.
 
     Attributes:
-        evaluation: of the weights that it came to.
-        progress: steps done, rows read and rows skipped.
-        interrupted: by a signal, before all steps were done.
+        evaluation: The evaluation of the final weights.
+        progress: Steps done, rows read and rows skipped, by all processes.
+        interrupted: Whether a signal ended training before all steps were done.
     """
 
     evaluation: Evaluation
-    progress: Progress
+    progress: checkpoint.Progress
     interrupted: bool
-
-
-def warm_up_and_decay(step: int, steps: int) -> float:
-    """The share of the peak learning rate at `step` of `steps`: linear up in the first tenth, then half a cosine."""
-    warm_up = steps // 10
-    if step < warm_up:
-        return (step + 1) / (warm_up + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 def train(
     config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer, run: Run, *, resume: bool = False
 ) -> Outcome:
-    """Train a new model, or go on with one, keeping `run` usable all the while.
+    """Train a new model, or resume a run, and keep the run folder usable at all times.
 
-    Called in all processes alike. SIGINT (Ctrl-C) and SIGTERM end the training after the step, not the run: what has
-    been learned is saved, evaluated and shown, and can be resumed. A second one, some seconds later, ends at once. The
-    first process alone writes.
+    Call it in all processes with the same arguments; only the first process writes. SIGINT (Ctrl-C) or SIGTERM ends
+    training after the current step: the model is saved and evaluated, and the run can be resumed. A second signal, some
+    seconds later, ends the process at once.
 
     Raises:
-        ValueError: the model cannot learn these data.
-        DataError: the data cannot be loaded, or are not those that the run began with, or a row is wrong and
-            `data.strict`.
-        RunError: the run folder cannot be written, or another process trains it; its last checkpoint is as it was.
-        TrainingError: the loss is not finite, and the last checkpoint is from before; or these processes cannot train.
+        ValueError: The model cannot learn these data.
+        DataError: The data cannot be loaded, differ from those that the run started with, or have a row that cannot be
+            used although `data.strict`.
+        RunError: The run folder cannot be written, or another process trains the run; the last checkpoint is unchanged.
+        TrainingError: The loss is not finite, and the last checkpoint is from before; or these processes cannot train.
     """
-    accelerator = make_accelerator(training.mixed_precision, training.log_with, run.folder / "logs", config)
-    with ended(accelerator):
+    accelerator = distributed.make_accelerator(training, run.folder / "logs", config)
+    with distributed.shutdown_on_exit(accelerator):
         try:
-            return _train(accelerator, config, training, data, tokenizer, run, resume)
+            with distributed.Errors().shared():
+                share = _share(training, accelerator)
+                training = replace(training, mixed_precision=accelerator.mixed_precision)
+                task = open_task(config, training, data, tokenizer)
+                if accelerator.is_main_process:
+                    open_run(run, task, resume)
+            return _Trainer(accelerator, task, share, run, resume).train()
         finally:
             run.unlock()
 
 
-def _train(
-    accelerator: Accelerator,
-    config: PalmEConfig,
-    training: Training,
-    data: Data,
-    tokenizer: Tokenizer,
-    run: Run,
-    resume: bool,
-) -> Outcome:
-    main = accelerator.is_main_process
-    errors = Errors()
-    share = _share(training, accelerator)
-    preprocessing = Preprocessing.plain(config) if data.data == DIGITS else Preprocessing.for_pictures(config)
-    described = asdict(data) | asdict(training) | {"mixed_precision": accelerator.mixed_precision}
-    with errors.held():
-        source, held_out, evaluated = _open(config, training, data, preprocessing, tokenizer)
-        if main:
-            fingerprints = {"rows_fingerprint": source.fingerprint(), "held_out_fingerprint": held_out.fingerprint()}
-            if resume:
-                _check_fingerprints(fingerprints, data, run)
-            else:
-                files = tokenizer.files() | {PREPROCESSING: preprocessing.to_json().encode()}
-                run.create(config, described | fingerprints, files)
-            run.lock()
-    errors.meet()
+class _Trainer:
+    """A training run in progress: `task` is what stays the same, `state` what changes."""
 
-    set_seed(training.seed)
-    model = PalmE.from_config(config)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=training.lr,
-        betas=(0.9, 0.98),
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
-    trained, prepared = accelerator.prepare(model, optimizer)
-    set_seed(training.seed, device_specific=True)
-    progress = load_checkpoint(run, accelerator, trained, optimizer, schedule) if resume else Progress()
-    with errors.held():
-        if main and resume:
-            run.forget_metrics_after(progress.metrics_size)
-        if training.log_with:
-            start_trackers(accelerator, described, progress.step)
-    errors.meet()
-    count = training.gradient_accumulation_steps
+    def __init__(self, accelerator: Accelerator, task: Task, share: Share, run: Run, resume: bool) -> None:
+        self.accelerator, self.task, self.share, self.run = accelerator, task, share, run
+        self.main, self.errors, self.unusable_rows = accelerator.is_main_process, distributed.Errors(), 0
+        self.state = initial_state(accelerator, task.config, task.training)
+        if resume:
+            checkpoint.load(run, self.state)
+        step, steps = self.state.progress.step, task.training.steps
+        with self.errors.shared():
+            if task.training.log_with:
+                distributed.start_trackers(accelerator, task.options, step)
+        self.shown = {"loss": "-", "held-out exact match": "-", "images/s": "-"}
+        self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not self.main)
 
-    def learn(micro_batches: list[Batch], targets: int) -> float:
-        """Gradients of the mean loss over the targets of all processes; that loss."""
-        losses = []
-        for number, batch in enumerate(micro_batches, 1):
-            with contextlib.nullcontext() if number == count else accelerator.no_sync(trained):
-                img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
-                loss = trained(preprocessing.normalise(img), text)
-                # Processes average their gradients: so weighted, they give that of the mean over all targets.
-                accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
-                losses.append(loss.detach() * (batch.targets / targets))
-        refuse_parameters_without_gradient(trained)
-        mean = float(accelerator.reduce(torch.stack(losses).sum()))
-        norm = float(accelerator.clip_grad_norm_(trained.parameters(), training.grad_clip))
-        if not (math.isfinite(mean) and math.isfinite(norm)):
-            names = gather_object([name for batch in micro_batches for name in batch.names])
-            with errors.held():
-                if main:
-                    run.log(step=progress.step + 1, loss=mean, gradient_norm=norm, batch=names)
-                raise TrainingError(_not_finite(mean, norm, names, progress, training, run))
-            errors.meet()
-        return mean
+    def train(self) -> Outcome:
+        """Do the steps that are left; evaluate and save the model in between and at the end."""
+        task, state, progress, training = self.task, self.state, self.state.progress, self.task.training
+        count, stop = training.gradient_accumulation_steps, False
+        left = range(progress.step * count, training.steps * count)
+        reading = load_batches(task.rows, left, self.share, task.config, task.data.num_workers)
+        with self.bar, stop_on_signal() as stop_requested, contextlib.closing(reading) as batches:
+            while progress.step < training.steps:
+                started = time.perf_counter()
+                micro_batches, targets, stop = self.read(batches, stop_requested.is_set())
+                state.random_states = checkpoint.random_state()  # to resume from before this step
+                loss = compute_gradients(task, state, self.run, micro_batches, targets) if targets else math.nan
+                if targets and (stop or progress.step % training.save_every == 0):
+                    # The weights from before this step, now that their loss and gradient are known to be finite.
+                    checkpoint.save(self.run, state)
+                if stop:
+                    break
+                self.update_weights(micro_batches, targets)
+                self.log(loss, training.batch_size / (time.perf_counter() - started))
+                if progress.step % training.eval_every == 0 and progress.step < training.steps:
+                    self.evaluate()
+            if not stop:
+                state.random_states = checkpoint.random_state()
+            evaluation = self.evaluate(interrupted=stop)
+            checkpoint.save(self.run, state)
+        with self.errors.shared():
+            if self.main:
+                self.draw(evaluation)
+        return Outcome(evaluation, checkpoint.total_progress(progress), stop)
 
-    def evaluate_and_save_weights() -> tuple[Evaluation, Progress]:
-        weights = whole_state_dict(trained)
-        at_once = 4 * len(share(0))
-        evaluation = evaluate(
-            accelerator, whole(model, weights), held_out, evaluated, at_once, preprocessing, tokenizer, data.strict
-        )
-        if not math.isfinite(evaluation.loss):
-            raise TrainingError(
-                f"lr={training.lr} led to a held-out loss of {evaluation.loss} {_so_far(progress, run)}"
+    def read(self, batches: Iterator[Batch], stop: bool) -> tuple[list[Batch], int, bool]:
+        """Return the micro-batches of the next step, the targets of all processes, and whether any is to stop."""
+        micro_batches: list[Batch] = []
+        with self.errors.held():
+            micro_batches = list(islice(batches, self.share.count))
+            check_rows(micro_batches, self.task.data.strict)
+        own = [sum(batch.targets for batch in micro_batches), int(stop), int(self.errors.own is not None)]
+        # One reduction for all three, because the processes wait for one another in each.
+        total = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device))
+        targets, stops, failures = total.tolist()
+        if failures:
+            self.errors.meet()
+        return micro_batches, targets, stops > 0
+
+    def update_weights(self, micro_batches: list[Batch], targets: int) -> None:
+        """Finish the step, and count its rows.
+
+        Raises:
+            DataError: Too many rows in succession are unusable.
+        """
+        self.unusable_rows = 0 if targets else self.unusable_rows + self.share.batch_size
+        if self.unusable_rows >= UNUSABLE_ROWS:
+            detail = micro_batches[0].defects[0].detail
+            raise DataError(
+                f"data={self.task.data.data} has {self.unusable_rows} unusable rows in succession: {detail}"
             )
-        total = of_all_processes(progress)
+        self.state.optimizer.step()
+        self.state.schedule.step()
+        self.state.optimizer.zero_grad()
+        progress = self.state.progress
+        progress.step += 1
+        for batch in micro_batches:
+            progress.rows += batch.rows
+            progress.skipped.update(defect.reason for defect in batch.defects[: batch.new_defects])
+
+    def log(self, loss: float, images_per_second: float) -> None:
+        """Log a step to `metrics.jsonl`, the trackers and the progress bar."""
+        step, skipped = self.state.progress.step, self.state.progress.skipped.total()
+        metrics = {"loss": loss, "images_per_second": images_per_second}
+        with self.errors.held():  # until the next step, in which the processes meet anyway
+            if self.main:
+                self.run.log(step=step, **metrics)
+            self.accelerator.log(metrics | {"lr": self.state.schedule.get_last_lr()[0]}, step=step)
+        self.shown |= {"loss": f"{loss:.3f}", "images/s": f"{images_per_second:.0f}"}
+        self.shown |= {"skipped": f"{skipped}"} if skipped else {}
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update()
+
+    def evaluate(self, interrupted: bool = False) -> Evaluation:
+        """Evaluate the weights, and if their loss is finite, save them with a model card and log the result."""
+        accelerator, task, step = self.accelerator, self.task, self.state.progress.step
+        weights = checkpoint.full_weights(self.state.model)
+        model = unsharded(accelerator.unwrap_model(self.state.model), weights)
+        evaluation = evaluate(task, accelerator, model, 4 * len(self.share(0)))
+        skipped = checkpoint.total_progress(self.state.progress).skipped
         metrics = {"held_out_exact_match": evaluation.exact_match, "held_out_loss": evaluation.loss}
-        with errors.held():
-            if main:
-                run.save(weights)
-                run.log(step=progress.step, **metrics, skipped_rows=sum(total.skipped.values()))
-                described_metrics = {"step": progress.step, "held_out_images": len(evaluation.true)} | metrics
-                run.write("README.md", model_card(config, described, described_metrics).encode())
-            accelerator.log(metrics, step=progress.step)
-        errors.meet()
-        return evaluation, total
-
-    def remember_metrics() -> None:
-        with errors.held():
-            if main:
-                progress.metrics_size = run.metrics_size()
-
-    def save(random_states: dict[str, Tensor]) -> None:
-        with errors.held():
-            save_checkpoint(run, accelerator, trained, optimizer, schedule, progress, random_states)
-        errors.meet()
-
-    stop = unusable = 0
-    random_states: dict[str, Tensor] = {}
-    shown = {"held-out exact match": "-"}
-    bar = tqdm(total=training.steps, initial=progress.step, desc="training", unit="step", disable=not main)
-    todo = range(progress.step * count, training.steps * count)
-    batches = contextlib.closing(load_batches(source, todo, share, config, data.num_workers))
-    with bar, told_to_stop() as told, batches as micro:
-        started = time.perf_counter()
-        while progress.step < training.steps:
-            micro_batches: list[Batch] = []
-            with errors.held():
-                micro_batches = [next(micro) for _ in range(count)]
-                check_rows(micro_batches, data.strict)
-            mine = [sum(batch.targets for batch in micro_batches), int(told.is_set()), int(errors.mine is not None)]
-            targets, stop, failed = accelerator.reduce(torch.tensor(mine, device=accelerator.device)).tolist()
-            if failed:
-                errors.meet()
-            due = stop or progress.step % training.save_every == 0
-            random_states = random_state() if due else {}
-            mean = math.nan
-            if targets:
-                mean = learn(micro_batches, targets)
-                if due:  # and known to be good: the loss and the gradient of these weights are finite
-                    remember_metrics()
-                    save(random_states)
-            if stop:
-                break
-            unusable = 0 if targets else unusable + training.batch_size
-            if unusable >= UNUSABLE_AT_MOST:
-                raise DataError(
-                    f"data={data.data} has no usable row among {unusable} in a row: "
-                    f"{micro_batches[0].defects[0].detail}"
+        with self.errors.shared():
+            if not math.isfinite(evaluation.loss):
+                raise distributed.TrainingError(
+                    f"lr={task.training.lr} led to a held-out loss of {evaluation.loss} after step {step}: lower it; "
+                    f"{self.run.folder} keeps the weights from before"
                 )
-            prepared.step()
-            schedule.step()
-            prepared.zero_grad()
-            progress.step += 1
-            _count_rows(progress, micro_batches)
+            if self.main:
+                self.run.save(weights)
+                marked = {"interrupted": True} if interrupted else {}
+                self.run.log(step=step, **metrics, skipped_rows=skipped.total(), **marked)
+                described = {"step": step, "held_out_images": len(evaluation.true)} | metrics
+                self.run.write("README.md", model_card(task.config, task.options, described).encode())
+            accelerator.log(metrics, step=step)
+        self.shown["held-out exact match"] = f"{evaluation.exact_match:.1%}"
+        self.bar.set_postfix(self.shown)
+        return evaluation
 
-            speed = training.batch_size / (time.perf_counter() - started)
-            with errors.held():
-                if main:
-                    run.log(step=progress.step, loss=mean, images_per_second=speed)
-                logged = {"loss": mean, "lr": schedule.get_last_lr()[0], "images_per_second": speed}
-                accelerator.log(logged, step=progress.step)
-            if progress.skipped:
-                shown["skipped"] = f"{sum(progress.skipped.values())}"
-            bar.set_postfix({"loss": f"{mean:.3f}", **shown, "images/s": f"{speed:.0f}"}, refresh=False)
-            bar.update()
-            if progress.step % training.eval_every == 0 and progress.step < training.steps:
-                evaluation, _ = evaluate_and_save_weights()
-                shown["held-out exact match"] = f"{evaluation.exact_match:.1%}"
-            started = time.perf_counter()
-        remember_metrics()  # a run that goes on from here evaluates at the end again, or not here
-        random_states = random_states if stop else random_state()
-        evaluation, total = evaluate_and_save_weights()
-        save(random_states)
-        shown["held-out exact match"] = f"{evaluation.exact_match:.1%}"
-        bar.set_postfix(shown)
-    with errors.held():
-        if main:
-            _draw(held_out, evaluated, preprocessing, evaluation, run)
-    errors.meet()
-    return Outcome(evaluation, total, bool(stop))
-
-
-def _draw(held_out: Source, evaluated: int, preprocessing: Preprocessing, evaluation: Evaluation, run: Run) -> None:
-    rows = held_out.read(range(min(evaluated, pictures.COLUMNS * pictures.ROWS)))
-    pixels = [row.img for row in rows if isinstance(row, Example)]
-    if pixels:
-        img = preprocessing.shown(preprocessing.normalise(torch.stack(pixels)))
-        pictures.save_images(img[:SAVED_IMAGES], run.folder / "held_out")
-        pictures.draw_samples(img, evaluation.predicted, evaluation.true, run.folder / "samples.png")
-    pictures.draw_loss(run.metrics(), run.folder / "loss.png")
+    def draw(self, evaluation: Evaluation) -> None:
+        """Draw held-out images with their captions, and the loss curve."""
+        task, folder = self.task, self.run.folder
+        rows = task.held_out_rows.read(range(min(task.held_out_images, drawing.COLUMNS * drawing.ROWS)))
+        pixels = [row.img for row in rows if isinstance(row, Example)]
+        if pixels:
+            img = task.preprocessing.shown(task.preprocessing.normalise(torch.stack(pixels)))
+            drawing.save_images(img[:SAVED_IMAGES], folder / "held_out")
+            drawing.draw_samples(img, evaluation.predicted, evaluation.true, folder / "samples.png")
+        drawing.draw_loss(self.run.metrics(), folder / "loss.png")
 
 
 def _share(training: Training, accelerator: Accelerator) -> Share:
@@ -279,59 +211,6 @@ def _share(training: Training, accelerator: Accelerator) -> Share:
     if training.batch_size % (processes * count):
         raise ValueError(
             f"batch_size={training.batch_size} must be divisible by {processes} processes times "
-            f"gradient_accumulation_steps={count}: it is that of all processes together"
+            f"gradient_accumulation_steps={count}: it is the batch size of all processes together"
         )
     return Share(training.batch_size, count, accelerator.process_index, processes)
-
-
-def _open(
-    config: PalmEConfig, training: Training, data: Data, preprocessing: Preprocessing, tokenizer: Tokenizer
-) -> tuple[Source, Source, int]:
-    """What to train on, what to evaluate on, and how many rows of that."""
-    if config.num_tokens < tokenizer.num_tokens:
-        rule = (
-            "to train on bytes: 256, BOS and EOS" if tokenizer.num_tokens == tokens.NUM_TOKENS else "for the tokenizer"
-        )
-        raise ValueError(f"num_tokens={config.num_tokens} must be at least {tokenizer.num_tokens} {rule}")
-    if data.data != DIGITS:
-        source, rows = load_data(
-            data, config, preprocessing, tokenizer, seed=training.seed, held_out=training.eval_images
-        )
-        return source, rows, min(len(rows), training.eval_images)
-    train_scans, held_out_scans = digits.load_scans()
-    scenes = partial(digits.Scenes, config=config, tokenizer=tokenizer)
-    return (
-        scenes(train_scans, block=training.batch_size, seed=training.seed, jitter=training.jitter),
-        scenes(held_out_scans, block=training.eval_images, seed=0),
-        training.eval_images,
-    )
-
-
-def _check_fingerprints(fingerprints: dict[str, str], data: Data, run: Run) -> None:
-    before = run.training()
-    for name, fingerprint in fingerprints.items():
-        if before.get(name, fingerprint) != fingerprint:
-            raise DataError(
-                f"data={data.data} has not the {name.removesuffix('_fingerprint')} that {run.folder} began with: a run "
-                "goes on with the same data; restore them, or begin a new run"
-            )
-
-
-def _count_rows(progress: Progress, micro_batches: list[Batch]) -> None:
-    for batch in micro_batches:
-        progress.rows += batch.rows
-        for defect in batch.defects[: batch.new_defects]:
-            progress.skipped[defect.reason] = progress.skipped.get(defect.reason, 0) + 1
-
-
-def _so_far(progress: Progress, run: Run) -> str:
-    return f"after step {progress.step}: lower it; {run.folder} keeps the weights from before"
-
-
-def _not_finite(loss: float, norm: float, names: list[str], progress: Progress, training: Training, run: Run) -> str:
-    value = f"loss of {loss}" if not math.isfinite(loss) else f"gradient norm of {norm}"
-    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    return (
-        f"lr={training.lr} led to a {value} at step {progress.step + 1}, batch {shown}: lower it; {run.folder} keeps "
-        f"the last good weights, and all names in {METRICS}"
-    )

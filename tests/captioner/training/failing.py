@@ -1,4 +1,4 @@
-"""A training that fails outside the package: `python -m tests.captioner.training.failing train ...`."""
+"""A training run that fails outside the package: `python -m tests.captioner.training.failing train ...`."""
 
 from __future__ import annotations
 

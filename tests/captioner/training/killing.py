@@ -1,8 +1,8 @@
-"""Kill real training processes with SIGKILL at random moments, resume each, and compare the ends bit by bit.
+"""Kill real training processes with SIGKILL at random moments, resume each, and compare the results bit by bit.
 
 A program of its own: `python -m tests.captioner.training.killing FOLDER DATA KILLS`.
-It imports everything once and forks each training
-process, which a process that has computed gradients, as that of the tests has, must not do.
+It imports everything once and then forks each training process. The process of the tests must not fork them itself,
+because it has computed gradients.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ import torch
 
 from palme_xt.captioner.training import loop as training  # noqa: F401  # imported before the forks
 from palme_xt.captioner.training.checkpoint import CHECKPOINT
-from palme_xt.captioner.training.run import UNFINISHED
+from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
+from palme_xt.storage.atomic import UNFINISHED
 from tests.captioner.captioned import TINY
 
 STEPS = 12
 OPTIONS = [
     *(f"--steps={STEPS}", "--batch_size=4", "--save_every=2", "--eval_every=5", "--held_out=6"),
-    # Both of Python's generator and of torch's something hangs.
+    # The results depend on Python's generator and on torch's.
     *("--decoder_kwargs.layer_dropout=0.2", "--decoder_kwargs.attn_dropout=0.1"),
 ]
 
 
 def start(arguments: list[str]) -> int:
-    """A forked process that runs the command line; its pid."""
+    """Fork a process that runs the command line, and return its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -47,7 +48,7 @@ def start(arguments: list[str]) -> int:
 
 
 def finish(arguments: list[str]) -> float:
-    """Run the command line to its end; the seconds that took."""
+    """Run the command line to its end, and return how many seconds it took."""
     started = time.monotonic()
     _, status = os.waitpid(start(arguments), 0)
     if status:
@@ -56,7 +57,7 @@ def finish(arguments: list[str]) -> float:
 
 
 def wait_for(path: Path, times: int, pid: int) -> None:
-    """Until the file has come so many times, or the process has ended."""
+    """Wait until the file has appeared so many times, or the process has ended."""
     for _ in range(times):
         while path.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
             pass
@@ -66,22 +67,21 @@ def wait_for(path: Path, times: int, pid: int) -> None:
 
 
 def end_of(run: Path) -> dict[str, Any]:
-    """All that a run comes to, but for its speed."""
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Return everything that a run results in, except for its speed."""
+    metrics = Run(run).metrics()
     for line in metrics:
         line.pop("images_per_second", None)
     content = (run / CHECKPOINT).read_bytes()
     tensors = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:tensors])
     state = json.loads(header.pop("__metadata__")["state"])
-    del state["progress"]["metrics_size"]  # so many bytes have lines that tell the speed
     end = {"metrics": metrics, "header": header, "state": state, "tensors": content[tensors:]}
     names = [path for path in run.rglob("*") if path.is_file() and path.name not in ("metrics.jsonl", CHECKPOINT)]
     return end | {str(path.relative_to(run)): path.read_bytes() for path in sorted(names)}
 
 
 def kill(pid: int) -> bool:
-    """Kill a process, unless it has ended; whether it was killed."""
+    """Kill a process, unless it has ended, and return whether it was killed."""
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(pid, signal.SIGKILL)
         return os.WIFSIGNALED(os.waitpid(pid, 0)[1])

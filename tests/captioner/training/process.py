@@ -21,7 +21,7 @@ def shard() -> None:
     """Let accelerate shard on CPUs.
 
     `accelerate launch --use_fsdp` asks for it by environment variables, which accelerate 1.15 heeds on accelerators
-    alone; its code, and torch's, run on gloo as they are.
+    only; its code and torch's run on gloo unchanged.
     """
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true",
@@ -36,7 +36,7 @@ def shard() -> None:
 
 
 def interrupt_the_second_at_step_3() -> None:
-    """A signal in the middle of a step, to one process alone."""
+    """Send a signal in the middle of a step, to one process only."""
     step = torch.optim.AdamW.step
     steps = iter(range(1, 100))
 
@@ -49,7 +49,7 @@ def interrupt_the_second_at_step_3() -> None:
 
 
 def threads_of_gloo() -> list[str]:
-    """One that outlives the interpreter aborts the process, or hangs, but seldom."""
+    """Return the names of gloo's threads: one that outlives the interpreter may abort or hang the process."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return [name for name in names if "gloo" in name]
 
@@ -64,7 +64,7 @@ if __name__ == "__main__":
         interrupt_the_second_at_step_3()
         arguments = arguments[1:]
     code = main(arguments)
-    # Those of sharding stay: torch 2.13 has caches that hold the group, and no public way to clear them.
+    # After sharding they stay: torch 2.13 has caches that hold the group, and no public way to clear them.
     if how == "ddp" and (left := threads_of_gloo()):
         sys.exit(f"threads of gloo are left: {left}")
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The processes that read ahead end with the training, however it ends."""
+"""The reader processes end with the training run, however it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that survive: whatever stops them, they go on to the same bits; and what they say when they cannot."""
+"""Runs that survive: whatever stops them, they resume to the same bits, or explain why they cannot."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from palme_xt import PalmE
 from palme_xt.captioner.training import checkpoint
 from palme_xt.captioner.training import loop as training
 from palme_xt.captioner.training.checkpoint import CHECKPOINT, random_state, set_random_state
-from palme_xt.captioner.training.run import LOCK, UNFINISHED, Run
+from palme_xt.captioner.training.run import LOCK, Run
 from palme_xt.cli import main
+from palme_xt.storage.atomic import UNFINISHED
 from tests.captioner.captioned import TINY, write_folder
 from tests.captioner.training.killing import end_of
 from tests.test_cli import fails
@@ -40,7 +41,7 @@ VARIANTS = {
 
 
 class Crash(BaseException):
-    """What nothing catches."""
+    """An exception that nothing catches."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_a_build_for_cuda_without_a_device_has_random_states(monkeypatch: pytest
     states = random_state()
     assert sorted(states) == ["python", "python.gauss", "torch"]
     drawn = torch.rand(3)
-    set_random_state(states | {"device": torch.zeros(16, dtype=torch.uint8)})  # resumed without the device of before
+    set_random_state(states | {"device": torch.zeros(16, dtype=torch.uint8)})  # resumed without the device
     assert torch.equal(torch.rand(3), drawn)
     assert not torch.equal(torch.rand(3), drawn)
 
@@ -106,7 +107,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     monkeypatch.setattr(checkpoint, "set_random_state", lambda states: None)
     assert main(["train", f"--resume={tmp_path / 'other'}"]) == 0
     drew_otherwise = end_of(tmp_path / "other")["model.safetensors"] != whole["model.safetensors"]
-    assert drew_otherwise == ("--save_every=50" not in VARIANTS[variant])  # from the start, the seed says enough
+    assert drew_otherwise == ("--save_every=50" not in VARIANTS[variant])  # a run that starts anew needs only the seed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -166,7 +167,7 @@ def test_what_is_learned_is_saved_before_it_is_evaluated(
     assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patch:
         crash_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        patch.setattr(training, "evaluate", lambda *arguments: crash())  # the launcher has lost its patience
+        patch.setattr(training, "evaluate", lambda *arguments: crash())  # the launcher kills the process
         crashes([*train, f"--run={tmp_path / 'run'}"])
     assert step_of(tmp_path / "run") == 5
     assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
@@ -185,7 +186,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(
 
     crash_at(monkeypatch, 5, resume)
     assert main(["train", f"--data={folder}", *SHORT, f"--run={run}"]) == 0
-    explain(resumed[0], rf"{run} is being trained by another process: wait for its end")
+    explain(resumed[0], rf"{run} is being trained by another process: wait until it ends")
     assert not (run / LOCK).exists()
     monkeypatch.undo()
     assert main(["train", f"--resume={run}"]) == 0
@@ -217,8 +218,25 @@ def test_a_run_goes_on_with_the_same_data(
     for content in [json.dumps(changed), *lines[1:]], lines[:-1]:
         (elsewhere / "metadata.jsonl").write_text("\n".join(content) + "\n")
         capsys.readouterr()
-        message = r"data=\S+ has not the (rows|held_out) that \S+other began with: a run goes on with the same data; .*"
+        message = r"data=\S+ differs from the data that \S+other started with, in its (rows|held_out)_fingerprint: .*"
         fails(capsys, ["train", f"--resume={tmp_path / 'other'}", f"--data={elsewhere}"], message)
+
+
+def test_checkpoints_of_version_0_1_can_be_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = ["train", f"--data={folder}", *SHORT]
+    assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
+    with monkeypatch.context() as patch:
+        crash_at(patch, 6, crash)
+        crashes([*train, f"--run={tmp_path / 'run'}"])
+    path = tmp_path / "run" / CHECKPOINT
+    with safetensors.safe_open(str(path), "pt") as file:
+        state = json.loads(file.metadata()["state"])
+    state["progress"]["metrics_size"] = 7
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"state": json.dumps(state)})
+    assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0
+    assert end_of(tmp_path / "run") == end_of(tmp_path / "whole")
 
 
 def test_a_second_signal_ends_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +244,7 @@ def test_a_second_signal_ends_at_once(folder: Path, tmp_path: Path, monkeypatch:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("palme_xt.captioner.training.interrupts.SECONDS", 0.0)
+    monkeypatch.setattr("palme_xt.captioner.signals.GRACE_SECONDS", 0.0)
     crash_at(monkeypatch, 5, twice)
     assert main(["train", f"--data={folder}", *SHORT, f"--run={tmp_path / 'run'}"]) == 130
     assert [line["step"] for line in Run(tmp_path / "run").metrics()][-1] == 4
@@ -239,7 +257,7 @@ def test_runs_killed_at_20_random_moments_lose_nothing(folder: Path, tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["died"] >= 15  # some were faster
+    assert counts["died"] >= 15  # some ended before
     assert counts["while_writing"] >= 2
     assert counts["moments"] >= 6
 
@@ -250,7 +268,7 @@ def test_the_generators_go_on_where_they_were() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), random.gauss(0, 1), float(torch.rand(()))
 
-    draw()  # of two normal numbers, one is kept for the next time
+    draw()  # gauss draws two numbers and keeps one for the next call
     state = random_state()
     first = draw()
     assert draw() != first
@@ -282,9 +300,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path) ->
     done = subprocess.run([*namespace, "sh", "-c", script, "sh", *train], capture_output=True, text=True)
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip("this user may not mount a small disk")
-    explain(
-        done, rf"\S+{CHECKPOINT} cannot be written: .*No space left on device.*; what was there before is as it was"
-    )
+    explain(done, rf"\S+{CHECKPOINT} cannot be written: .*No space left on device.*; what was saved is unchanged")
     assert not (copy / UNFINISHED).exists()
     assert main(["train", f"--resume={copy}"]) == 0
     assert main(["train", f"--data={folder}", *SHORT, "--eval_every=90", f"--run={tmp_path / 'whole'}"]) == 0
@@ -306,11 +322,11 @@ def test_a_folder_that_becomes_read_only_leaves_the_last_checkpoint(
             run.chmod(0o500)
             _, err = process.communicate()
         done = subprocess.CompletedProcess(endless, process.returncode, "", err)
-        message = "cannot be written: .*Permission denied.*; what was there before is as it was"
+        message = "cannot be written: .*Permission denied.*; what was saved is unchanged"
         explain(done, rf"\S+{CHECKPOINT} {message}")
         (run / LOCK).unlink(missing_ok=True)
         again = subprocess.run([*palme_xt, "train", f"--resume={run}"], capture_output=True, text=True)
-        explain(again, rf"\S+{LOCK} cannot be written: Permission denied")
+        explain(again, rf"\S+{LOCK} cannot be written: Permission denied; what was saved is unchanged")
     finally:
         run.chmod(0o700)
     step = step_of(run)
@@ -343,7 +359,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(
     )
     last = Run(tmp_path / "run").metrics()[-1]
     assert (last["step"], last["loss"], len(last["batch"])) == (5, "nan", 4)
-    # Those of step 3: that those of step 4 have a finite loss was not seen.
+    # The weights of step 3, because the loss of those of step 4 was not finite.
     found, good = (safetensors.torch.load_file(tmp_path / name / CHECKPOINT) for name in ("run", "good"))
     assert good.keys() == found.keys()
     assert [name for name, tensor in found.items() if not torch.equal(tensor, good[name])] == []
@@ -375,12 +391,12 @@ def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytes
         message = r"--resume=\S+ goes with no other option but --data, found --steps --lr --decoder_kwargs: .*"
         fails(capsys, [*resume, *others], message)
     (run / CHECKPOINT).write_bytes(good[:-9])
-    fails(capsys, resume, rf"\S+{CHECKPOINT} is no checkpoint that can be read: .*")
+    fails(capsys, resume, rf"\S+{CHECKPOINT} cannot be read as a checkpoint: .*")
     (run / CHECKPOINT).write_bytes((run / "model.safetensors").read_bytes())
-    fails(capsys, resume, rf"\S+{CHECKPOINT} is no checkpoint that can be read: .*")
+    fails(capsys, resume, rf"\S+{CHECKPOINT} cannot be read as a checkpoint: .*")
     (run / CHECKPOINT).write_bytes(good)
     (run / "config.json").write_text(config.replace('"decoder_dim": 16', '"decoder_dim": 24'))
-    fails(capsys, resume, rf"\S+{CHECKPOINT} is not of this model: .*")
+    fails(capsys, resume, rf"\S+{CHECKPOINT} does not belong to this model: .*")
     (run / "config.json").write_text(config.replace('"lr"', '"learning_rate"'))
     fails(capsys, resume, r"\S+ does not say how it was trained: 'lr' is missing in config.json")
     (run / "config.json").write_text(re.sub('"lr": [^,]*', '"lr": "high"', config))
@@ -400,7 +416,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
     train = ["train", f"--data={folder}", *SHORT, "--steps=3"]
     assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_checkpoint", lambda *arguments: crash())
+        patch.setattr(checkpoint, "save", lambda *arguments: crash())
         crashes([*train, f"--run={tmp_path / 'run'}"])
     assert not (tmp_path / "run" / CHECKPOINT).exists()
     assert main(["train", f"--resume={tmp_path / 'run'}"]) == 0

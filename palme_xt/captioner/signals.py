@@ -1,0 +1,59 @@
+"""Handlers for SIGINT (Ctrl-C) and SIGTERM, in the training process and in those that read data for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+GRACE_SECONDS = 2.0
+STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Yield an event that SIGINT or SIGTERM sets, instead of interrupting whatever runs.
+
+    Both a launcher and the terminal or the job scheduler may pass on the same request, so a second signal within
+    `GRACE_SECONDS` changes nothing. A later one does what it did before, which usually ends the process.
+    """
+    requested = threading.Event()
+    deadline = 0.0
+
+    def handle(number: Any, frame: object) -> None:
+        nonlocal deadline
+        if not requested.is_set():
+            requested.set()
+            deadline = time.monotonic() + GRACE_SECONDS
+        elif time.monotonic() > deadline:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+
+    may_handle = threading.current_thread() is threading.main_thread()
+    previous: dict[Any, Any] = {number: signal.signal(number, handle) for number in STOP_SIGNALS if may_handle}
+    try:
+        yield requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def ignore_interrupts_until(done: Any) -> None:
+    """Ignore SIGINT in this process, and SIGTERM until `done.value` is true; from then on SIGTERM ends the process.
+
+    Signals reach all processes of a terminal or a job, and training needs its readers to finish the step.
+
+    Args:
+        done: A shared value that becomes true when the main process needs this one no longer.
+    """
+
+    def end(number: int, frame: object) -> None:
+        if done.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)

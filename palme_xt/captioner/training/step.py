@@ -1,0 +1,90 @@
+"""The initial state of a training run, and the gradients of one step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from palme_xt.captioner.data.batches import Batch
+from palme_xt.captioner.options import Training
+from palme_xt.captioner.training.checkpoint import State
+from palme_xt.captioner.training.distributed import Errors, TrainingError
+from palme_xt.captioner.training.run import METRICS, Run
+from palme_xt.captioner.training.task import Task
+from palme_xt.config import PalmEConfig
+from palme_xt.model import PalmE
+
+NAMES_SHOWN = 8
+
+
+def warm_up_and_decay(step: int, steps: int) -> float:
+    """Return the share of the peak learning rate at `step`: linear over the first tenth, then half a cosine."""
+    warm_up = steps // 10
+    if step < warm_up:
+        return (step + 1) / (warm_up + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Training) -> State:
+    """Return a new model with its optimizer and schedule, the same in all processes, and seed their generators."""
+    set_seed(training.seed)
+    model = PalmE.from_config(config)
+    weights, decay = [weight for weight in model.parameters() if weight.requires_grad], training.weight_decay
+    optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
+    trained, optimizer = accelerator.prepare(model, optimizer)
+    set_seed(training.seed, device_specific=True)
+    return State(accelerator, trained, optimizer, schedule)
+
+
+def compute_gradients(task: Task, state: State, run: Run, micro_batches: Sequence[Batch], targets: int) -> float:
+    """Compute the gradients of the mean loss over the targets of all processes, clip them, and return that loss.
+
+    Call it in all processes. If the loss or the gradient is not finite, the names of the batch go to `metrics.jsonl`.
+
+    Raises:
+        TrainingError: The loss or the gradient is not finite, or `DistributedDataParallel` would wait for gradients
+            that never come.
+    """
+    accelerator, losses = state.accelerator, []
+    for batch in micro_batches:
+        with contextlib.nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(state.model):
+            img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
+            loss = state.model(task.preprocessing.normalise(img), text)
+            # Processes average their gradients; with these weights, the average is that of the mean over all targets.
+            accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
+            losses.append(loss.detach() * (batch.targets / targets))
+    _check_all_have_gradients(state.model)
+    mean = float(accelerator.reduce(torch.stack(losses).sum()))
+    norm = float(accelerator.clip_grad_norm_(state.model.parameters(), task.training.grad_clip))
+    if not (math.isfinite(mean) and math.isfinite(norm)):
+        step = state.progress.step + 1
+        names = gather_object([name for batch in micro_batches for name in batch.names])
+        with Errors().shared():
+            if accelerator.is_main_process:
+                run.log(step=step, loss=mean, gradient_norm=norm, batch=names)
+            value = f"gradient norm of {norm}" if math.isfinite(mean) else f"loss of {mean}"
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            raise TrainingError(
+                f"lr={task.training.lr} led to a {value} at step {step}, batch {', '.join(names[:NAMES_SHOWN])}{more}: "
+                f"lower it; {run.folder} keeps the last good weights, and all names in {METRICS}"
+            )
+    return mean
+
+
+def _check_all_have_gradients(model: nn.Module) -> None:
+    if not isinstance(model, DistributedDataParallel):
+        return
+    names = [name for name, weight in model.module.named_parameters() if weight.requires_grad and weight.grad is None]
+    if names:
+        raise TrainingError(
+            f"{names[0]} and {len(names) - 1} more parameters get no gradient, and data-parallel processes wait for "
+            "them: train in one process, or without the option that leaves them unused, such as vit_kwargs.num_classes"
+        )

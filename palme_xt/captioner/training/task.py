@@ -1,0 +1,89 @@
+"""The task of a training run, all that stays the same from its first step to its last: options, data, tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from palme_xt.captioner.data.batches import DataError, Source
+from palme_xt.captioner.data.digits import Scenes, load_scans
+from palme_xt.captioner.data.rows import load_data
+from palme_xt.captioner.images import PREPROCESSING, Preprocessing
+from palme_xt.captioner.options import DIGITS, Data, Training
+from palme_xt.captioner.tokenizer import Tokenizer
+from palme_xt.captioner.training.run import Run
+from palme_xt.config import PalmEConfig
+from palme_xt.tokens import NUM_TOKENS
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and how.
+
+    Attributes:
+        config: The model's arguments.
+        training: How to train.
+        data: Where the rows are from.
+        tokenizer: How captions become token ids.
+        preprocessing: How images become pixels.
+        rows: The rows to train on.
+        held_out_rows: The rows to evaluate on.
+        held_out_images: How many of the held-out rows each evaluation reads.
+    """
+
+    config: PalmEConfig
+    training: Training
+    data: Data
+    tokenizer: Tokenizer
+    preprocessing: Preprocessing
+    rows: Source
+    held_out_rows: Source
+    held_out_images: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `data` and `training`, by name."""
+        return asdict(self.data) | asdict(self.training)
+
+
+def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer) -> Task:
+    """Open the data.
+
+    Raises:
+        ValueError: The model cannot learn these data.
+        DataError: The data cannot be loaded.
+    """
+    if config.num_tokens < tokenizer.num_tokens:
+        rule = "for the tokenizer" if tokenizer.num_tokens != NUM_TOKENS else "to train on bytes: 256, BOS and EOS"
+        raise ValueError(f"num_tokens={config.num_tokens} must be at least {tokenizer.num_tokens} {rule}")
+    count = training.eval_images
+    if data.data == DIGITS:
+        preprocessing = Preprocessing.plain(config)
+        scans, held_out_scans = load_scans()
+        rows = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
+        held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
+        return Task(config, training, data, tokenizer, preprocessing, rows, held_out_scenes, count)
+    preprocessing = Preprocessing.for_pictures(config)
+    loaded = load_data(data, config, preprocessing, tokenizer, seed=training.seed, held_out=count)
+    return Task(config, training, data, tokenizer, preprocessing, *loaded, min(len(loaded[1]), count))
+
+
+def open_run(run: Run, task: Task, resume: bool) -> None:
+    """Create the run folder, or check that it can be resumed with these data, and lock it.
+
+    Raises:
+        DataError: The data differ from those that the run started with.
+        RunError: The folder cannot be written, or another process trains the run.
+    """
+    before = run.training() if resume else {}
+    now = {"rows_fingerprint": task.rows.fingerprint(), "held_out_fingerprint": task.held_out_rows.fingerprint()}
+    for name, fingerprint in now.items():
+        if before.get(name, fingerprint) != fingerprint:
+            raise DataError(
+                f"data={task.data.data} differs from the data that {run.folder} started with, in its {name}: "
+                "restore the data, or start a new run"
+            )
+    if not resume:
+        files = task.tokenizer.files() | {PREPROCESSING: task.preprocessing.to_json().encode()}
+        run.create(task.config, task.options | now, files)
+    run.lock()
