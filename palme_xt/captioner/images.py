@@ -85,9 +85,7 @@ class Preprocessing:
 
     def normalise(self, img: Tensor) -> Tensor:
         """What the model takes, float32, of pictures `(..., c, h, w)`, uint8, or floating point in 0..1."""
-        mean, std = self._column(self.mean, img), self._column(self.std, img)
-        img = img.float().div_(255).sub_(mean) if img.dtype == torch.uint8 else img - mean
-        return img.div_(std)
+        return (unit_range(img) - self._column(self.mean, img)).div_(self._column(self.std, img))
 
     def __call__(self, image: Image.Image) -> Tensor:
         """A picture as `(c, h, w)`, float32, normalised.
@@ -174,6 +172,18 @@ class Preprocessing:
             },
             indent=2,
         )
+
+
+def unit_range(img: Tensor) -> Tensor:
+    """Return images, uint8 or floating point in 0..1, as float32 in 0..1."""
+    return img.float() / 255 if img.dtype == torch.uint8 else img.float()
+
+
+def save_images(img: Tensor, folder: Path) -> None:
+    """Write images `(b, c, h, w)`, uint8 or floating point in 0..1, as `folder/00.png`, `folder/01.png`, ..."""
+    folder.mkdir(exist_ok=True)
+    for number, pixels in enumerate(unit_range(img).mul(255).round().byte().movedim(1, -1)):
+        Image.fromarray(pixels.squeeze(-1).numpy()).save(folder / f"{number:02}.png")
 
 
 def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:

@@ -27,6 +27,7 @@ from palme_xt.captioner.images import (
     MissingImageError,
     Preprocessing,
     read_preprocessing,
+    save_images,
 )
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
@@ -362,6 +363,17 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         preprocessing.read_pixels(str(tmp_path / "none.png"), "row 3")
     (tmp_path / "none.png").write_bytes(png(noise((20, 30))))
     assert torch.equal(preprocessing.read(tmp_path / "none.png"), preprocessing(noise((20, 30))))
+
+
+def test_saved_images_are_what_was_given(tmp_path: Path) -> None:
+    for channels in 1, 3, 4:
+        img = torch.randint(256, (2, channels, 8, 8), dtype=torch.uint8)
+        for given in img, img / 255:
+            save_images(given, tmp_path / "images")
+            save_images(given, tmp_path / "images")
+            for number in (0, 1):
+                with Image.open(tmp_path / "images" / f"{number:02}.png") as image:
+                    assert torch.equal(as_tensor(image), img[number])
 
 
 def write_run(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from palme_xt.captioner import drawing as pictures
 from palme_xt.captioner.data import digits
 from palme_xt.captioner.data.batches import Batch, DataError, Example, Share, Source, load_batches
 from palme_xt.captioner.data.rows import load_data
-from palme_xt.captioner.images import PREPROCESSING, Preprocessing
+from palme_xt.captioner.images import PREPROCESSING, Preprocessing, save_images
 from palme_xt.captioner.options import DIGITS, Data, Training
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training.checkpoint import (
@@ -269,7 +269,7 @@ def _draw(held_out: Source, evaluated: int, preprocessing: Preprocessing, evalua
     pixels = [row.img for row in rows if isinstance(row, Example)]
     if pixels:
         img = preprocessing.shown(preprocessing.normalise(torch.stack(pixels)))
-        pictures.save_images(img[:SAVED_IMAGES], run.folder / "held_out")
+        save_images(img[:SAVED_IMAGES], run.folder / "held_out")
         pictures.draw_samples(img, evaluation.predicted, evaluation.true, run.folder / "samples.png")
     pictures.draw_loss(run.metrics(), run.folder / "loss.png")
 
