@@ -504,8 +504,8 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--gradient_accumulation_steps=3"], r"batch_size=32 must be divisible by 1 processes times .*=3: .*"),
         (["--log-with=papyrus"], "accelerate refuses: Unsupported logging capability: papyrus.*"),
         (["--log-with=clearml"], "log_with=clearml is not installed: pip install clearml"),
-        (["--bos_token=x"], "bos_token='x', eos_token=None go with a tokenizer: bytes have both"),
-        (["--tokenizer=/nowhere"], "tokenizer=/nowhere is neither a file nor a name on the hub that can be read: .*"),
+        (["--bos_token=x"], "bos_token='x', eos_token=None need a tokenizer: bytes have both"),
+        (["--tokenizer=/nowhere"], "tokenizer=/nowhere must be a file of the tokenizers library or a name on the hub: .*"),
     ],
 )
 def test_options_that_cannot_work(
