@@ -231,7 +231,7 @@ def test_images_of_any_size_and_mode_are_read(run: Path, tmp_path: Path) -> None
 def test_images_that_would_be_misread(tmp_path: Path) -> None:
     Image.new("I;16", (8, 8), 20000).save(tmp_path / "sixteen.png")
     with pytest.raises(
-        ImageError, match=r"sixteen\.png has pixels of mode I;16, must have 8 bits a channel: convert it"
+        ImageError, match=r"sixteen\.png has pixels of mode I;16, must have 8 bits per channel: convert it"
     ):
         DIGITS.read(tmp_path / "sixteen.png")
     image = Image.new("L", (32, 32), 0)
@@ -505,7 +505,10 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--log-with=papyrus"], "accelerate refuses: Unsupported logging capability: papyrus.*"),
         (["--log-with=clearml"], "log_with=clearml is not installed: pip install clearml"),
         (["--bos_token=x"], "bos_token='x', eos_token=None need a tokenizer: bytes have both"),
-        (["--tokenizer=/nowhere"], "tokenizer=/nowhere must be a file of the tokenizers library or a name on the hub: .*"),
+        (
+            ["--tokenizer=/nowhere"],
+            "tokenizer=/nowhere must be a file of the tokenizers library or a name on the hub: .*",
+        ),
     ],
 )
 def test_options_that_cannot_work(

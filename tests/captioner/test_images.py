@@ -69,7 +69,7 @@ def as_tensor(image: Image.Image) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "L", "1", "CMYK"])
-@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+@pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_inputs_are_bit_by_bit_those_of_transformers(make: Make, mode: str) -> None:
     transformers = pytest.importorskip("transformers")
     # The one that resizes with Pillow; transformers 4 has no other of this kind.
@@ -103,7 +103,7 @@ def test_inputs_are_those_of_another_bicubic_filter(config: PalmEConfig, size: t
 
     mean, std = (CLIP_MEAN, CLIP_STD) if config is RGB else ((0.5,), (0.5,))
     column = [torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std)]
-    cropped, whole = Preprocessing.for_pictures(config)(image), Preprocessing.plain(config)(image)
+    cropped, whole = Preprocessing.like_clip(config)(image), Preprocessing.plain(config)(image)
     assert cropped.dtype == whole.dtype == torch.float32
     tolerance = 1.6 / 255  # Pillow rounds after each of two passes
     for img, expected in (
@@ -121,13 +121,13 @@ def test_pixels_are_the_middle_or_everything() -> None:
     image.paste("red", (0, 0, 16, 16))
     image.paste("blue", (32, 0, 48, 16))
     lime = as_tensor(Image.new("RGB", (16, 16), "lime"))
-    cropped = Preprocessing.for_pictures(RGB).pixels(image)
+    cropped = Preprocessing.like_clip(RGB).pixels(image)
     assert cropped.dtype == torch.uint8
     assert torch.equal(cropped, lime)
     whole = Preprocessing.plain(RGB).pixels(image)
     assert [whole[:, 8, column].tolist() for column in (0, 8, 15)] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
     upright = image.transpose(Image.Transpose.ROTATE_90)
-    assert torch.equal(Preprocessing.for_pictures(RGB).pixels(upright), lime)
+    assert torch.equal(Preprocessing.like_clip(RGB).pixels(upright), lime)
     assert Preprocessing.plain(RGB).pixels(upright)[:, 0, 8].tolist() == [0, 0, 255]
 
 
@@ -150,7 +150,7 @@ def test_pictures_are_turned_as_their_camera_was(orientation: int) -> None:
     stored = image if how is None else image.transpose(how)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for preprocessing in Preprocessing.for_pictures(RGB), Preprocessing.plain(RGB):
+    for preprocessing in Preprocessing.like_clip(RGB), Preprocessing.plain(RGB):
         read = preprocessing.read_pixels(png(stored, exif=exif))
         assert torch.equal(read, preprocessing.pixels(image))
         assert torch.equal(preprocessing.read_pixels(png(stored)), read) == (how is None)
@@ -173,21 +173,21 @@ def test_what_is_transparent_is_white() -> None:
     image, colours, alpha = see_through()
     expected = on_white(colours, alpha)
     assert (expected - colours).abs().max() > 100
-    pixels = Preprocessing.for_pictures(RGB).read_pixels(png(image)).double()
+    pixels = Preprocessing.like_clip(RGB).read_pixels(png(image)).double()
     assert (pixels - expected).abs().max() <= 1
     assert (pixels[:, :4] == 255).all()
     assert torch.equal(pixels[:, 8:], colours[:, 8:].double())
-    opaque = Preprocessing.for_pictures(RGB).read_pixels(png(image.convert("RGB")))
+    opaque = Preprocessing.like_clip(RGB).read_pixels(png(image.convert("RGB")))
     assert torch.equal(opaque, colours)  # hidden, but there
 
     # ITU-R 601: what is grey in Pillow
     weights = torch.tensor([299, 587, 114], dtype=torch.float64)[:, None, None] / 1000
-    grey = Preprocessing.for_pictures(GREY).read_pixels(png(image)).double()
+    grey = Preprocessing.like_clip(GREY).read_pixels(png(image)).double()
     assert grey.shape == (1, 16, 16)
     assert (grey - (expected * weights).sum(0)).abs().max() <= 2
     assert (grey - (colours * weights).sum(0)).abs().max() > 100
 
-    kept = Preprocessing.for_pictures(RGBA).read_pixels(png(image))
+    kept = Preprocessing.like_clip(RGBA).read_pixels(png(image))
     assert torch.equal(kept, torch.cat([colours, alpha[None]]))
 
 
@@ -230,7 +230,7 @@ def test_grey_pictures_and_palettes_may_be_transparent(config: PalmEConfig) -> N
 
 
 @pytest.mark.parametrize("config", [RGB, GREY, RGBA])
-@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+@pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_shown_is_the_inverse(make: Make, config: PalmEConfig) -> None:
     preprocessing = make(config)
     images = [noise((20, 30), "RGBA", seed) for seed in (0, 1)]
@@ -250,16 +250,20 @@ def test_shown_is_the_inverse(make: Make, config: PalmEConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [RGB, GREY, RGBA])
-@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+@pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path) -> None:
     preprocessing = make(config)
-    assert read_preprocessing(tmp_path, config) == Preprocessing.plain(config)  # as runs of 0.1.0
+    missing = (
+        rf"\S+{PREPROCESSING} does not say how images are preprocessed: FileNotFoundError: No such file or directory; "
+    )
+    with pytest.raises(ImageError, match=missing + "restore the file that training wrote$"):
+        read_preprocessing(tmp_path, config)
     (tmp_path / PREPROCESSING).write_text(preprocessing.to_json())
     found = read_preprocessing(tmp_path, config)
     assert found == preprocessing
     image = noise((20, 30))
     assert torch.equal(found(image), preprocessing(image))
-    other = Preprocessing.plain if make == Preprocessing.for_pictures else Preprocessing.for_pictures
+    other = Preprocessing.plain if make == Preprocessing.like_clip else Preprocessing.like_clip
     assert found != other(config)
     assert not torch.equal(found(image), other(config)(image))
     values = json.loads(preprocessing.to_json())
@@ -289,43 +293,46 @@ def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path
     ],
 )
 def test_damaged_files(content: str | dict[str, Any], message: str, tmp_path: Path) -> None:
-    whole = Preprocessing.for_pictures(RGB).to_json()
+    whole = Preprocessing.like_clip(RGB).to_json()
     text = content if isinstance(content, str) else json.dumps(json.loads(whole) | content)
     (tmp_path / PREPROCESSING).write_bytes(text.encode("latin-1"))
     with pytest.raises(
-        ImageError, match=rf"\S+{PREPROCESSING} does not say how pictures are preprocessed: .*{message}"
+        ImageError,
+        match=rf"\S+{PREPROCESSING} does not say how images are preprocessed: .*{message}.*; restore the file",
     ):
         read_preprocessing(tmp_path, RGB)
     (tmp_path / PREPROCESSING).write_text(whole)
-    assert read_preprocessing(tmp_path, RGB) == Preprocessing.for_pictures(RGB)
+    assert read_preprocessing(tmp_path, RGB) == Preprocessing.like_clip(RGB)
 
 
 def test_files_of_another_model(tmp_path: Path) -> None:
-    (tmp_path / PREPROCESSING).write_text(Preprocessing.for_pictures(RGB).to_json())
+    (tmp_path / PREPROCESSING).write_text(Preprocessing.like_clip(RGB).to_json())
     for config, message in (
-        (replace(RGB, image_size=24), "is for 3 channels of 16 pixels, the model takes 3 of 24"),
-        (GREY, "is for 3 channels of 16 pixels, the model takes 1 of 16"),
-        (FIVE, "is for 3 channels of 16 pixels, the model takes 5 of 16"),
+        (replace(RGB, image_size=24), "is for 3 channels of 16 pixels, must be for 3 of 24"),
+        (GREY, "is for 3 channels of 16 pixels, must be for 1 of 16"),
+        (FIVE, "is for 3 channels of 16 pixels, must be for 5 of 16"),
     ):
-        with pytest.raises(ImageError, match=rf"\S+{PREPROCESSING} {message}: they do not belong together"):
+        with pytest.raises(
+            ImageError, match=rf"\S+{PREPROCESSING} {message} as the model: restore the file that training wrote$"
+        ):
             read_preprocessing(tmp_path, config)
-    assert read_preprocessing(tmp_path, RGB) == Preprocessing.for_pictures(RGB)
+    assert read_preprocessing(tmp_path, RGB) == Preprocessing.like_clip(RGB)
 
 
-@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+@pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_models_of_channels_that_no_image_has(make: Make) -> None:
-    with pytest.raises(ImageError, match=r"the model takes 5 channels, image files have \[1, 3, 4\]"):
+    with pytest.raises(ImageError, match=r"^channels=5 must be one of \[1, 3, 4\], as image files have: set vit_kwargs$"):
         make(FIVE)
     for config in RGB, GREY, RGBA:
         assert make(config)(noise((20, 30))).shape == (config.channels, 16, 16)
 
 
 def test_pixels_of_more_than_a_byte() -> None:
-    preprocessing = Preprocessing.for_pictures(GREY)
+    preprocessing = Preprocessing.like_clip(GREY)
     for mode, kind in ("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"):
         content = png(Image.new(mode, (20, 20), 200), kind)
         with pytest.raises(
-            ImageError, match=rf"^some\.file has pixels of mode {mode}\S*, must have 8 bits a channel: "
+            ImageError, match=rf"^some\.file has pixels of mode {mode}\S*, must have 8 bits per channel: "
         ):
             preprocessing.read_pixels(content, "some.file")
         with pytest.raises(ImageError, match=rf"^image has pixels of mode {mode}"):
@@ -335,7 +342,7 @@ def test_pixels_of_more_than_a_byte() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
 def test_truncated_images(kind: str, tmp_path: Path) -> None:
-    preprocessing, content = Preprocessing.for_pictures(RGB), png(noise((37, 30)), kind)
+    preprocessing, content = Preprocessing.like_clip(RGB), png(noise((37, 30)), kind)
     for size in len(content) // 2, len(content) * 9 // 10:
         (tmp_path / "cut").write_bytes(content[:size])
         with pytest.raises(ImageError, match=r"^\S+cut cannot be read: \S+") as error:
@@ -352,7 +359,7 @@ def test_truncated_images(kind: str, tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
-    preprocessing = Preprocessing.for_pictures(RGB)
+    preprocessing = Preprocessing.like_clip(RGB)
     for read in preprocessing.read, preprocessing.read_pixels:
         with pytest.raises(MissingImageError, match=r"^\S+none\.png cannot be read: No such file or directory$"):
             read(tmp_path / "none.png")
@@ -379,13 +386,13 @@ def test_saved_images_are_what_was_given(tmp_path: Path) -> None:
 def write_run(folder: Path) -> Path:
     model = small(image_size=16, patch_size=8, num_tokens=258)
     run = Run(folder)
-    run.create(model.config, {}, {PREPROCESSING: Preprocessing.for_pictures(model.config).to_json().encode()})
+    run.create(model.config, {}, {PREPROCESSING: Preprocessing.like_clip(model.config).to_json().encode()})
     run.save(model.state_dict())
     return folder
 
 
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    preprocessing, content = Preprocessing.for_pictures(RGB), png(noise((24, 30)))
+    preprocessing, content = Preprocessing.like_clip(RGB), png(noise((24, 30)))
     run, path = write_run(tmp_path / "run"), tmp_path / "bomb.png"
     path.write_bytes(content)
     assert main(["caption", str(run), str(path)]) == 0

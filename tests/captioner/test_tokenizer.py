@@ -539,7 +539,7 @@ def test_captions_are_as_long_as_their_tokens(files: dict[str, Path], tmp_path: 
     def read(tokenizer: AnyTokenizer, max_seq_len: int) -> list[Example | Defect]:
         shorter = replace(config, max_seq_len=max_seq_len)
         data = Data(str(folder), held_out="1")
-        source, _ = load_data(data, shorter, Preprocessing.for_pictures(shorter), tokenizer, seed=0, held_out=1)
+        source, _ = load_data(data, shorter, Preprocessing.like_clip(shorter), tokenizer, seed=0, held_out=1)
         return source.read(range(3))
 
     longest = max(length.values())

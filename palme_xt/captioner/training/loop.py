@@ -109,7 +109,7 @@ def _train(
     main = accelerator.is_main_process
     errors = Errors()
     share = _share(training, accelerator)
-    preprocessing = Preprocessing.plain(config) if data.data == DIGITS else Preprocessing.for_pictures(config)
+    preprocessing = Preprocessing.plain(config) if data.data == DIGITS else Preprocessing.like_clip(config)
     described = asdict(data) | asdict(training) | {"mixed_precision": accelerator.mixed_precision}
     with errors.held():
         source, held_out, evaluated = _open(config, training, data, preprocessing, tokenizer)

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(data: Data, *, seed: int = 0, held_out: int = 100) -> tuple[Source, Source, int]:
     source, rows = load_data(
-        data, CONFIG, Preprocessing.for_pictures(CONFIG), ByteTokenizer(), seed=seed, held_out=held_out
+        data, CONFIG, Preprocessing.like_clip(CONFIG), ByteTokenizer(), seed=seed, held_out=held_out
     )
     return source, rows, len(rows)
 
@@ -119,7 +119,7 @@ def test_every_format_gives_every_row_once(write: Any, streaming: bool, folder: 
 
 def test_pixels_are_those_of_the_file(folder: Path) -> None:
     source, _, _ = load(Data(str(folder), held_out="6"))
-    preprocessing = Preprocessing.for_pictures(CONFIG)
+    preprocessing = Preprocessing.like_clip(CONFIG)
     for row in source.read(range(5)):
         assert isinstance(row, Example)
         number = int(row.caption.rpartition(" ")[2])
@@ -246,7 +246,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     data = Data(str(tmp_path / "x.parquet"), held_out="1", image_column="photo", text_column="alt")
     source, _, _ = load(data)
     rows = source.read(range(8))
-    preprocessing = Preprocessing.for_pictures(CONFIG)
+    preprocessing = Preprocessing.like_clip(CONFIG)
     for row in rows:
         assert isinstance(row, Example)
         assert torch.equal(row.img, preprocessing.pixels(picture(int(row.caption.rpartition(" ")[2]))[0]))
@@ -399,7 +399,7 @@ def test_one_of_several_image_columns(tmp_path: Path) -> None:
     (row,) = load(Data(str(tmp_path / "3.parquet"), held_out="1"))[0].read(range(1))
     assert isinstance(row, Example)
     number = texts.index(row.caption)
-    assert torch.equal(row.img, Preprocessing.for_pictures(CONFIG).pixels(picture(number)[0]))
+    assert torch.equal(row.img, Preprocessing.like_clip(CONFIG).pixels(picture(number)[0]))
 
 
 def test_a_list_of_captions_is_no_caption(tmp_path: Path) -> None:
