@@ -85,7 +85,7 @@ def main() -> None:
             steps=STEPS, lr=1e-3, eval_every=STEPS, eval_images=1, save_every=STEPS, log_with="tensorboard"
         )
         preprocessing = Preprocessing.like_clip(PICTURES_MODEL)
-        source, _ = load_data(data, PICTURES_MODEL, preprocessing, ByteTokenizer(), seed=0, held_out=1)
+        source, _ = load_data(data, PICTURES_MODEL, preprocessing, ByteTokenizer(), seed=0, max_held_out=1)
         loaded = load_batches(source, range(STEPS), Share(training.batch_size), PICTURES_MODEL, 0)
         batches = [(preprocessing.normalise(batch.img), batch.text) for batch in loaded]
         ours, bare = [], []

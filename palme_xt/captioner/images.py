@@ -61,13 +61,14 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.channels not in MODES:
-            raise ImageError(f"channels={self.channels} must be one of {list(MODES)}, as image files have: set vit_kwargs")
+            raise ImageError(
+                f"channels={self.channels} must be one of {list(MODES)}, as image files have: set vit_kwargs"
+            )
 
     @classmethod
     def like_clip(cls, config: PalmEConfig) -> Preprocessing:
         """Crop and normalise as CLIP does; unless there are 3 channels, with a mean and deviation of 0.5."""
-        rgb = config.channels == 3
-        mean, std = (CLIP_MEAN, CLIP_STD) if rgb else ((0.5,) * config.channels,) * 2
+        mean, std = (CLIP_MEAN, CLIP_STD) if config.channels == 3 else ((0.5,) * config.channels,) * 2
         return cls(config.image_size, config.channels, True, mean, std)
 
     @classmethod

@@ -321,7 +321,9 @@ def test_files_of_another_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_models_of_channels_that_no_image_has(make: Make) -> None:
-    with pytest.raises(ImageError, match=r"^channels=5 must be one of \[1, 3, 4\], as image files have: set vit_kwargs$"):
+    with pytest.raises(
+        ImageError, match=r"^channels=5 must be one of \[1, 3, 4\], as image files have: set vit_kwargs$"
+    ):
         make(FIVE)
     for config in RGB, GREY, RGBA:
         assert make(config)(noise((20, 30))).shape == (config.channels, 16, 16)

@@ -497,7 +497,7 @@ def test_a_run_has_its_tokenizer(
     ("options", "message"),
     [
         (["--num_tokens={fewer}"], r"num_tokens=\d+ must be at least {all} for the tokenizer"),
-        (["--max_seq_len={fewer_words}"], r"max_seq_len=\d+ must be at least {words}: so many tokens have captions"),
+        (["--max_seq_len={fewer_words}"], r"max_seq_len=\d+ must be at least {words}: the longest caption needs them"),
         (["--eos_token=<end>"], r"eos_token='<end>' must be a token of \S+: name one .*"),
         (["--bos-token=<end>"], r"bos_token='<end>' must be a token of \S+: name one .*"),
         (
@@ -539,7 +539,7 @@ def test_captions_are_as_long_as_their_tokens(files: dict[str, Path], tmp_path: 
     def read(tokenizer: AnyTokenizer, max_seq_len: int) -> list[Example | Defect]:
         shorter = replace(config, max_seq_len=max_seq_len)
         data = Data(str(folder), held_out="1")
-        source, _ = load_data(data, shorter, Preprocessing.like_clip(shorter), tokenizer, seed=0, held_out=1)
+        source, _ = load_data(data, shorter, Preprocessing.like_clip(shorter), tokenizer, seed=0, max_held_out=1)
         return source.read(range(3))
 
     longest = max(length.values())

@@ -295,7 +295,7 @@ def _open(
         raise ValueError(f"num_tokens={config.num_tokens} must be at least {tokenizer.num_tokens} {rule}")
     if data.data != DIGITS:
         source, rows = load_data(
-            data, config, preprocessing, tokenizer, seed=training.seed, held_out=training.eval_images
+            data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=training.eval_images
         )
         return source, rows, min(len(rows), training.eval_images)
     train_scans, held_out_scans = digits.load_scans()
