@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-BOS = 256
-EOS = 257
+BOS, EOS = 256, 257
 NUM_TOKENS = 258
 
 

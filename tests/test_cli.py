@@ -285,7 +285,7 @@ def test_errors_of_reading_processes_are_one_line(tmp_path: Path, capsys: pytest
     rows = [{"file_name": f"{n:03}.png", "text": f"picture {n}", "size": n} for n in range(9)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = ["train", f"--data={folder}", "--steps=3", "--batch_size=2", *TINY, "--num_workers=1"]
-    message = "text_column=size holds int, must hold one text per row: name another"
+    message = "text_column=size holds int, must hold one text: name another column"
     fails(capsys, [*train, "--text_column=size", f"--run={tmp_path / 'run'}"], message)
     message = "held_out takes all rows of the stream, must leave some: give a smaller --held_out"
     fails(capsys, [*train, "--streaming", f"--run={tmp_path / 'stream'}"], message)
@@ -493,7 +493,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--image_size=33"], "image_size=33 must be divisible by patch_size=8: .*"),
         (["--decoder_heads=0"], "decoder_heads=0 must be a positive int: use 1 or more"),
         (["--num_tokens=200"], "num_tokens=200 must be at least 258 to train on bytes: 256, BOS and EOS"),
-        (["--max_seq_len=20"], "max_seq_len=20 must be at least 56: the longest caption needs them"),
+        (["--max_seq_len=20"], "max_seq_len=20 must be at least 56 for the longest caption"),
         (["--image_size=4", "--patch_size=2"], "image_size=4 must be at least 8 pixels to show digits"),
         (["--steps=0"], "steps=0 must be greater than 0"),
         (["--seed=-1"], "seed=-1 must be 0 or more"),

@@ -84,21 +84,16 @@ class Preprocessing:
         """
         if image.mode.startswith(("I", "F")):
             raise ImageError(f"has pixels of mode {image.mode}, must have 8 bits per channel: convert it")
-        image = _converted(ImageOps.exif_transpose(image), MODES[self.channels])
-        pixels = torch.from_numpy(np.array(self._resized(image)))
+        image = ImageOps.exif_transpose(image)
+        if self.channels != 4 and image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = torch.from_numpy(np.array(self._resized(image.convert(MODES[self.channels]))))
         return pixels.reshape(self.image_size, self.image_size, self.channels).movedim(-1, 0)
 
     def normalise(self, img: Tensor) -> Tensor:
         """Return model inputs, float32, from images `(..., c, h, w)`, uint8 or floating point in 0..1."""
         return (unit_range(img) - self._column(self.mean, img)).div_(self._column(self.std, img))
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return an image as `(c, h, w)`, float32, normalised.
-
-        Raises:
-            ImageError: As `pixels`.
-        """
-        return self.normalise(self.pixels(image))
 
     def _resized(self, image: Image.Image) -> Image.Image:
         size = self.image_size
@@ -214,20 +209,9 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
         mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
         if width != size or len(mean) != len(std) or not all(std):
             raise ValueError("crop_size is not square, or image_std has a zero or another length than image_mean")
-        found = Preprocessing(size, len(mean), bool(values["do_center_crop"]), mean, std)
+        if (size, len(mean)) != (config.image_size, config.channels):
+            raise ValueError(f"has {len(mean)} channels of {size} pixels, not {config.channels} of {config.image_size}")
+        return Preprocessing(size, len(mean), bool(values["do_center_crop"]), mean, std)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}; restore the file that training wrote"
-        raise ImageError(f"{path} does not say how images are preprocessed: {reason}") from error
-    if (found.image_size, found.channels) != (config.image_size, config.channels):
-        raise ImageError(
-            f"{path} is for {found.channels} channels of {found.image_size} pixels, must be for {config.channels} of "
-            f"{config.image_size} as the model: restore the file that training wrote"
-        )
-    return found
-
-
-def _converted(image: Image.Image, mode: str) -> Image.Image:
-    if mode != "RGBA" and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+        raise ImageError(f"{path} does not say how images of this model are preprocessed: {reason}") from error

@@ -44,7 +44,8 @@ class Tokenizer(Protocol):
         """Return the text of token ids up to the first EOS, without special tokens and unknown ids."""
 
     def files(self) -> dict[str, bytes]:
-        """Return the files, by name, from which `read_tokenizer` makes this tokenizer again."""
+        """Return the files, by name, from which `read_tokenizer` makes this tokenizer again; bytes need none."""
+        return {}
 
     def pieces(self) -> Callable[[int], str]:
         """Return a function that takes the ids of one text in turn and returns the text that each completes, often ''.
@@ -84,10 +85,6 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text, as `tokens.decode` does."""
         return tokens.decode(ids)
-
-    def files(self) -> dict[str, bytes]:
-        """Return no files: a folder without a tokenizer's files holds a model of bytes."""
-        return {}
 
 
 class VocabularyTokenizer(Tokenizer):
@@ -181,8 +178,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         ends = [values[name] for name in ("bos_token", "eos_token")]
         # Hugging Face libraries also write tokens as objects.
         ends = [end["content"] if isinstance(end, dict) else end for end in ends]
-        if not all(isinstance(end, str | None) for end in ends):
-            raise TypeError("they are not text")
     except (ValueError, KeyError, TypeError) as error:
         raise TokenizerError(f"{special} does not name bos_token and eos_token: {error}") from error
-    return load_tokenizer(str(path), *ends)
+    return load_tokenizer(str(path), *(None if end is None else str(end) for end in ends))

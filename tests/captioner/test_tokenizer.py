@@ -417,8 +417,6 @@ def test_ends_that_are_none(files: dict[str, Path], tmp_path: Path) -> None:
         ("{}", "'bos_token'"),
         ('{"bos_token": "<s>"}', "'eos_token'"),
         ('{"bos_token": {"id": 1}, "eos_token": "</s>"}', "'content'"),
-        ('{"bos_token": 1, "eos_token": 2}', ""),
-        ('{"bos_token": {"content": 1}, "eos_token": "</s>"}', ""),
     ],
 )
 def test_damaged_names_of_ends(content: str, message: str, files: dict[str, Path], tmp_path: Path) -> None:
@@ -430,6 +428,16 @@ def test_damaged_names_of_ends(content: str, message: str, files: dict[str, Path
         read_tokenizer(tmp_path)
     (tmp_path / SPECIAL_TOKENS).write_text('{"bos_token": "</s>", "eos_token": "<s>"}')
     assert read_tokenizer(tmp_path).encode("") == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("bos_token", "shown"), [(1, "'1'"), ({"content": 1}, "'1'"), ({"content": ["<s>"]}, "\"['<s>']\""), (0, "'0'")]
+)
+def test_names_of_ends_that_are_not_text(bos_token: object, shown: str, files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / TOKENIZER).write_bytes(files["unigram"].read_bytes())
+    (tmp_path / SPECIAL_TOKENS).write_text(json.dumps({"bos_token": bos_token, "eos_token": "</s>"}))
+    with pytest.raises(TokenizerError, match=rf"^bos_token={re.escape(shown)} must be a token of \S+: name one "):
+        read_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -497,7 +505,7 @@ def test_a_run_has_its_tokenizer(
     ("options", "message"),
     [
         (["--num_tokens={fewer}"], r"num_tokens=\d+ must be at least {all} for the tokenizer"),
-        (["--max_seq_len={fewer_words}"], r"max_seq_len=\d+ must be at least {words}: the longest caption needs them"),
+        (["--max_seq_len={fewer_words}"], r"max_seq_len=\d+ must be at least {words} for the longest caption"),
         (["--eos_token=<end>"], r"eos_token='<end>' must be a token of \S+: name one .*"),
         (["--bos-token=<end>"], r"bos_token='<end>' must be a token of \S+: name one .*"),
         (

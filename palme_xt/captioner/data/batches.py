@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from palme_xt.captioner.training.interrupts import ignore_interrupts_until
 from palme_xt.config import PalmEConfig
@@ -41,13 +42,16 @@ class DataError(ValueError):
 
 
 class Source(Protocol):
-    """An endless sequence of numbered rows, epoch after epoch, whose order is reproducible."""
+    """An endless sequence of numbered rows, epoch after epoch, whose order is reproducible.
+
+    Attributes:
+        rows_per_epoch: Number of rows in an epoch; infinite as long as the first epoch has not ended.
+    """
+
+    rows_per_epoch: float = math.inf
 
     def read(self, numbers: range) -> list[Example | Defect]:
         """Return the rows with these numbers, which never decrease from one call to the next."""
-
-    def first_epoch(self, numbers: range) -> int:
-        """Return how many of these rows, which have been read, belong to the first epoch."""
 
     def fingerprint(self) -> str:
         """Return a digest that a resumed run compares, or '' if there is none."""
@@ -79,28 +83,25 @@ class Batch:
     new_defects: int
 
 
-class _Batches(IterableDataset["Batch | DataError"]):
-    """The batches of a source, dealt to the workers of a `DataLoader` in turn, which keeps their order.
+class _Batches(Dataset["Batch | DataError"]):
+    """The batches of a source by index.
 
     Rows that cannot be learned from are left out, not replaced: which rows a batch holds depends on its index alone, so
     that no process and no resumed run has to read what came before.
     """
 
-    def __init__(self, source: Source, indices: range, numbers: Callable[[int], range], config: PalmEConfig) -> None:
-        self.source, self.indices, self.numbers, self.config = source, indices, numbers, config
+    def __init__(self, source: Source, numbers: Callable[[int], range], config: PalmEConfig) -> None:
+        self.source, self.numbers, self.config = source, numbers, config
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
-        worker = get_worker_info()
-        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
+    def __getitem__(self, index: int) -> Batch | DataError:
         try:
-            for index in self.indices[first::every]:
-                yield self._batch(self.numbers(index))
+            return self._batch(self.numbers(index))
         except DataError as error:
-            yield error  # raised in a worker, it would arrive as a traceback
+            return error  # raised in a worker, it would arrive as a traceback
 
     def _batch(self, numbers: range) -> Batch:
         rows = self.source.read(numbers)
-        new = self.source.first_epoch(numbers)
+        new = sum(number < self.source.rows_per_epoch for number in numbers)
         examples = [row for row in rows if isinstance(row, Example)]
         size, channels = self.config.image_size, self.config.channels
         shown = examples or [Example(torch.zeros(channels, size, size), "", [0, 0], "blank")]
@@ -137,7 +138,7 @@ class Share:
         """Return the rows of the micro-batch of this process that has this index, counted over all steps."""
         step, part = divmod(index, self.count)
         size = self.batch_size // (self.processes * self.count)
-        start = step * self.batch_size + (self.process * self.count + part) * size
+        start = ((step * self.processes + self.process) * self.count + part) * size
         return range(start, start + size)
 
 
@@ -161,8 +162,9 @@ def load_batches(
     """
     done = multiprocessing.RawValue("b", False)
     loader = DataLoader(
-        _Batches(source, indices, numbers, config),
+        _Batches(source, numbers, config),
         batch_size=None,
+        sampler=indices,
         num_workers=min(num_workers, len(indices)),
         generator=torch.Generator(),  # for the seeds of workers: by default they come from the one of dropout
         worker_init_fn=partial(_start_worker, done),

@@ -106,30 +106,24 @@ class Scenes(Source):
     ) -> None:
         longest = len(tokenizer.encode(LONGEST_CAPTION))
         if config.max_seq_len < longest:
-            raise ValueError(
-                f"max_seq_len={config.max_seq_len} must be at least {longest}: the longest caption needs them"
-            )
+            raise ValueError(f"max_seq_len={config.max_seq_len} must be at least {longest} for the longest caption")
         if config.image_size < 8:
             raise ValueError(f"image_size={config.image_size} must be at least 8 pixels to show digits")
         self.tokenizer, self.block, self.seed = tokenizer, block, seed
-        self._compose = partial(
+        self._draw = partial(
             compose, scans, block, image_size=config.image_size, channels=config.channels, jitter=jitter
         )
-        self._composed: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
+        self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
 
     def read(self, numbers: range) -> list[Example | Defect]:
         """Return the rows with these numbers, as `Source.read`."""
         block, first = divmod(numbers.start, self.block)
-        if self._composed[0] != block:
+        if self._drawn[0] != block:
             # One block, one generator: numpy mixes the two numbers into a seed that hardly any other pair has.
             mixed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0])
-            self._composed = block, *self._compose(generator=torch.Generator().manual_seed(mixed % 2**63))
-        _, img, captions = self._composed
+            self._drawn = block, *self._draw(generator=torch.Generator().manual_seed(mixed % 2**63))
+        _, img, captions = self._drawn
         return [
             Example(img[place], captions[place], self.tokenizer.encode(captions[place]), f"scene {number}")
             for place, number in enumerate(numbers, first)
         ]
-
-    def first_epoch(self, numbers: range) -> int:
-        """Return how many of these rows are new: all of them."""
-        return len(numbers)

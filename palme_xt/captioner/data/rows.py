@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count, islice
 from typing import Any
 
@@ -24,8 +24,6 @@ TEXT_COLUMNS = ("text", "caption", "txt")
 HELD_OUT_SHARE = 0.1
 HELD_OUT_OF_A_STREAM = 500
 KEPT_BYTES = 2**28
-
-MISSING, BROKEN, EMPTY, TOO_LONG = "missing image", "broken image", "empty caption", "caption longer than the model"
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,18 @@ class Reader:
         caption = row[self.text_column]
         if not isinstance(caption, str | None):
             found = type(caption).__name__
-            raise DataError(f"text_column={self.text_column} holds {found}, must hold one text per row: name another")
+            raise DataError(f"text_column={self.text_column} holds {found}, must hold one text: name another column")
         if not caption or not caption.strip():
-            return Defect(EMPTY, f"{name} has no caption")
+            return Defect("empty caption", f"{name} has no caption")
         ids = self.tokenizer.encode(caption)
         if len(ids) > self.max_seq_len:
-            return Defect(TOO_LONG, f"the caption of {name} has {len(ids)} tokens, max_seq_len={self.max_seq_len}")
+            detail = f"the caption of {name} has {len(ids)} tokens, max_seq_len={self.max_seq_len}"
+            return Defect("caption longer than the model", detail)
         try:
             img = self.preprocessing.read_pixels(self._file(content or path, name), name)
         except ImageError as error:
-            return Defect(MISSING if isinstance(error, MissingImageError) else BROKEN, str(error))
+            kind = "missing" if isinstance(error, MissingImageError) else "broken"
+            return Defect(f"{kind} image", str(error))
         return Example(img, caption, ids, name)
 
     def _file(self, image: Any, name: str) -> str | bytes:
@@ -76,7 +76,7 @@ class Reader:
             raise MissingImageError(f"{name} has no image")
         if not isinstance(image, str | bytes):
             columns, found = "/".join(self.image_columns), type(image).__name__
-            raise DataError(f"image_column={columns} holds {found}, must hold images: name another")
+            raise DataError(f"image_column={columns} holds {found}, must hold images: name another column")
         if isinstance(image, bytes) or "://" not in image:
             return image
         import fsspec
@@ -93,7 +93,7 @@ class MapStyleSource(Source):
 
     def __init__(self, rows: Any, reader: Reader, seed: int | None = None) -> None:
         self.rows, self.reader, self.seed = rows, reader, seed
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self.rows_per_epoch = len(rows)
         self._kept: dict[int, Example | Defect] = {}
         self._room = 0 if seed is None else KEPT_BYTES
 
@@ -103,10 +103,6 @@ class MapStyleSource(Source):
     def read(self, numbers: range) -> list[Example | Defect]:
         """Return the rows with these numbers, as `Source.read`."""
         return [self._row(self._place(number)) for number in numbers]
-
-    def first_epoch(self, numbers: range) -> int:
-        """Return how many of these rows belong to the first epoch."""
-        return max(0, min(len(numbers), len(self.rows) - numbers.start))
 
     def fingerprint(self) -> str:
         """Return a digest of the number of rows and of their captions in order."""
@@ -132,10 +128,8 @@ class MapStyleSource(Source):
         epoch, place = divmod(number, len(self.rows))
         if self.seed is None:
             return place
-        if epoch != self._epoch:
-            # Another seed for each pair: seeds of torch's generators have 64 bits, and epochs are few.
-            self._epoch, self._order = epoch, _permutation(len(self.rows), (self.seed * 2**20 + epoch) % 2**63)
-        return int(self._order[place])
+        # Another seed for each pair: seeds of torch's generators have 64 bits, and epochs are few.
+        return int(_permutation(len(self.rows), (self.seed * 2**20 + epoch) % 2**63)[place])
 
 
 class StreamedSource(Source):
@@ -144,7 +138,7 @@ class StreamedSource(Source):
     def __init__(self, stream: Any, reader: Reader) -> None:
         self.stream, self.reader = stream, reader
         self._rows: Iterator[tuple[int, Mapping[str, Any]]] | None = None
-        self._number, self._rows_per_epoch = 0, math.inf
+        self._number = 0
 
     def read(self, numbers: range) -> list[Example | Defect]:
         """Return the rows with these numbers, as `Source.read`; rows before them are read and discarded."""
@@ -153,10 +147,6 @@ class StreamedSource(Source):
         rows = islice(self._rows, numbers.start - self._number, numbers.stop - self._number)
         self._number = numbers.stop
         return [self.reader(row, place) for place, row in rows]
-
-    def first_epoch(self, numbers: range) -> int:
-        """Return how many of these rows, which have been read, belong to the first epoch."""
-        return sum(number < self._rows_per_epoch for number in numbers)
 
     def _endless(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for epoch in count():
@@ -172,7 +162,7 @@ class StreamedSource(Source):
                 yield place, {name: value[0] for name, value in row.items()}
             if not place:
                 raise DataError("held_out takes all rows of the stream, must leave some: give a smaller --held_out")
-            self._rows_per_epoch = place
+            self.rows_per_epoch = place
 
 
 def load_data(
@@ -248,8 +238,7 @@ def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], str]:
     text = data.text_column or next((name for name in TEXT_COLUMNS if name in features), "")
     for option, column in ("image_column", images[0]), ("text_column", text):
         if column not in features:
-            names = ", ".join(features)
-            raise DataError(f"{option}={column!r} must be a column of {data.data}: name one of {names} with --{option}")
+            raise DataError(f"{option}={column!r} must be a column ({', '.join(features)}): name one with --{option}")
     # Rows of webdataset shards need not all have the same kind of image.
     return tuple(images if "__key__" in features else images[:1]), text
 
@@ -268,5 +257,6 @@ def _undecoded(rows: Any, images: tuple[str, ...], text: str, data: Data) -> Any
     return rows
 
 
+@lru_cache(maxsize=1)  # rows of an epoch are read one after another
 def _permutation(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
