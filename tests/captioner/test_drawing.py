@@ -44,16 +44,16 @@ def read(path: Path) -> np.ndarray[Any, Any]:
         return np.array(image.convert("RGB")).astype(int)
 
 
-def count(picture: np.ndarray[Any, Any], color: str) -> int:
+def count(drawing: np.ndarray[Any, Any], color: str) -> int:
     """How many pixels have this colour."""
     rgb = [int(color[place : place + 2], 16) for place in (1, 3, 5)]
-    return int((np.abs(picture - rgb).max(axis=-1) <= 3).sum())
+    return int((np.abs(drawing - rgb).max(axis=-1) <= 3).sum())
 
 
-def panel(picture: np.ndarray[Any, Any], column: int, *, above: float = 0, gap: float = GAP) -> np.ndarray[Any, Any]:
+def panel(drawing: np.ndarray[Any, Any], column: int, *, above: float = 0, gap: float = GAP) -> np.ndarray[Any, Any]:
     """The pixels of a panel of the first row, without its frame."""
     left, top, side = (round(DPI * inches) for inches in (MARGIN + column * (SIDE + gap), TITLE + above, SIDE))
-    return picture[top + 2 : top + side - 2, left + 2 : left + side - 2]
+    return drawing[top + 2 : top + side - 2, left + 2 : left + side - 2]
 
 
 def test_right_and_wrong_captions_differ_in_colour(tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_right_and_wrong_captions_differ_in_colour(tmp_path: Path) -> None:
 def test_small_images_are_shown_pixel_by_pixel(channels: int, tmp_path: Path) -> None:
     img = torch.rand(2, channels, 4, 4, requires_grad=True)
     draw_samples(img, ["", ""], ["", ""], tmp_path / "samples.png")
-    picture = read(tmp_path / "samples.png")
+    drawing = read(tmp_path / "samples.png")
     for number in (0, 1):
-        shown = panel(picture, number, gap=4 * GAP)[30::64, 30::64]
+        shown = panel(drawing, number, gap=4 * GAP)[30::64, 30::64]
         expected = (img[number, :3] if channels >= 3 else img[number, :1].expand(3, -1, -1)).movedim(0, -1)
         assert np.abs(shown - 255 * expected.detach().numpy()).max() < 3
         assert np.abs(shown - 255 * img[1 - number, :1].detach().movedim(0, -1).numpy()).max() > 30
@@ -147,9 +147,9 @@ def trained(steps: int) -> list[dict[str, Any]]:
 )
 def test_the_curves_that_there_are(metrics: list[dict[str, Any]], colors: set[str], tmp_path: Path) -> None:
     draw_loss(json.loads(json.dumps(metrics)), tmp_path / "loss.png")
-    picture = read(tmp_path / "loss.png")
-    assert picture.shape == (720, 1280, 3)
-    assert {color for color in (BLUE, VIOLET, ORANGE) if count(picture, color) > 50} == colors
+    drawing = read(tmp_path / "loss.png")
+    assert drawing.shape == (720, 1280, 3)
+    assert {color for color in (BLUE, VIOLET, ORANGE) if count(drawing, color) > 50} == colors
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
@@ -157,13 +157,13 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     strange = [dict(line) for line in metrics]
     for place, value in zip((10, 100, 200), ("nan", None, math.inf), strict=True):
         strange.insert(place, {"step": place, "loss": value})
-    pictures = []
+    drawings = []
     for name, lines in {"metrics": metrics, "strange": strange, "other": metrics[:-100]}.items():
         (tmp_path / name).mkdir()
         draw_loss(lines, tmp_path / name / "loss.png")
-        pictures.append(read(tmp_path / name / "loss.png"))
-    assert np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(pictures[0], pictures[2])
+        drawings.append(read(tmp_path / name / "loss.png"))
+    assert np.array_equal(drawings[0], drawings[1])
+    assert not np.array_equal(drawings[0], drawings[2])
 
 
 def test_smoothing() -> None:
@@ -176,8 +176,8 @@ def test_heat_is_where_the_map_is_hot(tmp_path: Path) -> None:
     maps = torch.full((2, 4, 4), 0.01)
     maps[0, 1, 2] = maps[1, 3, 0] = 0.85
     draw_attention(torch.full((3, 32, 32), 0.5), ["one", "two"], maps, tmp_path / "attention.png")
-    picture = read(tmp_path / "attention.png")
-    itself, *panels = (panel(picture, column, above=0.25) for column in range(3))
+    drawing = read(tmp_path / "attention.png")
+    itself, *panels = (panel(drawing, column, above=0.25) for column in range(3))
     assert np.abs(itself - 127.5).max() < 2
     for shown, cell in zip(panels, [(1, 2), (3, 0)], strict=True):
         cells = shown[:252, :252].reshape(4, 63, 4, 63, 3).mean(axis=(1, 3))

@@ -1,4 +1,4 @@
-"""Pictures to pixels: as other programs compute them, and one line for each that cannot be read."""
+"""Images to pixels: as other programs compute them, and a one-line error for each that cannot be read."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_pixels_are_the_middle_or_everything() -> None:
     assert Preprocessing.plain(RGB).pixels(upright)[:, 0, 8].tolist() == [0, 0, 255]
 
 
-STORED = {  # how a picture is stored that is to be shown upright
+STORED = {  # how an image is stored that is to be shown upright
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -149,7 +149,7 @@ STORED = {  # how a picture is stored that is to be shown upright
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_pictures_are_turned_as_their_camera_was(orientation: int) -> None:
+def test_images_are_turned_as_their_camera_was(orientation: int) -> None:
     image = noise((24, 37))
     how = STORED[orientation]
     stored = image if how is None else image.transpose(how)
@@ -162,7 +162,7 @@ def test_pictures_are_turned_as_their_camera_was(orientation: int) -> None:
 
 
 def see_through() -> tuple[Image.Image, Tensor, Tensor]:
-    """A picture of 16 by 16; its colours, and its opacity: nothing above, half of it in the middle, all below."""
+    """An image of 16 by 16; its colours, and its opacity: nothing above, half of it in the middle, all below."""
     image = noise((16, 16))
     alpha = np.repeat(np.array([[0], [128], [255], [255]], dtype=np.uint8), 4, axis=0).repeat(16, axis=1)
     image.putalpha(Image.fromarray(alpha))
@@ -197,7 +197,7 @@ def test_what_is_transparent_is_white() -> None:
 
 
 @pytest.mark.parametrize("config", [RGB, GREY, RGBA])
-def test_grey_pictures_and_palettes_may_be_transparent(config: PalmEConfig) -> None:
+def test_grey_images_and_palettes_may_be_transparent(config: PalmEConfig) -> None:
     image, _, alpha = see_through()
     preprocessing = Preprocessing.plain(config)
     palette = Image.new("P", (16, 16), 1)
@@ -243,7 +243,7 @@ def test_shown_is_the_inverse(make: Make, config: PalmEConfig) -> None:
     expected = pixels.double() / 255
     img = preprocessing.normalise(pixels)
     assert torch.equal(img, torch.stack([inputs(preprocessing, image) for image in images]))
-    assert torch.equal(img, preprocessing.normalise(pixels.float() / 255))  # pictures that are drawn on the fly
+    assert torch.equal(img, preprocessing.normalise(pixels.float() / 255))  # images that are drawn on the fly
     for shown, wanted in (preprocessing.shown(img), expected), (preprocessing.shown(img[1]), expected[1]):
         torch.testing.assert_close(shown.double(), wanted, atol=1e-6, rtol=0)
     assert (preprocessing.shown(img[0]) - expected[1]).abs().max() > 0.1

@@ -28,7 +28,7 @@ KEPT_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Reader:
-    """A function from a row of a data set to an example, or to the defect of the row.
+    """A callable that turns a row of a data set into an example, or returns its defect.
 
     Args:
         image_columns: The image is in the first of these columns that is not None.
@@ -66,8 +66,7 @@ class Reader:
         try:
             img = self.preprocessing.read_pixels(self._file(content or path, name), name)
         except ImageError as error:
-            kind = "missing" if isinstance(error, MissingImageError) else "broken"
-            return Defect(f"{kind} image", str(error))
+            return Defect("missing image" if isinstance(error, MissingImageError) else "broken image", str(error))
         return Example(img, caption, ids, name)
 
     def _file(self, image: Any, name: str) -> str | bytes:
@@ -108,10 +107,10 @@ class MapStyleSource(Source):
         """Return a digest of the number of rows and of their captions in order."""
         column = self.reader.text_column
         digest = hashlib.sha256(f"{len(self.rows)}\n".encode())
-        rows = self.rows if isinstance(self.rows, list) else self.rows.select_columns([column])
         with reading("data cannot be read"):
-            for row in rows:
-                digest.update(json.dumps(row[column], default=repr).encode() + b"\n")
+            captions = [row[column] for row in self.rows] if isinstance(self.rows, list) else self.rows[column][:]
+        for caption in captions:
+            digest.update(json.dumps(caption, default=repr).encode() + b"\n")
         return digest.hexdigest()
 
     def _row(self, place: int) -> Example | Defect:

@@ -1,4 +1,4 @@
-"""The user's own pictures: every format, every defect, and each row exactly once, however the reading is shared."""
+"""The user's own images: every format, every defect, and each row exactly once, however the reading is shared."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_held_out_rows(folder: Path) -> None:
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
-    images = [content(number) for number in range(9)]  # bare bytes, no picture type
+    images = [content(number) for number in range(9)]  # bare bytes, no image type
     texts = [picture(number)[1] for number in range(9)]
     table = pa.table({"photo": images, "alt": texts, "text": texts[::-1], "size": list(range(9))})
     pa.parquet.write_table(table, tmp_path / "x.parquet")
@@ -345,7 +345,7 @@ NAMES = ["train.png", "test-tube.png", "val.png", "train/0.png", "test/a/1.png",
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_names_of_pictures_are_no_splits(suffix: str, streaming: bool, tmp_path: Path) -> None:
+def test_names_of_images_are_no_splits(suffix: str, streaming: bool, tmp_path: Path) -> None:
     folder = tmp_path / "pictures [all]"
     rows = {"file_name": NAMES, "text": [picture(number)[1] for number in range(len(NAMES))]}
     for number, name in enumerate(NAMES):
