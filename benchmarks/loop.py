@@ -77,8 +77,8 @@ def bare_loop(batches: list[tuple[Tensor, Tensor]]) -> Callable[[int], None]:
 
 def load_all(data: Data) -> list[tuple[Tensor, Tensor]]:
     """Return the batches of all steps of the training run."""
-    preprocessing = Preprocessing.for_pictures(PICTURES_MODEL)
-    source, _ = load_data(data, PICTURES_MODEL, preprocessing, ByteTokenizer(), seed=TRAINING.seed, held_out=1)
+    preprocessing = Preprocessing.like_clip(PICTURES_MODEL)
+    source, _ = load_data(data, PICTURES_MODEL, preprocessing, ByteTokenizer(), seed=TRAINING.seed, max_held_out=1)
     batches = load_batches(source, range(STEPS), Share(TRAINING.batch_size), PICTURES_MODEL, 0)
     return [(preprocessing.normalise(batch.img), batch.text) for batch in batches]
 

@@ -232,7 +232,7 @@ def test_images_of_any_size_and_mode_are_read(run: Path, tmp_path: Path) -> None
 def test_images_that_would_be_misread(tmp_path: Path) -> None:
     Image.new("I;16", (8, 8), 20000).save(tmp_path / "sixteen.png")
     with pytest.raises(
-        ImageError, match=r"sixteen\.png has pixels of mode I;16, must have 8 bits a channel: convert it"
+        ImageError, match=r"sixteen\.png has pixels of mode I;16, must have 8 bits per channel: convert it"
     ):
         DIGITS.read(tmp_path / "sixteen.png")
     image = Image.new("L", (32, 32), 0)
@@ -286,7 +286,7 @@ def test_errors_of_reading_processes_are_one_line(tmp_path: Path, capsys: pytest
     rows = [{"file_name": f"{n:03}.png", "text": f"picture {n}", "size": n} for n in range(9)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = ["train", f"--data={folder}", "--steps=3", "--batch_size=2", *TINY, "--num_workers=1"]
-    message = "text_column=size holds int, must hold text: name another column"
+    message = "text_column=size holds int, must hold one text: name another column"
     fails(capsys, [*train, "--text_column=size", f"--run={tmp_path / 'run'}"], message)
     message = "held_out takes all rows of the stream, must leave some: give a smaller --held_out"
     fails(capsys, [*train, "--streaming", f"--run={tmp_path / 'stream'}"], message)
@@ -343,7 +343,7 @@ def test_attention_is_that_of_each_word(run: Path, tmp_path: Path, monkeypatch: 
     assert main(["caption", str(run), str(image), f"--attention={tmp_path / 'x.png'}", "--layer=0"]) == 0
     ((img, words, maps, _),) = drawn
     model, read = Run(run).load(), DIGITS.read(image)
-    assert torch.equal(img, read)
+    assert torch.equal(img, DIGITS.read_pixels(image))
     each = cross_attention_maps(model, read[None], torch.tensor([[tokens.BOS, *ids]]), layer=0)[0]
     assert words == ["six", "top"]
     assert torch.allclose(maps, torch.stack([each[:3].mean(0), each[4:7].mean(0)]), atol=1e-6)
@@ -382,7 +382,7 @@ def test_attention_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for other in tmp_path / "x.jpg", image, ".":
         message = r"--attention=\S+ must be a PNG file, and not the image itself: name another"
         fails(capsys, ["caption", str(run), image, f"--attention={other}"], message)
-    fails(capsys, [*attention, "--layer=2"], r"layer=2 must be within -2\.\.1: .*")
+    fails(capsys, [*attention, "--layer=2"], r"layer=2 must be within -2\.\.1, one per cross-attention")
     fails(capsys, ["caption", str(run), image, "--attention=/nowhere/x.png"], ".*No such file or directory.*")
 
 
@@ -494,7 +494,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--image_size=33"], "image_size=33 must be divisible by patch_size=8: .*"),
         (["--decoder_heads=0"], "decoder_heads=0 must be a positive int: use 1 or more"),
         (["--num_tokens=200"], "num_tokens=200 must be at least 258 to train on bytes: 256, BOS and EOS"),
-        (["--max_seq_len=20"], "max_seq_len=20 must be at least 56: so many tokens have captions"),
+        (["--max_seq_len=20"], "max_seq_len=20 must be at least 56 for the longest caption"),
         (["--image_size=4", "--patch_size=2"], "image_size=4 must be at least 8 pixels to show digits"),
         (["--steps=0"], "steps=0 must be greater than 0"),
         (["--seed=-1"], "seed=-1 must be 0 or more"),
@@ -505,8 +505,11 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--gradient_accumulation_steps=3"], r"batch_size=32 must be divisible by 1 processes times .*=3: .*"),
         (["--log-with=papyrus"], "accelerate refuses: Unsupported logging capability: papyrus.*"),
         (["--log-with=clearml"], "log_with=clearml is not installed: pip install clearml"),
-        (["--bos_token=x"], "bos_token='x', eos_token=None go with a tokenizer: bytes have both"),
-        (["--tokenizer=/nowhere"], "tokenizer=/nowhere is neither a file nor a name on the hub that can be read: .*"),
+        (["--bos_token=x"], "bos_token='x', eos_token=None need a tokenizer: bytes have both"),
+        (
+            ["--tokenizer=/nowhere"],
+            "tokenizer=/nowhere must be a file of the tokenizers library or a name on the hub: .*",
+        ),
     ],
 )
 def test_options_that_cannot_work(

@@ -15,7 +15,7 @@ BYTES = ByteTokenizer()
 
 
 def stream_caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> Iterator[str]:
-    """The text that `caption` returns for one image `(c, h, w)`, piece by piece as it is decoded."""
+    """Yield the caption of one image `(c, h, w)`, which is that of `caption`, piece by piece as it is decoded."""
     piece = tokenizer.pieces()
     start = torch.tensor([tokenizer.bos], device=img.device)
     how = {"temperature": 0.0} | how
@@ -27,12 +27,12 @@ def stream_caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **ho
 
 
 def caption_ids(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> Tensor:
-    """Token ids `(b, n)` of captions of images `(b, c, h, w)`, without BOS; after EOS comes the model's `pad_value`."""
+    """Return token ids `(b, n)` of captions of images `(b, c, h, w)`, without BOS, and with `pad_value` after EOS."""
     how = {"temperature": 0.0} | how
     start = torch.full((len(img), 1), tokenizer.bos, device=img.device)
     return model.generate(img, start, model.config.max_seq_len - 1, eos_token=tokenizer.eos, **how)
 
 
 def caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> list[str]:
-    """Captions of images `(b, c, h, w)`, greedily decoded, or as the keywords of `PalmE.generate` say."""
+    """Return captions of images `(b, c, h, w)`, decoded greedily unless keywords of `PalmE.generate` say otherwise."""
     return [tokenizer.decode(row) for row in caption_ids(model, img, tokenizer, **how).tolist()]

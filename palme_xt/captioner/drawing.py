@@ -1,153 +1,105 @@
-"""Pictures of a model: captioned images, its loss curve, and where in an image it looks."""
+"""Drawings of captioned images, of the loss curve, and of where in an image a model looks."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
 import math
-import os
-import re
+import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
-from PIL import Image
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from palme_xt.captioner.images import unit_range
 from palme_xt.tokens import printable
 
-COLUMNS = 4
-ROWS = 4
+COLUMNS, ROWS = 4, 4
 
-# Inches, but for the points of the font; whole pixels, of which a side has a multiple of what small images have.
-DPI, SIDE, SMALLER_SIDE = 160, 2.0, 1.6
-MARGIN, TITLE, GAP, LINE, FONT_SIZE = 0.25, 0.55, 0.15, 25 / DPI, 9.0
+# In inches, except for the size of the font. A panel is 256 pixels wide, a multiple of the widths of most small images.
+DPI, SIDE, MARGIN, TITLE, GAP, LINE, FONT_SIZE = 160, 1.6, 0.25, 0.55, 0.15, 25 / 160, 9
 
 RIGHT, WRONG, GREY, INK = "#1a7f37", "#cf222e", "#6e7781", "#24292f"
-BLUE, VIOLET, ORANGE = "#0969da", "#8250df", "#bc4c00"
-HEAT = colormaps["inferno"]
+BLUE, VIOLET, ORANGE, PALE = "#0969da", "#8250df", "#bc4c00", "#d0d7de"
 
 
-def save_images(img: Tensor, folder: Path) -> None:
-    """Write images `(b, c, h, w)` in 0..1 as `folder/00.png`, `folder/01.png`, ..."""
-    folder.mkdir(exist_ok=True)
-    for number, pixels in enumerate(img):
-        Image.fromarray(_shown(pixels).mul(255).round().byte().numpy()).save(folder / f"{number:02}.png")
-
-
-@contextlib.contextmanager
-def _any_script() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # an untrained model writes in every script
-        yield
-
-
-@_any_script()
 def draw_samples(img: Tensor, predicted: Sequence[str], true: Sequence[str], path: Path) -> None:
-    """Draw the first 16 images above their predicted captions, green if right, else red and with the true ones.
+    """Draw the first 16 images above their predicted captions: green if right, else red and above the true ones.
 
     Args:
-        img: `(b, c, h, w)` in 0..1, of 1 channel or of 3 or more.
-        predicted: the caption generated for each; also those without an image here count in the title.
-        true: the caption that would be right.
-        path: of the PNG.
+        img: Images `(b, c, h, w)`, uint8 or floating point in 0..1, with 1 channel, or 3 or more.
+        predicted: The generated captions. The title also counts those without an image here.
+        true: The captions that would be right.
+        path: The PNG to write.
 
     Raises:
         OSError: `path` cannot be written.
     """
-    shown = list(zip(img, predicted, true, strict=False))[: COLUMNS * ROWS]
-    room, captions = SIDE + 2 * GAP, []
-    for _, guess, truth in shown:
-        lines = [(line, RIGHT if guess == truth else WRONG) for line in _lines(guess or "(nothing)", room)]
-        captions.append(lines if guess == truth else lines + [(line, GREY) for line in _lines(truth, room)])
+    room, captions = SIDE + 3 * GAP, []
+    for guess, truth in list(zip(predicted, true, strict=True))[: min(len(img), COLUMNS * ROWS)]:
+        lines = [(line, RIGHT if guess == truth else WRONG) for line in _wrap(guess or "(nothing)", room)]
+        captions.append(lines if guess == truth else lines + [(line, GREY) for line in _wrap(truth, room)])
     matches = sum(map(str.__eq__, predicted, true))
     title = f"Held-out images and their generated captions: {matches} of {len(true)} exactly right"
-    below = [LINE * len(caption) + GAP for caption in captions]
-    figure, panels = _panels(len(shown), COLUMNS, SIDE, gap=3 * GAP, title=title, below=below)
-    for axes, (pixels, _, _), caption in zip(panels, shown, captions, strict=True):
-        _show(axes, _shown(pixels))
+    below = LINE * max(map(len, captions), default=0) + 1.5 * GAP
+    figure, panels = _panels(len(captions), COLUMNS, title, 4 * GAP, above=0, below=below)
+    for axes, pixels, caption in zip(panels, img, captions, strict=False):
+        _show(axes, _channels_last(pixels))
         for number, (line, color) in enumerate(caption):
-            y = -(0.08 + LINE * number) / SIDE
-            axes.text(0.5, y, line, color=color, size=FONT_SIZE, ha="center", va="top", **_plain(axes))
+            _write(axes, 0.5, -(0.08 + LINE * number) / SIDE, line, color, ha="center", va="top")
     _save(figure, path)
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the losses (nats a token, logarithmic) and the held-out exact match over the steps.
+    """Draw the losses, in nats per token on a logarithmic scale, and the held-out exact match over the steps.
 
     Args:
-        metrics: lines with a `step`, and any of `loss`, `held_out_loss` and `held_out_exact_match` (0..1). What is no
-            finite number is left out, and so are losses that are not above 0.
-        path: of the PNG.
+        metrics: Lines with a `step`, and any of `loss`, `held_out_loss` and `held_out_exact_match` (0..1). Values that
+            are not finite numbers are left out, and so are losses that are not above 0.
+        path: The PNG to write.
 
     Raises:
         OSError: `path` cannot be written.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    drawn = []
-
+    axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="loss (nats per token)", frame_on=False)
     steps, losses = _points(metrics, "loss")
+    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.6)
     window = max(1, len(losses) // 50)
-    if window > 1:
-        axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.6)
     smoothed = f" (smoothed over {window} steps)" if window > 1 else ""
-    if steps:
-        drawn += _plot(axes, steps, _smooth(losses, window), BLUE, f"training loss{smoothed}", dots=len(steps) == 1)
-    steps, losses = _points(metrics, "held_out_loss")
-    if steps:
-        drawn += _plot(axes, steps, losses, VIOLET, "held-out loss", dots=len(steps) <= 50)
-    if drawn:
-        axes.set_yscale("log")
-        lowest, highest = axes.get_ylim()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if highest > 5 * lowest else MaxNLocator(6))
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value.is_integer() else ""))
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylabel("loss (nats a token)", color=INK)
-    axes.grid(color="#d8dee4", linewidth=0.6)
-
-    steps, matches = _points(metrics, "held_out_exact_match", positive=False)
-    if steps:
-        right = axes.twinx()
-        drawn += _plot(right, steps, matches, ORANGE, "held-out exact match", dots=len(steps) <= 50)
-        right.set(ylabel="held-out exact match", ylim=(-0.02, 1.02))
-        right.yaxis.set_major_formatter(PercentFormatter(1))
-        right.yaxis.label.set_color(ORANGE)
-    for each in figure.axes:
-        each.spines[:].set_visible(False)
-        each.tick_params(which="both", length=0, labelcolor=GREY)
-    if drawn:
-        figure.legend(handles=drawn, loc="outside upper center", ncols=len(drawn), frameon=False, labelcolor=INK)
+    curves = _plot(axes, steps, _smooth(losses, window), BLUE, f"training loss{smoothed}")
+    curves += _plot(axes, *_points(metrics, "held_out_loss"), VIOLET, "held-out loss")
+    ticks = MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+    axes.xaxis.set(major_locator=ticks, major_formatter="{x:,.0f}")
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:.4g}")
+    axes.grid(color=PALE, linewidth=0.6)
+    right = axes.twinx()
+    curves += _plot(right, *_points(metrics, "held_out_exact_match", above=-1), ORANGE, "held-out exact match")
+    right.set(ylabel="held-out exact match", ylim=(-0.02, 1.02), frame_on=False)
+    right.yaxis.set_major_formatter("{x:.0%}")
+    for each in axes, right:
+        each.tick_params(length=0, labelcolor=GREY)
+    figure.legend(handles=curves, loc="outside upper center", ncols=3, frameon=False)
     _save(figure, path)
 
 
-@_any_script()
 def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) -> None:
-    """Draw an image, and again for each word, dark but where the word's attention is.
+    """Draw an image, and again for each word, darkened except where the attention of the word is.
 
     Args:
-        img: `(c, h, w)` in 0..1, of 1 channel or of 3 or more.
-        words: what was generated; may be none.
-        maps: `(number of words, rows, columns)`, the share of attention of each patch, as
-            `palme_xt.captioner.attention.word_maps` returns them. Each panel is coloured from 0 to its own largest
+        img: An image `(c, h, w)`, uint8 or floating point in 0..1, with 1 channel, or 3 or more.
+        words: The generated words; there may be none.
+        maps: `(number of words, rows, columns)`, the share of attention that each patch gets, as
+            `palme_xt.captioner.attention.word_maps` returns them. The colours of a panel go from 0 to its own largest
             share, which is written above it.
-        path: of the PNG, ending in .png.
+        path: The PNG to write; its name ends in .png.
 
     Raises:
         ValueError: `maps` has the wrong shape, or `path` another ending.
@@ -161,136 +113,93 @@ def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) 
     if not path.name.lower().endswith(".png"):
         raise ValueError(f"path={path} must end in .png: no other format is written")
     count = 1 + len(words)
-    side = SIDE if count <= 12 else SMALLER_SIDE
     columns = min(count, max(5, math.ceil(math.sqrt(1.3 * count))))
     title = "Where the model looks, word by word" if words else "Nothing was generated"
-    foot = 0.5 if words else 0
-    figure, panels = _panels(count, columns, side, gap=GAP, title=title, above=2 * GAP, foot=foot)
-    picture = _shown(img)
-    _show(panels[0], picture)
-    for axes, word, heat in zip(panels[1:], words, maps.detach().float().cpu(), strict=True):
-        largest = float(heat.max())
-        _show(axes, _heated(picture, heat / max(largest, torch.finfo(heat.dtype).tiny)))
-        y = 1 + 0.07 / side
-        (line,) = _lines(word, side - 0.4, most=1) or [""]
-        axes.text(0, y, line, color=INK, size=FONT_SIZE + 1, weight="bold", **_plain(axes))
-        axes.text(1, y, f"{largest:.0%}", color=GREY, size=FONT_SIZE, ha="right", **_plain(axes))
+    figure, panels = _panels(count, columns, title, GAP, above=0.25, below=0.25)
+    image = _channels_last(img)
+    _show(panels[0], image)
+    grey = image if image.ndim == 2 else image @ torch.tensor([0.299, 0.587, 0.114])
+    for axes, word, heat in zip(panels[1:], words, maps.detach().float().cpu().numpy(), strict=True):
+        share = heat / (heat.max() or 1)
+        _show(axes, 0.08 + 0.5 * grey)
+        axes.imshow(share, "inferno", vmin=0, alpha=0.2 + 0.55 * share, interpolation="bilinear", extent=(0, 1, 0, 1))
+        _write(axes, 0, 1.05, "".join(_wrap(word, SIDE - 0.6, most=1)), INK, weight="bold")
+        _write(axes, 1, 1.05, f"{heat.max():.0%}", GREY, ha="right")
     if words:
-        width, height = figure.get_size_inches()
-        bar = figure.add_axes((MARGIN / width, 0.3 / height, 1.2 / width, 0.1 / height))
-        colors = figure.colorbar(ScalarMappable(cmap=HEAT), cax=bar, orientation="horizontal", ticks=[])
-        colors.outline.set_visible(False)
-        scale = "attention to a patch: from 0 to the largest of the panel, in %"
-        bar.text(1.06, 0.5, scale, color=GREY, size=FONT_SIZE, va="center", **_plain(bar))
+        corner = panels[len(words) // columns * columns]
+        bar = corner.inset_axes((0, -0.12, 0.7, 0.06), xticks=[], yticks=[], frame_on=False)
+        bar.imshow([range(256)], "inferno", aspect="auto")
+        _write(corner, 0.75, -0.09, "attention to a patch, from 0 to the share above the panel", GREY, va="center")
     _save(figure, path)
 
 
-def _heated(picture: Tensor, heat: Tensor) -> Tensor:
-    """A picture `(h, w)` or `(h, w, 3)`, darkened, under heat `(rows, columns)` in 0..1, as `(h', w', 3)`."""
-    grey = picture if picture.ndim == 2 else picture @ torch.tensor([0.299, 0.587, 0.114])
-    size = [side * math.ceil(320 / side) for side in grey.shape]
-    grey = F.interpolate(grey[None, None], size, mode="nearest")[0, 0, ..., None]
-    smooth = F.interpolate(heat[None, None], size, mode="bilinear")[0, 0, ..., None]
-    color = torch.from_numpy(HEAT(smooth[..., 0].numpy())[..., :3]).float()
-    return torch.lerp(0.08 + 0.5 * grey, color, 0.2 + 0.55 * smooth)
+def _channels_last(pixels: Tensor) -> Tensor:
+    """Return an image `(c, h, w)` as a grey one `(h, w)` or a coloured one `(h, w, 3)`, float32 in 0..1."""
+    pixels = unit_range(pixels.detach().cpu()).clamp(0, 1)
+    return pixels[:3].movedim(0, -1) if len(pixels) >= 3 else pixels[0]
 
 
-def _shown(pixels: Tensor) -> Tensor:
-    """`(c, h, w)` as a grey `(h, w)` or a coloured `(h, w, 3)` picture."""
-    pixels = pixels.detach().float().cpu()
-    return (pixels[:3].movedim(0, -1) if len(pixels) >= 3 else pixels[0]).clamp(0, 1)
-
-
-def _panels(
-    count: int,
-    columns: int,
-    side: float,
-    *,
-    gap: float,
-    title: str,
-    above: float = 0,
-    below: Sequence[float] = (),
-    foot: float = 0,
-) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` square axes, `columns` in a row; lengths in inches, `below` each what there is to be."""
-    firsts = range(0, count, columns)
-    heights = [above + side + max(below[first : first + columns], default=0) + GAP for first in firsts]
-    width = max(4.0, 2 * MARGIN + columns * (side + gap) - gap)
-    height = TITLE + sum(heights) + foot
+def _panels(count: int, columns: int, title: str, gap: float, above: float, below: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `count` square axes, `columns` in a row; lengths are in inches."""
+    rows = math.ceil(count / columns)
+    panels = columns * (SIDE + gap) - gap
+    width, height = max(5.2, panels + 2 * MARGIN), TITLE + rows * (above + SIDE + below)
     figure = Figure(figsize=(width, height))
     figure.text(MARGIN / width, 1 - 0.2 / height, title, size=13, weight="bold", color=INK, va="top")
-    panels = []
-    for number in range(count):
-        row, column = divmod(number, columns)
-        left = MARGIN + column * (side + gap)
-        bottom = height - TITLE - sum(heights[:row]) - above - side
-        panels.append(figure.add_axes((left / width, bottom / height, side / width, side / height)))
-    return figure, panels
+    if count:
+        left, right = MARGIN / width, (MARGIN + panels) / width
+        bottom, top = below / height, 1 - (TITLE + above) / height
+        figure.subplots_adjust(left, bottom, right, top, wspace=gap / SIDE, hspace=(above + below) / SIDE)
+    return figure, [figure.add_subplot(rows, columns, number + 1, xticks=[], yticks=[]) for number in range(count)]
 
 
-def _show(axes: Axes, picture: Tensor) -> None:
-    small = max(picture.shape[:2]) <= 128
-    axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest" if small else "antialiased")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color="#d0d7de", linewidth=0.8)
+def _show(axes: Axes, image: Tensor) -> None:
+    axes.imshow(image.numpy(), "gray", vmin=0, vmax=1, extent=(0, 1, 0, 1))
+    axes.spines[:].set(color=PALE, linewidth=0.8)
 
 
-def _plain(axes: Axes) -> dict[str, Any]:
-    return {"transform": axes.transAxes, "parse_math": False}
+def _write(axes: Axes, x: float, y: float, text: str, color: str, **where: Any) -> None:
+    axes.text(x, y, text, color=color, size=FONT_SIZE, transform=axes.transAxes, parse_math=False, **where)
 
 
-def _lines(text: str, room: float, most: int = 3) -> list[str]:
-    """The text in at most so many lines that fit in `room` inches, by clauses if they do; cut with an ellipsis."""
-    text = printable(text)
-    font = FontProperties(size=FONT_SIZE + 1, weight="bold") if most == 1 else FontProperties(size=FONT_SIZE)
-    lines: list[str] = []
+def _wrap(text: str, room: float, most: int = 3) -> list[str]:
+    """Return at most `most` lines that fit into `room` inches: a line per clause if possible, cut with an ellipsis."""
+    text, font = printable(text), FontProperties(size=FONT_SIZE)
     for width in range(44, 3, -1):
-        lines = [line for clause in re.split("(?<=,) ", text) for line in textwrap.wrap(clause, width)]
-        if len(lines) > most:
-            lines = textwrap.wrap(text, width)
+        clauses = [line for clause in text.replace(", ", ",\n").split("\n") for line in textwrap.wrap(clause, width)]
+        lines = clauses if len(clauses) <= most else textwrap.wrap(text, width)
         if len(lines) > most:
             lines = [*lines[: most - 1], lines[most - 1][: width - 1] + "…"]
-        if all(text_to_path.get_text_width_height_descent(line, font, False)[0] <= 72 * room for line in lines):
+        with warnings.catch_warnings(action="ignore"):  # matplotlib warns of characters that its font does not have
+            widths = [text_to_path.get_text_width_height_descent(line, font, False)[0] for line in lines]
+        if max(widths, default=0) <= 72 * room:
             break
     return lines
 
 
-def _points(metrics: Sequence[dict[str, Any]], name: str, positive: bool = True) -> tuple[list[float], list[float]]:
-    """Steps and values of the lines that have a finite number, and with `positive` one above 0, of that name."""
-    points = [
-        (line["step"], line[name])
-        for line in metrics
-        if isinstance(line.get(name), int | float) and math.isfinite(line[name]) and not (positive and line[name] <= 0)
-    ]
-    return [step for step, _ in points], [value for _, value in points]
+def _points(metrics: Sequence[dict[str, Any]], name: str, above: float = 0) -> tuple[list[float], list[float]]:
+    """Return the steps and the values of the lines in which `name` is a finite number greater than `above`."""
+    lines = [line for line in metrics if isinstance(line.get(name), int | float) and above < line[name] < math.inf]
+    return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """The running geometric mean; at the start, which is steep, over as few values after as before."""
-    sums = np.cumsum([0.0, *np.log(values)])
-    index = np.arange(len(values))
-    before = np.minimum(index, window // 2)
-    after = np.minimum(index[::-1], before)
-    means: list[float] = np.exp((sums[index + after + 1] - sums[index - before]) / (before + after + 1)).tolist()
-    return means
+    """Return the running geometric mean; at the start, where losses fall steeply, over a window that grows."""
+    logs, half = torch.tensor(values, dtype=torch.float64).log(), window // 2
+    return [logs[max(0, i - half) : i + min(i, half) + 1].mean().exp().item() for i in range(len(logs))]
 
 
-def _plot(axes: Axes, steps: list[float], values: list[float], color: str, label: str, *, dots: bool) -> list[Any]:
-    return axes.plot(steps, values, color=color, linewidth=1.8, label=label, marker="o" if dots else None, markersize=4)
+def _plot(axes: Axes, steps: list[float], values: list[float], color: str, label: str) -> list[Any]:
+    marker = "o" if len(steps) <= 50 else None
+    return axes.plot(steps, values, color=color, label=label, linewidth=1.8, marker=marker, ms=4) if steps else []
 
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG whole or not at all."""
-    if path.is_dir():  # '', '.' and '/' have no name to write beside
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=DPI)
-    new = path.with_name(path.name + ".new")
     try:
-        new.write_bytes(png.getvalue())
-        new.replace(path)
+        # Not `replace_files`, which would remove a folder `unfinished` that may be the user's.
+        with tempfile.TemporaryDirectory(dir=path.parent) as aside, warnings.catch_warnings(action="ignore"):
+            figure.savefig(Path(aside) / path.name, format="png", dpi=DPI)
+            (Path(aside) / path.name).replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            new.unlink()

@@ -1,9 +1,11 @@
-"""Image files to what the model takes: resized, cropped and normalised, the same in training and in captioning."""
+"""Image files to model inputs: resized, cropped and normalised, the same in training and in captioning."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,39 +16,41 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from palme_xt.config import PalmEConfig
+from palme_xt.storage.folder import one_line
 
 PREPROCESSING = "preprocessor_config.json"
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names for images of so many channels
+# Pillow's modes by number of channels.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
-# of the pictures that CLIP was trained on (Radford et al. 2021, arXiv:2103.00020; github.com/openai/CLIP, clip/clip.py)
+# Of the images that CLIP was trained on (Radford et al. 2021, arXiv:2103.00020; github.com/openai/CLIP, clip/clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-LONGEST = 100  # times its shorter side: resized, the longer one could fill the memory
+MAX_ASPECT = 100  # when the shorter side is resized, the longer one of a narrower image could fill the memory
 
 
 class ImageError(ValueError):
-    """A file that cannot be read as an image."""
+    """An image that cannot be read, or preprocessing that is unknown."""
 
 
 class MissingImageError(ImageError):
-    """A file that is not there."""
+    """An image that does not exist."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes an input, kept in the form of Hugging Face's `preprocessor_config.json`.
+    """How an image becomes an input, stored as Hugging Face's `preprocessor_config.json`.
 
     Args:
-        image_size: height and width of the result.
-        channels: 1 grey, 3 RGB, 4 RGBA. Transparent pictures are put on white, unless the model takes RGBA.
-        crop: resize the shorter side to `image_size` and cut out the middle, as CLIP does; False: resize both sides.
-        mean: taken from each channel, of values in 0..1, before
-        std: divides it.
+        image_size: Height and width of the result.
+        channels: 1 for grey, 3 for RGB, 4 for RGBA. Transparent images are put on white, except for RGBA.
+        crop: Resize the shorter side to `image_size` and crop the centre, as CLIP does. False: resize both sides.
+        mean: Mean of each channel, of values in 0..1.
+        std: Standard deviation of each channel.
 
     Raises:
-        ImageError: no image file has so many channels.
+        ImageError: No image file has so many channels.
     """
 
     image_size: int
@@ -57,45 +61,39 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.channels not in MODES:
-            raise ImageError(f"the model takes {self.channels} channels, image files have {list(MODES)}")
+            raise ImageError(
+                f"channels={self.channels} must be one of {list(MODES)}, as image files have: set vit_kwargs"
+            )
 
     @classmethod
-    def for_pictures(cls, config: PalmEConfig) -> Preprocessing:
-        """As CLIP, with its mean and deviation; where there are not 3 channels, with 0.5 and 0.5."""
-        rgb = config.channels == 3
-        mean, std = (CLIP_MEAN, CLIP_STD) if rgb else ((0.5,) * config.channels,) * 2
+    def like_clip(cls, config: PalmEConfig) -> Preprocessing:
+        """Crop and normalise as CLIP does; unless there are 3 channels, with a mean and deviation of 0.5."""
+        mean, std = (CLIP_MEAN, CLIP_STD) if config.channels == 3 else ((0.5,) * config.channels,) * 2
         return cls(config.image_size, config.channels, True, mean, std)
 
     @classmethod
     def plain(cls, config: PalmEConfig) -> Preprocessing:
-        """Both sides resized, values in 0..1: what scenes of digits are made for."""
+        """Resize both sides and keep values in 0..1, as scenes of digits need it."""
         return cls(config.image_size, config.channels, False, (0.0,) * config.channels, (1.0,) * config.channels)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """A picture as `(c, h, w)`, uint8: resized and cropped, not normalised.
+        """Return an image as `(c, h, w)`, uint8, resized and cropped but not normalised.
 
         Raises:
-            ImageError: it has more than 8 bits a channel.
+            ImageError: It has more than 8 bits per channel, or is too long and narrow.
         """
         if image.mode.startswith(("I", "F")):
-            raise ImageError(f"has pixels of mode {image.mode}, must have 8 bits a channel: convert it")
-        image = _converted(ImageOps.exif_transpose(image), MODES[self.channels])
-        pixels = torch.from_numpy(np.array(self._resized(image)))
+            raise ImageError(f"has pixels of mode {image.mode}, must have 8 bits per channel: convert it")
+        image = ImageOps.exif_transpose(image)
+        if self.channels != 4 and image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = torch.from_numpy(np.array(self._resized(image.convert(MODES[self.channels]))))
         return pixels.reshape(self.image_size, self.image_size, self.channels).movedim(-1, 0)
 
     def normalise(self, img: Tensor) -> Tensor:
-        """What the model takes, float32, of pictures `(..., c, h, w)`, uint8, or floating point in 0..1."""
-        mean, std = self._column(self.mean, img), self._column(self.std, img)
-        img = img.float().div_(255).sub_(mean) if img.dtype == torch.uint8 else img - mean
-        return img.div_(std)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """A picture as `(c, h, w)`, float32, normalised.
-
-        Raises:
-            ImageError: it has more than 8 bits a channel.
-        """
-        return self.normalise(self.pixels(image))
+        """Return model inputs, float32, from images `(..., c, h, w)`, uint8 or floating point in 0..1."""
+        return (unit_range(img) - self._column(self.mean, img)).div_(self._column(self.std, img))
 
     def _resized(self, image: Image.Image) -> Image.Image:
         size = self.image_size
@@ -104,106 +102,112 @@ class Preprocessing:
         # Sizes and offsets are rounded as transformers' CLIPImageProcessor rounds them.
         width, height = image.size
         shorter = min(width, height)
-        if max(width, height) > LONGEST * shorter:
-            raise ImageError(f"has {width} x {height} pixels, must be at most {LONGEST} times as long as wide: cut it")
+        if max(width, height) > MAX_ASPECT * shorter:
+            raise ImageError(
+                f"has {width}x{height} pixels, must be at most {MAX_ASPECT} times as long as wide: crop it"
+            )
         width, height = (size if side == shorter else int(size * side / shorter) for side in (width, height))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
         return image.crop((left, top, left + size, top + size))
 
     def read(self, path: str | Path) -> Tensor:
-        """An image file as `(c, h, w)`, float32, normalised.
+        """Return an image file as `(c, h, w)`, float32, normalised.
 
         Raises:
-            ImageError: the file is missing, unreadable or no image.
+            ImageError: As `read_pixels`.
         """
         return self.normalise(self.read_pixels(path))
 
     def read_pixels(self, file: str | Path | bytes, name: str | None = None) -> Tensor:
-        """An image file, by its path or its content, as `(c, h, w)`, uint8, not normalised.
+        """Return an image file, given its path or its content, as `(c, h, w)`, uint8, not normalised.
 
         Args:
-            file: the path, or the content.
-            name: what errors call it; by default the path.
+            file: The path, or the content.
+            name: What errors call it. Default: the path.
 
         Raises:
-            MissingImageError: the file is not there.
-            ImageError: it is unreadable or no image.
+            MissingImageError: The file does not exist.
+            ImageError: It cannot be read, or is not an image.
         """
         name = name or ("image" if isinstance(file, bytes) else str(file))
-        try:
+        with image_errors(name):
             content = file if isinstance(file, bytes) else Path(file).read_bytes()
             with Image.open(io.BytesIO(content)) as image:
                 return self.pixels(image)
-        except UnidentifiedImageError as error:
-            raise ImageError(f"{name} is not an image that Pillow can read") from error
-        except ImageError as error:
-            raise ImageError(f"{name} {error}") from error
-        except FileNotFoundError as error:
-            raise MissingImageError(f"{name} cannot be read: {error.strerror or error}") from error
-        except OSError as error:
-            raise ImageError(f"{name} cannot be read: {error.strerror or error}") from error
-        except Exception as error:  # Pillow's plugins raise what they like
-            raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
-
-    def shown(self, img: Tensor) -> Tensor:
-        """The inverse of the normalisation: `(..., c, h, w)` in 0..1."""
-        return (img * self._column(self.std, img) + self._column(self.mean, img)).clamp(0, 1)
 
     @staticmethod
     def _column(values: tuple[float, ...], img: Tensor) -> Tensor:
         return torch.tensor(values, device=img.device)[:, None, None]
 
     def to_json(self) -> str:
-        """The content of `preprocessor_config.json`, which `transformers.CLIPImageProcessor` reads as well."""
+        """Return the content of `preprocessor_config.json`, which `transformers.CLIPImageProcessor` reads as well."""
         size = {"height": self.image_size, "width": self.image_size}
-        return json.dumps(
-            {
-                "image_processor_type": "CLIPImageProcessor",
-                "do_convert_rgb": self.channels == 3,
-                "do_resize": True,
-                "size": {"shortest_edge": self.image_size} if self.crop else size,
-                "resample": int(Image.Resampling.BICUBIC),
-                "do_center_crop": self.crop,
-                "crop_size": size,
-                "do_rescale": True,
-                "rescale_factor": 1 / 255,
-                "do_normalize": any(self.mean) or set(self.std) != {1.0},
-                "image_mean": list(self.mean),
-                "image_std": list(self.std),
-            },
-            indent=2,
-        )
+        values = {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": self.channels == 3,
+            "do_resize": True,
+            "size": {"shortest_edge": self.image_size} if self.crop else size,
+            "resample": int(Image.Resampling.BICUBIC),
+            "do_center_crop": self.crop,
+            "crop_size": size,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": any(self.mean) or set(self.std) != {1.0},
+            "image_mean": self.mean,
+            "image_std": self.std,
+        }
+        return json.dumps(values, indent=2)
+
+
+@contextlib.contextmanager
+def image_errors(name: str) -> Iterator[None]:
+    """Turn whatever is raised while an image is read into an error of one line that begins with `name`.
+
+    Raises:
+        MissingImageError: The file does not exist.
+        ImageError: Anything else was raised.
+    """
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image that Pillow can read") from error
+    except ImageError as error:
+        raise ImageError(f"{name} {error}") from error
+    except Exception as error:  # Pillow's plugins raise errors of many types
+        kind = MissingImageError if isinstance(error, FileNotFoundError) else ImageError
+        reason = one_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {one_line(error)}"
+        raise kind(f"{name} cannot be read: {reason}") from error
+
+
+def unit_range(img: Tensor) -> Tensor:
+    """Return images, uint8 or floating point in 0..1, as float32 in 0..1."""
+    return img.float() / 255 if img.dtype == torch.uint8 else img.float()
+
+
+def save_images(img: Tensor, folder: Path) -> None:
+    """Write images `(b, c, h, w)`, uint8 or floating point in 0..1, as `folder/00.png`, `folder/01.png`, ..."""
+    folder.mkdir(exist_ok=True)
+    for number, pixels in enumerate(unit_range(img).mul(255).round().byte().movedim(1, -1)):
+        Image.fromarray(pixels.squeeze(-1).numpy()).save(folder / f"{number:02}.png")
 
 
 def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
-    """What a model folder says of preprocessing; `plain` where it says nothing, as runs of 0.1.0 do.
+    """Return the preprocessing of a model folder.
 
     Raises:
-        ImageError: the file is damaged, or is not for this model.
+        ImageError: Its `preprocessor_config.json` is missing, damaged, or not for this model.
     """
     path = folder / PREPROCESSING
-    if not path.is_file():
-        return Preprocessing.plain(config)
     try:
         values: dict[str, Any] = json.loads(path.read_text())
         size, width = (values["crop_size"][side] for side in ("height", "width"))
         mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
         if width != size or len(mean) != len(std) or not all(std):
-            raise ValueError("crop_size is no square, or image_std has a zero or another length than image_mean")
-        found = Preprocessing(size, len(mean), bool(values["do_center_crop"]), mean, std)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ImageError(f"{path} does not say how pictures are preprocessed: {error!r}") from error
-    if (found.image_size, found.channels) != (config.image_size, config.channels):
-        raise ImageError(
-            f"{path} is for {found.channels} channels of {found.image_size} pixels, the model takes {config.channels} "
-            f"of {config.image_size}: they do not belong together"
-        )
-    return found
-
-
-def _converted(image: Image.Image, mode: str) -> Image.Image:
-    if mode != "RGBA" and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+            raise ValueError("crop_size is not square, or image_std has a zero or another length than image_mean")
+        if (size, len(mean)) != (config.image_size, config.channels):
+            raise ValueError(f"has {len(mean)} channels of {size} pixels, not {config.channels} of {config.image_size}")
+        return Preprocessing(size, len(mean), bool(values["do_center_crop"]), mean, std)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}; restore the file that training wrote"
+        raise ImageError(f"{path} does not say how images of this model are preprocessed: {reason}") from error

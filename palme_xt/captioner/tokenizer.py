@@ -1,14 +1,15 @@
-"""Text to token ids and back: bytes, or a vocabulary that the `tokenizers` library reads."""
+"""Text to token ids and back: as bytes, or with a vocabulary of the `tokenizers` library."""
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
 from palme_xt import tokens
+from palme_xt.storage.folder import one_line
 
 TOKENIZER = "tokenizer.json"
 SPECIAL_TOKENS = "tokenizer_config.json"
@@ -26,66 +27,77 @@ KNOWN_ENDS = (
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be read, or that does not say where a text begins and ends."""
+    """A tokenizer that cannot be read, or whose BOS and EOS are unknown."""
 
 
 class Tokenizer(Protocol):
-    """What training and captioning need to know of a vocabulary; ids are `0 .. num_tokens - 1`."""
+    """What training and captioning need of a vocabulary; its ids are `0 .. num_tokens - 1`."""
 
     bos: int
     eos: int
     num_tokens: int
 
     def encode(self, text: str) -> list[int]:
-        """Token ids: BOS, the text, EOS."""
+        """Return token ids: BOS, the text, EOS."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids up to the first EOS."""
-
-    def pieces(self) -> Callable[[int], str]:
-        """A function that takes the ids of one text in turn and returns the text that each completes, '' often.
-
-        EOS completes whatever is left over.
-        """
+        """Return the text of token ids up to the first EOS, without special tokens and unknown ids."""
 
     def files(self) -> dict[str, bytes]:
-        """What `read_tokenizer` needs in a folder, by file name."""
+        """Return the files, by name, from which `read_tokenizer` makes this tokenizer again; bytes need none."""
+        return {}
+
+    def pieces(self) -> Callable[[int], str]:
+        """Return a function that takes the ids of one text in turn and returns the text that each completes, often ''.
+
+        EOS completes whatever is left.
+        """
+        # Not the DecodeStream of tokenizers 0.23: it raises at invalid UTF-8, and never returns the end of such a text.
+        ids: list[int] = []
+        seen = shown = ""
+
+        def piece(token: int) -> str:
+            nonlocal seen, shown
+            ids.append(token)
+            before, seen = seen, self.decode(ids)
+            if token != self.eos and (seen == before or seen.endswith("\ufffd") or self._may_change(token)):
+                return ""
+            new, shown = seen[len(shown) :], seen
+            return new
+
+        return piece
+
+    def _may_change(self, token: int) -> bool:
+        """Return whether the tokens that follow may change the text of this one."""
+        return False
 
 
-class ByteTokenizer:
-    """UTF-8 bytes, BOS and EOS: `palme_xt.tokens`."""
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes, BOS and EOS, as in `palme_xt.tokens`."""
 
     bos, eos, num_tokens = tokens.BOS, tokens.EOS, tokens.NUM_TOKENS
 
     def encode(self, text: str) -> list[int]:
-        """Token ids: BOS, the UTF-8 bytes, EOS."""
-        return [tokens.BOS, *text.encode(), tokens.EOS]
+        """Return token ids: BOS, the bytes, EOS."""
+        ids: list[int] = tokens.encode([text])[0].tolist()
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """As `tokens.decode`."""
+        """Return the text, as `tokens.decode` does."""
         return tokens.decode(ids)
 
-    def pieces(self) -> Callable[[int], str]:
-        """A function that takes a byte and returns the character that it completes, or ''."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        return lambda token: decoder.decode(bytes([token] * (0 <= token < 256)), final=token == tokens.EOS)
 
-    def files(self) -> dict[str, bytes]:
-        """Nothing: a folder without a tokenizer's files holds a model of bytes."""
-        return {}
-
-
-class VocabularyTokenizer:
+class VocabularyTokenizer(Tokenizer):
     """A vocabulary of the `tokenizers` library (`tokenizer.json`).
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`. Its own post-processing is not used: BOS and EOS are put around each text.
-        bos_token: the token that begins each text, `<s>`, say; by default the first known pair that it has.
-        eos_token: the token that ends each text.
-        name: of the tokenizer, in errors.
+        tokenizer: A `tokenizers.Tokenizer`. Instead of its own post-processing, BOS and EOS are put around each text.
+        bos_token: The token that begins each text, such as `<s>`. Default: that of the first known pair it has.
+        eos_token: The token that ends each text.
+        name: What errors call the tokenizer.
 
     Raises:
-        TokenizerError: the vocabulary has no such token.
+        TokenizerError: The vocabulary has no such token.
     """
 
     def __init__(
@@ -94,76 +106,48 @@ class VocabularyTokenizer:
         self._tokenizer = tokenizer
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        tokenizer.encode_special_tokens = True  # a caption that spells out EOS does not end there
-        known = next((pair for pair in KNOWN_ENDS if all(tokenizer.token_to_id(end) is not None for end in pair)), None)
-        self.bos_token, self.eos_token = bos_token or (known or ("", ""))[0], eos_token or (known or ("", ""))[1]
+        vocabulary: dict[str | None, int] = tokenizer.get_vocab(with_added_tokens=True)
+        known = next((pair for pair in KNOWN_ENDS if vocabulary.keys() >= {*pair}), (None, None))
+        self.bos_token, self.eos_token = bos_token or known[0], eos_token or known[1]
         for option, token in ("bos_token", self.bos_token), ("eos_token", self.eos_token):
-            if not token or tokenizer.token_to_id(token) is None:
-                found = f"{token!r} is not in the vocabulary of {name}" if token else f"{name} has no usual one"
-                raise TokenizerError(f"{option}: {found}; name the token that begins or ends a text with --{option}")
-        self.bos: int = tokenizer.token_to_id(self.bos_token)
-        self.eos: int = tokenizer.token_to_id(self.eos_token)
-        self.num_tokens: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._tokenizer.encode_special_tokens = True  # which the library does not pickle
+            if token not in vocabulary:
+                raise TokenizerError(
+                    f"{option}={token!r} must be a token of {name}: name one that it has with --{option}"
+                )
+        self.bos, self.eos = vocabulary[self.bos_token], vocabulary[self.eos_token]
+        self.num_tokens = max(vocabulary.values()) + 1  # ids may have gaps
 
     def encode(self, text: str) -> list[int]:
-        """Token ids: BOS, the text, EOS."""
+        """Return token ids: BOS, the text, EOS."""
+        # A caption that spells out EOS does not end there. Set here, because the library does not pickle it.
+        self._tokenizer.encode_special_tokens = True
         return [self.bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, self.eos]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids up to the first EOS, without special tokens; unknown ids are skipped."""
-        kept = []
-        for token in ids:
-            if token == self.eos:
-                break
-            if 0 <= token < self.num_tokens:
-                kept.append(token)
-        return str(self._tokenizer.decode(kept, skip_special_tokens=True))
+        """Return the text of token ids up to the first EOS, without special tokens and unknown ids."""
+        until_eos = takewhile(lambda token: token != self.eos, ids)
+        known = [token for token in until_eos if 0 <= token < self.num_tokens]
+        return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
-    def pieces(self) -> Callable[[int], str]:
-        """A function that takes the ids of one text in turn and returns the text that each completes, '' often."""
-        # Not the DecodeStream of tokenizers 0.23: it raises at broken runs of bytes, and keeps the end of a text back.
-        ids: list[int] = []
-        seen = shown = ""
-
-        def piece(token: int) -> str:
-            nonlocal seen, shown
-            ids.append(token)
-            before, seen = seen, self.decode(ids)
-            # What may still change: half a character, and a run of byte tokens, which is text only if all of it is.
-            byte = (self._tokenizer.id_to_token(token) or "").startswith("<0x") if token >= 0 else False
-            if token != self.eos and (byte or seen == before or seen.endswith("\ufffd")):
-                return ""
-            new, shown = seen[len(shown) :], seen
-            return new
-
-        return piece
+    def _may_change(self, token: int) -> bool:
+        # Where bytes stand for unknown characters, a run of them is text only if all of it is valid UTF-8.
+        return token >= 0 and (self._tokenizer.id_to_token(token) or "").startswith("<0x")
 
     def files(self) -> dict[str, bytes]:
-        """`tokenizer.json` and `tokenizer_config.json`, as Hugging Face libraries name them."""
-        special = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        return {
-            TOKENIZER: self._tokenizer.to_str(pretty=True).encode(),
-            SPECIAL_TOKENS: json.dumps(special, indent=2).encode() + b"\n",
-        }
+        """Return `tokenizer.json` and `tokenizer_config.json`, as Hugging Face libraries name them."""
+        special = json.dumps({"bos_token": self.bos_token, "eos_token": self.eos_token}, indent=2) + "\n"
+        return {TOKENIZER: self._tokenizer.to_str(pretty=True).encode(), SPECIAL_TOKENS: special.encode()}
 
 
-def load_tokenizer(
-    file_or_name: str | None, bos_token: str | None = None, eos_token: str | None = None
-) -> ByteTokenizer | VocabularyTokenizer:
-    """The tokenizer of a `tokenizer.json` file, or of a repository on the hub; None: bytes.
+def load_tokenizer(file_or_name: str | None, bos_token: str | None = None, eos_token: str | None = None) -> Tokenizer:
+    """Return the tokenizer of a `tokenizer.json` file or of a repository on the hub, or the byte tokenizer for None.
 
     Raises:
-        TokenizerError: it cannot be read, or has no token that begins or ends a text.
+        TokenizerError: It cannot be read, or its BOS or EOS is unknown.
     """
     if file_or_name is None:
         if bos_token or eos_token:
-            raise TokenizerError(
-                f"bos_token={bos_token!r}, eos_token={eos_token!r} go with a tokenizer: bytes have both"
-            )
+            raise TokenizerError(f"bos_token={bos_token!r}, eos_token={eos_token!r} need a tokenizer: bytes have both")
         return ByteTokenizer()
     from tokenizers import Tokenizer as Vocabulary
 
@@ -172,32 +156,28 @@ def load_tokenizer(
     try:
         vocabulary = Vocabulary.from_file(str(path)) if path.is_file() else Vocabulary.from_pretrained(file_or_name)
     except Exception as error:  # the library raises bare Exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        kind = (
-            "is not a file of the tokenizers library" if path.is_file() else "is neither a file nor a name on the hub"
-        )
-        raise TokenizerError(f"tokenizer={file_or_name} {kind} that can be read: {reason}") from error
+        raise TokenizerError(
+            f"tokenizer={file_or_name} must be a file of the tokenizers library or a name on the hub: {one_line(error)}"
+        ) from error
     return VocabularyTokenizer(vocabulary, bos_token, eos_token, name=file_or_name)
 
 
-def read_tokenizer(folder: Path) -> ByteTokenizer | VocabularyTokenizer:
-    """The tokenizer of a model folder: that of its `tokenizer.json`, or bytes where there is none.
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a model folder: that of its `tokenizer.json`, or the byte tokenizer if it has none.
 
     Raises:
-        TokenizerError: its files are damaged.
+        TokenizerError: Its files are damaged.
     """
-    path = folder / TOKENIZER
+    path, special = folder / TOKENIZER, folder / SPECIAL_TOKENS
     if not path.is_file():
         return ByteTokenizer()
-    special: dict[str, Any] = {}
-    if (folder / SPECIAL_TOKENS).is_file():
-        try:
-            special = json.loads((folder / SPECIAL_TOKENS).read_text())
-            ends = [special[name] for name in ("bos_token", "eos_token")]
-            # Hugging Face libraries also write tokens as objects.
-            special = dict(zip(("bos", "eos"), [e["content"] if isinstance(e, dict) else e for e in ends], strict=True))
-            if not all(isinstance(end, str | None) for end in special.values()):
-                raise TypeError("they are not text")
-        except (ValueError, KeyError, TypeError) as error:
-            raise TokenizerError(f"{folder / SPECIAL_TOKENS} does not name bos_token and eos_token: {error}") from error
-    return load_tokenizer(str(path), special.get("bos"), special.get("eos"))
+    if not special.is_file():
+        return load_tokenizer(str(path))
+    try:
+        values = json.loads(special.read_text())
+        ends = [values[name] for name in ("bos_token", "eos_token")]
+        # Hugging Face libraries also write tokens as objects.
+        ends = [end["content"] if isinstance(end, dict) else end for end in ends]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TokenizerError(f"{special} does not name bos_token and eos_token: {error}") from error
+    return load_tokenizer(str(path), *(None if end is None else str(end) for end in ends))

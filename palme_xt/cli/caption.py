@@ -85,7 +85,8 @@ def _draw_attention(
         raise ValueError(f"--attention={out} draws one image, without --stream: found {len(paths)} images")
     if out.suffix.lower() != ".png" or (out.exists() and out.samefile(paths[0])):
         raise ValueError(f"--attention={out} must be a PNG file, and not the image itself: name another")
-    img = preprocessing.read(paths[0])[None]
+    pixels = preprocessing.read_pixels(paths[0])
+    img = preprocessing.normalise(pixels)[None]
     (ids,) = captioning.caption_ids(model, img, tokenizer, **how).tolist()
     ids = ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
     piece = tokenizer.pieces()
@@ -94,7 +95,7 @@ def _draw_attention(
     text = torch.tensor([[tokenizer.bos, *(ids or [tokenizer.eos])]])
     layer = -1 if options["layer"] is None else options["layer"]
     maps = attention.word_maps(attention.cross_attention_maps(model, img, text, layer)[0], words)
-    drawing.draw_attention(preprocessing.shown(img[0]), [printable(word) for word, _ in words], maps, out)
+    drawing.draw_attention(pixels, [printable(word) for word, _ in words], maps, out)
     print(f"{paths[0]}: {printable(tokenizer.decode(ids))}")
     print(f"{out} written")
     return 0

@@ -184,13 +184,13 @@ IMG, TEXT = batch(small())
     ("model", "arguments", "error", "message"),
     [
         (small(cross_attend=False), (IMG, TEXT), ValueError, "model has cross_attend=False, must cross-attend: it ne"),
-        (small(), (IMG, TEXT, 2), ValueError, "layer=2 must be within -2..1: so many blocks cross-attend"),
-        (small(), (IMG, TEXT, -3), ValueError, "layer=-3 must be within -2..1: so many blocks cross-attend"),
+        (small(), (IMG, TEXT, 2), ValueError, "layer=2 must be within -2..1, one per cross-attention"),
+        (small(), (IMG, TEXT, -3), ValueError, "layer=-3 must be within -2..1, one per cross-attention"),
         (
             small(decoder_kwargs={"weight_tie_layers": True}),
             (IMG, TEXT, 2),
             ValueError,
-            "layer=2 must be within -2..1: so many blocks cross-attend",
+            "layer=2 must be within -2..1, one per cross-attention",
         ),
         (
             small(transformer_kwargs={"num_memory_tokens": 2, "memory_tokens_interspersed_every": 5}),
@@ -200,7 +200,12 @@ IMG, TEXT = batch(small())
         ),
         (small(), (IMG, TEXT, 1.0), TypeError, "layer=1.0 must be an int, not float"),
         (small(), (IMG, TEXT, True), TypeError, "layer=True must be an int, not bool"),
-        (small(), (IMG[:, None], TEXT), ValueError, "img has shape (2, 1, 3, 8, 8), must be (b, c, h, w): pass one i"),
+        (
+            small(),
+            (IMG[:, None], TEXT),
+            ValueError,
+            "img has shape (2, 1, 3, 8, 8), must be (b, c, h, w): pass one image per text",
+        ),
         (small(), (IMG[:1], TEXT), ValueError, "text has shape (2, 10) and img (1, 3, 8, 8), must have the same batch"),
         (small(), (IMG, TEXT[:, :1]), ValueError, "text has shape (2, 1), must have at least 2 tokens"),
         (small(), (IMG, TEXT.float()), TypeError, "text has dtype torch.float32, must be an integer dtype"),
@@ -209,13 +214,13 @@ IMG, TEXT = batch(small())
             small(),
             (IMG, TEXT.index_fill(1, torch.tensor([9]), -100)),
             ValueError,
-            "text has ignore_index=-100, must hold token ids alone: pass texts of other lengths apart",
+            "text has ignore_index=-100, must hold only token ids: group texts by length",
         ),
         (
             add(small(), 1),
             (IMG, TEXT),
             ValueError,
-            "model encodes img to 5 embeddings, must be 2x2, one for each patch: remove the hook that adds or drops",
+            "model encodes img to 5 embeddings, must be 2x2, one per patch: remove the hook that adds or drops",
         ),
     ],
 )
@@ -254,7 +259,7 @@ def test_word_maps() -> None:
     torch.testing.assert_close(found, torch.stack([(maps[0] + maps[1]) / 2, maps[3]]))
     assert word_maps(maps, []).shape == (0, 2, 3)
     with pytest.raises(
-        ValueError, match=r"words has 'c' of tokens \[3, 4\], must be within 0\.\.3, the maps that there"
+        ValueError, match=r"words has 'c' of tokens \[3, 4\], must be within 0\.\.3: pass the maps of the"
     ):
         word_maps(maps, [("c", [3, 4])])
 

@@ -1,4 +1,4 @@
-"""Pictures to pixels: as other programs compute them, and one line for each that cannot be read."""
+"""Images to pixels: as other programs compute them, and a one-line error for each that cannot be read."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from palme_xt.captioner.images import (
     MissingImageError,
     Preprocessing,
     read_preprocessing,
+    save_images,
+    unit_range,
 )
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
@@ -35,6 +37,7 @@ from tests.models import small
 RGB = PalmEConfig(16, 8, 16, 2, 4, 258, 80, 16, 2, 4)
 GREY, RGBA, FIVE = (replace(RGB, vit_kwargs={"channels": channels}) for channels in (1, 4, 5))
 SIZES = [(20, 24), (37, 11), (11, 37), (7, 5), (5, 8), (16, 16), (16, 40), (101, 33), (32, 99), (3, 1), (5, 64)]
+UNKNOWN = rf"^\S+{PREPROCESSING} does not say how images of this model are preprocessed"
 
 Make = Callable[[PalmEConfig], Preprocessing]
 
@@ -67,8 +70,12 @@ def as_tensor(image: Image.Image) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
+def inputs(preprocessing: Preprocessing, image: Image.Image) -> Tensor:
+    return preprocessing.normalise(preprocessing.pixels(image))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "P", "L", "1", "CMYK"])
-@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+@pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_inputs_are_bit_by_bit_those_of_transformers(make: Make, mode: str) -> None:
     transformers = pytest.importorskip("transformers")
     # The one that resizes with Pillow; transformers 4 has no other of this kind.
@@ -81,7 +88,7 @@ def test_inputs_are_bit_by_bit_those_of_transformers(make: Make, mode: str) -> N
             image = noise(size, mode)
             expected = theirs(image, return_tensors="pt")["pixel_values"][0]
             assert expected.shape == (3, image_size, image_size)
-            assert torch.equal(preprocessing(image), expected), size
+            assert torch.equal(inputs(preprocessing, image), expected), size
             untouched = size == (image_size,) * 2 or (preprocessing.crop and min(size) == image_size)
             bilinear = other(image, return_tensors="pt")["pixel_values"][0]
             assert torch.equal(bilinear, expected) == untouched
@@ -102,7 +109,7 @@ def test_inputs_are_those_of_another_bicubic_filter(config: PalmEConfig, size: t
 
     mean, std = (CLIP_MEAN, CLIP_STD) if config is RGB else ((0.5,), (0.5,))
     column = [torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std)]
-    cropped, whole = Preprocessing.for_pictures(config)(image), Preprocessing.plain(config)(image)
+    cropped, whole = (inputs(make(config), image) for make in (Preprocessing.like_clip, Preprocessing.plain))
     assert cropped.dtype == whole.dtype == torch.float32
     tolerance = 1.6 / 255  # Pillow rounds after each of two passes
     for img, expected in (
@@ -120,17 +127,17 @@ def test_pixels_are_the_middle_or_everything() -> None:
     image.paste("red", (0, 0, 16, 16))
     image.paste("blue", (32, 0, 48, 16))
     lime = as_tensor(Image.new("RGB", (16, 16), "lime"))
-    cropped = Preprocessing.for_pictures(RGB).pixels(image)
+    cropped = Preprocessing.like_clip(RGB).pixels(image)
     assert cropped.dtype == torch.uint8
     assert torch.equal(cropped, lime)
     whole = Preprocessing.plain(RGB).pixels(image)
     assert [whole[:, 8, column].tolist() for column in (0, 8, 15)] == [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
     upright = image.transpose(Image.Transpose.ROTATE_90)
-    assert torch.equal(Preprocessing.for_pictures(RGB).pixels(upright), lime)
+    assert torch.equal(Preprocessing.like_clip(RGB).pixels(upright), lime)
     assert Preprocessing.plain(RGB).pixels(upright)[:, 0, 8].tolist() == [0, 0, 255]
 
 
-STORED = {  # how a picture is stored that is to be shown upright
+STORED = {  # how an image is stored that is to be shown upright
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -143,20 +150,20 @@ STORED = {  # how a picture is stored that is to be shown upright
 
 
 @pytest.mark.parametrize("orientation", STORED)
-def test_pictures_are_turned_as_their_camera_was(orientation: int) -> None:
+def test_images_are_turned_as_their_camera_was(orientation: int) -> None:
     image = noise((24, 37))
     how = STORED[orientation]
     stored = image if how is None else image.transpose(how)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    for preprocessing in Preprocessing.for_pictures(RGB), Preprocessing.plain(RGB):
+    for preprocessing in Preprocessing.like_clip(RGB), Preprocessing.plain(RGB):
         read = preprocessing.read_pixels(png(stored, exif=exif))
         assert torch.equal(read, preprocessing.pixels(image))
         assert torch.equal(preprocessing.read_pixels(png(stored)), read) == (how is None)
 
 
 def see_through() -> tuple[Image.Image, Tensor, Tensor]:
-    """A picture of 16 by 16; its colours, and its opacity: nothing above, half of it in the middle, all below."""
+    """An image of 16 by 16; its colours, and its opacity: nothing above, half of it in the middle, all below."""
     image = noise((16, 16))
     alpha = np.repeat(np.array([[0], [128], [255], [255]], dtype=np.uint8), 4, axis=0).repeat(16, axis=1)
     image.putalpha(Image.fromarray(alpha))
@@ -172,26 +179,26 @@ def test_what_is_transparent_is_white() -> None:
     image, colours, alpha = see_through()
     expected = on_white(colours, alpha)
     assert (expected - colours).abs().max() > 100
-    pixels = Preprocessing.for_pictures(RGB).read_pixels(png(image)).double()
+    pixels = Preprocessing.like_clip(RGB).read_pixels(png(image)).double()
     assert (pixels - expected).abs().max() <= 1
     assert (pixels[:, :4] == 255).all()
     assert torch.equal(pixels[:, 8:], colours[:, 8:].double())
-    opaque = Preprocessing.for_pictures(RGB).read_pixels(png(image.convert("RGB")))
+    opaque = Preprocessing.like_clip(RGB).read_pixels(png(image.convert("RGB")))
     assert torch.equal(opaque, colours)  # hidden, but there
 
     # ITU-R 601: what is grey in Pillow
     weights = torch.tensor([299, 587, 114], dtype=torch.float64)[:, None, None] / 1000
-    grey = Preprocessing.for_pictures(GREY).read_pixels(png(image)).double()
+    grey = Preprocessing.like_clip(GREY).read_pixels(png(image)).double()
     assert grey.shape == (1, 16, 16)
     assert (grey - (expected * weights).sum(0)).abs().max() <= 2
     assert (grey - (colours * weights).sum(0)).abs().max() > 100
 
-    kept = Preprocessing.for_pictures(RGBA).read_pixels(png(image))
+    kept = Preprocessing.like_clip(RGBA).read_pixels(png(image))
     assert torch.equal(kept, torch.cat([colours, alpha[None]]))
 
 
 @pytest.mark.parametrize("config", [RGB, GREY, RGBA])
-def test_grey_pictures_and_palettes_may_be_transparent(config: PalmEConfig) -> None:
+def test_grey_images_and_palettes_may_be_transparent(config: PalmEConfig) -> None:
     image, _, alpha = see_through()
     preprocessing = Preprocessing.plain(config)
     palette = Image.new("P", (16, 16), 1)
@@ -229,38 +236,39 @@ def test_grey_pictures_and_palettes_may_be_transparent(config: PalmEConfig) -> N
 
 
 @pytest.mark.parametrize("config", [RGB, GREY, RGBA])
-@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
-def test_shown_is_the_inverse(make: Make, config: PalmEConfig) -> None:
+@pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
+def test_images_are_normalised_with_mean_and_deviation(make: Make, config: PalmEConfig) -> None:
     preprocessing = make(config)
     images = [noise((20, 30), "RGBA", seed) for seed in (0, 1)]
     pixels = torch.stack([preprocessing.pixels(image) for image in images])
     expected = pixels.double() / 255
     img = preprocessing.normalise(pixels)
-    assert torch.equal(img, torch.stack([preprocessing(image) for image in images]))
-    assert torch.equal(img, preprocessing.normalise(pixels.float() / 255))  # pictures that are drawn on the fly
-    for shown, wanted in (preprocessing.shown(img), expected), (preprocessing.shown(img[1]), expected[1]):
-        torch.testing.assert_close(shown.double(), wanted, atol=1e-6, rtol=0)
-    assert (preprocessing.shown(img[0]) - expected[1]).abs().max() > 0.1
+    assert torch.equal(img, torch.stack([inputs(preprocessing, image) for image in images]))
+    assert torch.equal(img, preprocessing.normalise(pixels.float() / 255))  # images that are drawn on the fly
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    for found, wanted in (img, expected), (img[1], expected[1]):
+        torch.testing.assert_close((found * std + mean).double(), wanted, atol=1e-6, rtol=0)
+    assert (img[0] * std + mean - expected[1]).abs().max() > 0.1
     assert torch.equal(img, pixels.float() / 255) == (make == Preprocessing.plain)
-    bounds = preprocessing.shown(
-        torch.full((2, config.channels, 1, 1), 9.0) * torch.tensor([-1, 1])[:, None, None, None]
-    )
-    assert torch.equal(bounds, torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, config.channels, 1, 1))
+    assert torch.equal(unit_range(pixels), pixels.float() / 255)
+    assert torch.equal(unit_range(unit_range(pixels)), unit_range(pixels))
 
 
 @pytest.mark.parametrize("config", [RGB, GREY, RGBA])
-@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+@pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path) -> None:
     preprocessing = make(config)
-    assert read_preprocessing(tmp_path, config) == Preprocessing.plain(config)  # as runs of 0.1.0
+    missing = "FileNotFoundError: No such file or directory; restore the file that training wrote$"
+    with pytest.raises(ImageError, match=f"{UNKNOWN}: {missing}"):
+        read_preprocessing(tmp_path, config)
     (tmp_path / PREPROCESSING).write_text(preprocessing.to_json())
     found = read_preprocessing(tmp_path, config)
     assert found == preprocessing
     image = noise((20, 30))
-    assert torch.equal(found(image), preprocessing(image))
-    other = Preprocessing.plain if make == Preprocessing.for_pictures else Preprocessing.for_pictures
+    assert torch.equal(inputs(found, image), inputs(preprocessing, image))
+    other = Preprocessing.plain if make == Preprocessing.like_clip else Preprocessing.like_clip
     assert found != other(config)
-    assert not torch.equal(found(image), other(config)(image))
+    assert not torch.equal(inputs(found, image), inputs(other(config), image))
     values = json.loads(preprocessing.to_json())
     assert values["crop_size"] == {"height": 16, "width": 16}
     assert values["size"] == ({"shortest_edge": 16} if preprocessing.crop else values["crop_size"])
@@ -288,43 +296,44 @@ def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path
     ],
 )
 def test_damaged_files(content: str | dict[str, Any], message: str, tmp_path: Path) -> None:
-    whole = Preprocessing.for_pictures(RGB).to_json()
+    whole = Preprocessing.like_clip(RGB).to_json()
     text = content if isinstance(content, str) else json.dumps(json.loads(whole) | content)
     (tmp_path / PREPROCESSING).write_bytes(text.encode("latin-1"))
-    with pytest.raises(
-        ImageError, match=rf"\S+{PREPROCESSING} does not say how pictures are preprocessed: .*{message}"
-    ):
+    with pytest.raises(ImageError, match=rf"{UNKNOWN}: .*{message}.*; restore the file"):
         read_preprocessing(tmp_path, RGB)
     (tmp_path / PREPROCESSING).write_text(whole)
-    assert read_preprocessing(tmp_path, RGB) == Preprocessing.for_pictures(RGB)
+    assert read_preprocessing(tmp_path, RGB) == Preprocessing.like_clip(RGB)
 
 
 def test_files_of_another_model(tmp_path: Path) -> None:
-    (tmp_path / PREPROCESSING).write_text(Preprocessing.for_pictures(RGB).to_json())
+    (tmp_path / PREPROCESSING).write_text(Preprocessing.like_clip(RGB).to_json())
     for config, message in (
-        (replace(RGB, image_size=24), "is for 3 channels of 16 pixels, the model takes 3 of 24"),
-        (GREY, "is for 3 channels of 16 pixels, the model takes 1 of 16"),
-        (FIVE, "is for 3 channels of 16 pixels, the model takes 5 of 16"),
+        (replace(RGB, image_size=24), "not 3 of 24"),
+        (GREY, "not 1 of 16"),
+        (FIVE, "not 5 of 16"),
     ):
-        with pytest.raises(ImageError, match=rf"\S+{PREPROCESSING} {message}: they do not belong together"):
+        message = f"has 3 channels of 16 pixels, {message}; restore the file that training wrote$"
+        with pytest.raises(ImageError, match=f"{UNKNOWN}: ValueError: {message}"):
             read_preprocessing(tmp_path, config)
-    assert read_preprocessing(tmp_path, RGB) == Preprocessing.for_pictures(RGB)
+    assert read_preprocessing(tmp_path, RGB) == Preprocessing.like_clip(RGB)
 
 
-@pytest.mark.parametrize("make", [Preprocessing.for_pictures, Preprocessing.plain])
+@pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_models_of_channels_that_no_image_has(make: Make) -> None:
-    with pytest.raises(ImageError, match=r"the model takes 5 channels, image files have \[1, 3, 4\]"):
+    with pytest.raises(
+        ImageError, match=r"^channels=5 must be one of \[1, 3, 4\], as image files have: set vit_kwargs$"
+    ):
         make(FIVE)
     for config in RGB, GREY, RGBA:
-        assert make(config)(noise((20, 30))).shape == (config.channels, 16, 16)
+        assert inputs(make(config), noise((20, 30))).shape == (config.channels, 16, 16)
 
 
 def test_pixels_of_more_than_a_byte() -> None:
-    preprocessing = Preprocessing.for_pictures(GREY)
+    preprocessing = Preprocessing.like_clip(GREY)
     for mode, kind in ("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"):
         content = png(Image.new(mode, (20, 20), 200), kind)
         with pytest.raises(
-            ImageError, match=rf"^some\.file has pixels of mode {mode}\S*, must have 8 bits a channel: "
+            ImageError, match=rf"^some\.file has pixels of mode {mode}\S*, must have 8 bits per channel: "
         ):
             preprocessing.read_pixels(content, "some.file")
         with pytest.raises(ImageError, match=rf"^image has pixels of mode {mode}"):
@@ -334,7 +343,7 @@ def test_pixels_of_more_than_a_byte() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
 def test_truncated_images(kind: str, tmp_path: Path) -> None:
-    preprocessing, content = Preprocessing.for_pictures(RGB), png(noise((37, 30)), kind)
+    preprocessing, content = Preprocessing.like_clip(RGB), png(noise((37, 30)), kind)
     for size in len(content) // 2, len(content) * 9 // 10:
         (tmp_path / "cut").write_bytes(content[:size])
         with pytest.raises(ImageError, match=r"^\S+cut cannot be read: \S+") as error:
@@ -347,11 +356,11 @@ def test_truncated_images(kind: str, tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(content)
     img = preprocessing.read(tmp_path / "cut")
     assert torch.equal(img, preprocessing.normalise(preprocessing.read_pixels(content)))
-    assert torch.equal(img, preprocessing(Image.open(io.BytesIO(content))))
+    assert torch.equal(img, inputs(preprocessing, Image.open(io.BytesIO(content))))
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
-    preprocessing = Preprocessing.for_pictures(RGB)
+    preprocessing = Preprocessing.like_clip(RGB)
     for read in preprocessing.read, preprocessing.read_pixels:
         with pytest.raises(MissingImageError, match=r"^\S+none\.png cannot be read: No such file or directory$"):
             read(tmp_path / "none.png")
@@ -361,19 +370,30 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingImageError, match=r"^row 3 cannot be read: No such file"):
         preprocessing.read_pixels(str(tmp_path / "none.png"), "row 3")
     (tmp_path / "none.png").write_bytes(png(noise((20, 30))))
-    assert torch.equal(preprocessing.read(tmp_path / "none.png"), preprocessing(noise((20, 30))))
+    assert torch.equal(preprocessing.read(tmp_path / "none.png"), inputs(preprocessing, noise((20, 30))))
+
+
+def test_saved_images_are_what_was_given(tmp_path: Path) -> None:
+    for channels in 1, 3, 4:
+        img = torch.randint(256, (2, channels, 8, 8), dtype=torch.uint8)
+        for given in img, img / 255:
+            save_images(given, tmp_path / "images")
+            save_images(given, tmp_path / "images")
+            for number in (0, 1):
+                with Image.open(tmp_path / "images" / f"{number:02}.png") as image:
+                    assert torch.equal(as_tensor(image), img[number])
 
 
 def write_run(folder: Path) -> Path:
     model = small(image_size=16, patch_size=8, num_tokens=258)
     run = Run(folder)
-    run.create(model.config, {}, {PREPROCESSING: Preprocessing.for_pictures(model.config).to_json().encode()})
+    run.create(model.config, {}, {PREPROCESSING: Preprocessing.like_clip(model.config).to_json().encode()})
     run.save(model.state_dict())
     return folder
 
 
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    preprocessing, content = Preprocessing.for_pictures(RGB), png(noise((24, 30)))
+    preprocessing, content = Preprocessing.like_clip(RGB), png(noise((24, 30)))
     run, path = write_run(tmp_path / "run"), tmp_path / "bomb.png"
     path.write_bytes(content)
     assert main(["caption", str(run), str(path)]) == 0
@@ -392,7 +412,7 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     # More than the limit: Pillow warns, and reads; refused where warnings are errors.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 30 - 1)
     with pytest.warns(Image.DecompressionBombWarning, match=r"Image size \(720 pixels\) exceeds limit of 719 pixels"):
-        assert torch.equal(preprocessing.read(path), preprocessing(noise((24, 30))))
+        assert torch.equal(preprocessing.read(path), inputs(preprocessing, noise((24, 30))))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ImageError, match=r"^row 7 cannot be read: DecompressionBombWarning: Image size"):
@@ -403,4 +423,4 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert re.fullmatch(r"palme-xt: error: \S+ cannot be read: DecompressionBombWarning: Image size .*\n", captured.err)
 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 30)
-    assert torch.equal(preprocessing.read(path), preprocessing(noise((24, 30))))
+    assert torch.equal(preprocessing.read(path), inputs(preprocessing, noise((24, 30))))

@@ -1,10 +1,11 @@
-"""Examples to batches: the same global batches whatever the number of processes, workers and interruptions."""
+"""Examples to batches: the same global batches for any number of processes, workers and interruptions."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from palme_xt.captioner.signals import ignore_interrupts_until
 from palme_xt.config import PalmEConfig
@@ -20,7 +21,7 @@ from palme_xt.config import PalmEConfig
 
 @dataclass(frozen=True)
 class Example:
-    """A picture `(c, h, w)`, uint8, or float32 in 0..1; its caption, and that as token ids with BOS and EOS."""
+    """An image `(c, h, w)`, uint8 or float32 in 0..1; its caption, and the token ids of that with BOS and EOS."""
 
     img: Tensor
     caption: str
@@ -30,28 +31,31 @@ class Example:
 
 @dataclass(frozen=True)
 class Defect:
-    """A row that cannot be learned from, the reason in a few words, and what exactly is wrong."""
+    """A row that cannot be learned from: the kind of defect in a few words, and what exactly is wrong."""
 
     reason: str
     detail: str
-    name: str
 
 
 class DataError(ValueError):
-    """Data that cannot be loaded, or rows that cannot be learned from under `strict`."""
+    """Data that cannot be loaded, or with `strict` a row that cannot be learned from."""
 
 
 class Source(Protocol):
-    """An endless sequence of numbered rows, one epoch after another, in an order that is always the same."""
+    """An endless sequence of numbered rows, epoch after epoch, whose order is reproducible.
+
+    Attributes:
+        rows_per_epoch: Number of rows in an epoch; infinite as long as the first epoch has not ended.
+    """
+
+    rows_per_epoch: float = math.inf
 
     def read(self, numbers: range) -> list[Example | Defect]:
-        """The rows of these numbers; `numbers` never go back from one call to the next."""
-
-    def first_epoch(self, numbers: range) -> int:
-        """How many of these rows have not been there before."""
+        """Return the rows with these numbers, which never decrease from one call to the next."""
 
     def fingerprint(self) -> str:
-        """What tells these rows from others: a resumed training compares it; '' where only reading all would tell."""
+        """Return a digest that a resumed run compares, or '' if there is none."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,14 @@ class Batch:
     """What one process computes at once.
 
     Attributes:
-        img: `(b, c, h, w)`, as its examples, not normalised. Where no row was usable it holds one blank picture, which
-            counts for nothing.
-        text: `(b, n)`, int64, `ignore_index` after EOS.
-        targets: how many tokens are predicted; 0 where no row was usable.
-        captions, names: of the b pictures.
-        defects: rows that are not in it.
-        rows: how many rows were read that had not been read before.
-        new_defects: how many of the first `defects` are among them.
+        img: Images `(b, c, h, w)`, uint8 or float32 in 0..1, not normalised. A batch without usable rows has one blank
+            image, which does not count.
+        text: Token ids `(b, n)`, int64, with `ignore_index` after EOS.
+        targets: Number of tokens to predict; 0 without usable rows.
+        captions, names: Those of the images.
+        defects: The rows that were left out.
+        rows: Number of rows that were read for the first time.
+        new_defects: Number of those, the first of `defects`, that were left out.
     """
 
     img: Tensor
@@ -79,43 +83,32 @@ class Batch:
     new_defects: int
 
 
-class Batches(IterableDataset["Batch | DataError"]):
-    """Batches of a source, dealt out to the workers of a `DataLoader` in turn, which keeps their order.
+class _Batches(Dataset["Batch | DataError"]):
+    """The batches of a source by index.
 
-    Rows that cannot be learned from are left out, not replaced: which rows a batch holds depends on nothing but their
-    numbers, so that every process, and a run that goes on, can tell them without reading what came before.
-
-    Args:
-        source: of the rows.
-        indices: of the batches.
-        numbers: the rows of the batch of an index.
-        config: gives the shape of a blank picture, and `ignore_index`.
+    Rows that cannot be learned from are left out, not replaced: which rows a batch holds depends on its index alone, so
+    that no process and no resumed run has to read what came before.
     """
 
-    def __init__(self, source: Source, indices: range, numbers: Callable[[int], range], config: PalmEConfig) -> None:
-        self.source, self.indices, self.numbers, self.config = source, indices, numbers, config
+    def __init__(self, source: Source, numbers: Callable[[int], range], config: PalmEConfig) -> None:
+        self.source, self.numbers, self.config = source, numbers, config
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
-        """The batches, and at last an error if there was one: raised in a worker, it would arrive as a traceback."""
-        worker = get_worker_info()
-        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
+    def __getitem__(self, index: int) -> Batch | DataError:
         try:
-            for index in self.indices[first::every]:
-                yield self.batch(self.numbers(index))
+            return self._batch(self.numbers(index))
         except DataError as error:
-            yield error
+            return error  # raised in a worker, it would arrive as a traceback
 
-    def batch(self, numbers: range) -> Batch:
-        """The batch of these rows."""
+    def _batch(self, numbers: range) -> Batch:
         rows = self.source.read(numbers)
-        new = self.source.first_epoch(numbers)
+        new = sum(number < self.source.rows_per_epoch for number in numbers)
         examples = [row for row in rows if isinstance(row, Example)]
-        size = self.config.image_size
-        blank = torch.zeros(1, self.config.channels, size, size)
-        texts = [torch.tensor(example.ids) for example in examples] or [torch.zeros(2, dtype=torch.int64)]
+        size, channels = self.config.image_size, self.config.channels
+        shown = examples or [Example(torch.zeros(channels, size, size), "", [0, 0], "blank")]
+        ids = [torch.tensor(example.ids) for example in shown]
         return Batch(
-            img=torch.stack([example.img for example in examples]) if examples else blank,
-            text=pad_sequence(texts, batch_first=True, padding_value=self.config.ignore_index),
+            img=torch.stack([example.img for example in shown]),
+            text=pad_sequence(ids, batch_first=True, padding_value=self.config.ignore_index),
             targets=sum(len(example.ids) - 1 for example in examples),
             captions=[example.caption for example in examples],
             names=[example.name for example in examples],
@@ -127,13 +120,13 @@ class Batches(IterableDataset["Batch | DataError"]):
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of each global batch are whose: `count` micro-batches for each process, one after another.
+    """The rows of each global batch that one process computes, as `count` micro-batches one after another.
 
     Args:
-        batch_size: rows of a global batch; divisible by `processes * count`.
-        count: micro-batches whose gradients are accumulated.
-        process: the number of this process.
-        processes: how many there are.
+        batch_size: Rows of a global batch; divisible by `processes * count`.
+        count: Micro-batches over which gradients are accumulated.
+        process: Index of this process.
+        processes: Number of processes.
     """
 
     batch_size: int
@@ -142,33 +135,39 @@ class Share:
     processes: int = 1
 
     def __call__(self, index: int) -> range:
-        """The rows of the `index`-th micro-batch of this process."""
+        """Return the rows of the micro-batch of this process that has this index, counted over all steps."""
         step, part = divmod(index, self.count)
         size = self.batch_size // (self.processes * self.count)
-        start = step * self.batch_size + (self.process * self.count + part) * size
+        start = ((step * self.processes + self.process) * self.count + part) * size
         return range(start, start + size)
 
 
 def load_batches(
     source: Source, indices: range, numbers: Callable[[int], range], config: PalmEConfig, num_workers: int
 ) -> Generator[Batch, None, None]:
-    """Yield batches in order, read ahead by `num_workers` processes; 0 reads them in this one.
+    """Yield batches in order, read ahead by `num_workers` processes, or by this one for 0.
 
-    Close the generator when an error leaves it unfinished: its readers heed SIGTERM, by which Python ends them, only
-    from then on.
+    Close the generator when an error leaves it unfinished: until then its workers ignore the SIGTERM with which Python
+    ends them.
+
+    Args:
+        source: The rows.
+        indices: The indices of the batches.
+        numbers: Returns the numbers of the rows of a batch, given its index.
+        config: Has the shape of a blank image, and `ignore_index`.
+        num_workers: Number of processes that read ahead.
 
     Raises:
-        DataError: as `Source.read`.
+        DataError: As `Source.read`.
     """
-    batches = Batches(source, indices, numbers, config)
     done = multiprocessing.RawValue("b", False)
-    # A generator of its own: the loader would draw the seeds of its workers from the one that dropout draws from.
     loader = DataLoader(
-        batches,
+        _Batches(source, numbers, config),
         batch_size=None,
+        sampler=indices,
         num_workers=min(num_workers, len(indices)),
-        generator=torch.Generator(),
-        worker_init_fn=partial(_be_a_reader, done),
+        generator=torch.Generator(),  # for the seeds of workers: by default they come from the one of dropout
+        worker_init_fn=partial(_start_worker, done),
     )
     try:
         for batch in loader:
@@ -179,7 +178,7 @@ def load_batches(
         done.value = True
 
 
-def _be_a_reader(done: Any, worker: int) -> None:
+def _start_worker(done: Any, worker: int) -> None:
     ignore_interrupts_until(done)
     if hasattr(os, "nice"):
-        os.nice(10)  # where cores are few, read in the gaps that the computation leaves
+        os.nice(10)  # where cores are few, workers read while the computation leaves them free

@@ -1,4 +1,4 @@
-"""Captioned scenes of real handwritten digits: the data set that `palme-xt train` learns from.
+"""Captioned scenes of real handwritten digits: the default data of `palme-xt train`.
 
 The digits are the 1,797 scans of 8x8 pixels that scikit-learn ships (`load_digits`; E. Alpaydin and C. Kaynak,
 "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998, doi:10.24432/C50P49). A scene holds
@@ -8,14 +8,16 @@ one to three of them in the quarters of a square; its caption names them in read
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from palme_xt.captioner.data.batches import Defect, Example
+from palme_xt.captioner.data.batches import Defect, Example, Source
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.config import PalmEConfig
 
@@ -27,14 +29,14 @@ HELD_OUT_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Scans:
-    """Scans of single digits: `pixels (n, 8, 8)`, float32 in 0..1, and `labels (n,)`, int64."""
+    """Scans of single digits: `pixels` `(n, 8, 8)`, float32 in 0..1, and `labels` `(n,)`, int64."""
 
     pixels: Tensor
     labels: Tensor
 
 
 def load_scans() -> tuple[Scans, Scans]:
-    """Scans to train on, and scans to hold out. No scan is in both; the split is always the same."""
+    """Return the scans to train on and the held-out scans: disjoint, and always the same."""
     digits = load_digits()
     pixels = torch.from_numpy(digits.images).float() / 16
     labels = torch.from_numpy(digits.target).long()
@@ -44,23 +46,17 @@ def load_scans() -> tuple[Scans, Scans]:
 
 
 def compose(
-    scans: Scans,
-    count: int,
-    *,
-    image_size: int,
-    channels: int = 1,
-    jitter: float = 0.0,
-    generator: torch.Generator,
+    scans: Scans, count: int, *, image_size: int, channels: int = 1, jitter: float = 0.0, generator: torch.Generator
 ) -> tuple[Tensor, list[str]]:
-    """Draw `count` scenes and their captions.
+    """Return `count` random scenes and their captions.
 
     Args:
-        scans: what to draw digits from.
-        count: how many scenes.
-        image_size: height and width in pixels.
-        channels: every channel shows the same.
-        jitter: how far each digit is moved, turned (radians), scaled and sheared at random, as a share of its size.
-        generator: the source of all randomness.
+        scans: The digits to choose from.
+        count: Number of scenes.
+        image_size: Height and width in pixels.
+        channels: Number of channels, which are all equal.
+        jitter: How far each digit is moved, rotated (radians), scaled and sheared at most, as a share of its size.
+        generator: The source of all randomness.
 
     Returns:
         Images `(count, channels, image_size, image_size)`, float32 in 0..1, and `count` captions such as
@@ -74,8 +70,8 @@ def compose(
     quarter = image_size // 2
     cells = torch.zeros(count, len(QUARTERS), quarter, quarter)
     cells[taken] = _draw(scans.pixels[chosen], quarter, jitter, generator)
-    rows = [torch.cat(cells[:, pair].unbind(1), dim=-1) for pair in ([0, 1], [2, 3])]
-    img = F.pad(torch.cat(rows, dim=-2), (0, image_size % 2, 0, image_size % 2))
+    scenes = rearrange(cells, "n (r c) h w -> n (r h) (c w)", r=2)
+    img = F.pad(scenes, (0, image_size % 2, 0, image_size % 2))
 
     names: list[list[str]] = [[] for _ in range(count)]
     for (scene, cell), label in zip(taken.nonzero().tolist(), scans.labels[chosen].tolist(), strict=True):
@@ -90,19 +86,19 @@ def _draw(pixels: Tensor, size: int, jitter: float, generator: torch.Generator) 
     return F.grid_sample(pixels[:, None], grid, align_corners=False)[:, 0]
 
 
-class Scenes:
-    """Endless scenes, a `Source`: scene and caption depend on nothing but `seed`, `block` and the number.
+class Scenes(Source):
+    """Endless scenes: a scene and its caption depend on `seed`, `block` and their number alone.
 
     Args:
-        scans: what to draw digits from.
-        config: of the model that looks at them.
-        tokenizer: of the captions.
-        block: how many scenes are drawn at once; the numbers of one `read` must lie in one block.
-        seed: of the random choices.
-        jitter: as in `compose`.
+        scans: The digits to choose from.
+        config: The model that learns from the scenes.
+        tokenizer: The tokenizer of the captions.
+        block: Number of scenes composed at once. The numbers of one `read` must lie within one block.
+        seed: Seed of the random choices.
+        jitter: As in `compose`.
 
     Raises:
-        ValueError: the model is too small for digits, or too short for their longest caption.
+        ValueError: The images of the model are too small for digits, or its texts too short for the longest caption.
     """
 
     def __init__(
@@ -110,40 +106,24 @@ class Scenes:
     ) -> None:
         longest = len(tokenizer.encode(LONGEST_CAPTION))
         if config.max_seq_len < longest:
-            raise ValueError(
-                f"max_seq_len={config.max_seq_len} must be at least {longest}: so many tokens have captions"
-            )
+            raise ValueError(f"max_seq_len={config.max_seq_len} must be at least {longest} for the longest caption")
         if config.image_size < 8:
             raise ValueError(f"image_size={config.image_size} must be at least 8 pixels to show digits")
-        self.scans, self.config, self.tokenizer = scans, config, tokenizer
-        self.block, self.seed, self.jitter = block, seed, jitter
+        self.tokenizer, self.block, self.seed = tokenizer, block, seed
+        self._draw = partial(
+            compose, scans, block, image_size=config.image_size, channels=config.channels, jitter=jitter
+        )
         self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
 
     def read(self, numbers: range) -> list[Example | Defect]:
-        """As `Source.read`."""
+        """Return the rows with these numbers, as `Source.read`."""
         block, first = divmod(numbers.start, self.block)
         if self._drawn[0] != block:
-            # One block, one generator: numpy mixes the two numbers into a seed that no other pair is likely to have.
+            # One block, one generator: numpy mixes the two numbers into a seed that hardly any other pair has.
             mixed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0])
-            img, captions = compose(
-                self.scans,
-                self.block,
-                image_size=self.config.image_size,
-                channels=self.config.channels,
-                jitter=self.jitter,
-                generator=torch.Generator().manual_seed(mixed % 2**63),
-            )
-            self._drawn = block, img, captions
+            self._drawn = block, *self._draw(generator=torch.Generator().manual_seed(mixed % 2**63))
         _, img, captions = self._drawn
         return [
             Example(img[place], captions[place], self.tokenizer.encode(captions[place]), f"scene {number}")
             for place, number in enumerate(numbers, first)
         ]
-
-    def first_epoch(self, numbers: range) -> int:
-        """As `Source.first_epoch`: no scene comes twice."""
-        return len(numbers)
-
-    def fingerprint(self) -> str:
-        """As `Source.fingerprint`: the scans are always the same."""
-        return ""

@@ -1,20 +1,21 @@
-"""Captioned pictures from whatever the `datasets` library loads: folders, parquet, webdataset shards, the hub."""
+"""Captioned images from whatever the `datasets` library loads: folders, parquet, webdataset shards, the hub."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count, islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
 from palme_xt.captioner.data.sources import SHARD_IMAGES, columns_of, open_splits, reading
-from palme_xt.captioner.images import ImageError, MissingImageError, Preprocessing
+from palme_xt.captioner.images import ImageError, MissingImageError, Preprocessing, image_errors
 from palme_xt.captioner.options import Data
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.config import PalmEConfig
@@ -25,19 +26,17 @@ HELD_OUT_SHARE = 0.1
 HELD_OUT_OF_A_STREAM = 500
 KEPT_BYTES = 2**28
 
-MISSING, BROKEN, EMPTY, TOO_LONG = "missing image", "broken image", "empty caption", "caption longer than the model"
-
 
 @dataclass(frozen=True)
 class Reader:
-    """Rows of a data set to examples, or to what is wrong with them.
+    """A callable that turns a row of a data set into an example, or returns its defect.
 
     Args:
-        image_columns: of the rows; the image is in the first of them that is not None.
-        text_column: of the rows.
-        preprocessing: of the images.
-        tokenizer: of the captions.
-        max_seq_len: tokens that a caption may have, BOS and EOS included.
+        image_columns: The image is in the first of these columns that is not None.
+        text_column: The caption is in this column.
+        preprocessing: How images are resized and cropped.
+        tokenizer: The tokenizer of the captions.
+        max_seq_len: Number of tokens that a caption may have, including BOS and EOS.
     """
 
     image_columns: tuple[str, ...]
@@ -47,65 +46,54 @@ class Reader:
     max_seq_len: int
 
     def __call__(self, row: Mapping[str, Any], number: int) -> Example | Defect:
-        """A row as an example.
+        """Return a row as an example, or its defect.
 
         Raises:
-            DataError: its caption is no text, or its image no image: the columns are not what they should be.
+            DataError: The text column does not hold text, or the image column does not hold images.
         """
         image = next((row[column] for column in self.image_columns if row[column] is not None), None)
+        path, content = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
+        name = (isinstance(path, str) and path) or row.get("__key__") or f"row {number}"
         caption = row[self.text_column]
-        name = _name(image, row) or f"row {number}"
         if not isinstance(caption, str | None):
-            rule = "text: one caption a row; name" if isinstance(caption, list) else "text: name"
             found = type(caption).__name__
-            raise DataError(f"text_column={self.text_column} holds {found}, must hold {rule} another column")
+            raise DataError(f"text_column={self.text_column} holds {found}, must hold one text: name another column")
         if not caption or not caption.strip():
-            return Defect(EMPTY, f"{name} has no caption", name)
+            return Defect("empty caption", f"{name} has no caption")
         ids = self.tokenizer.encode(caption)
         if len(ids) > self.max_seq_len:
             detail = f"the caption of {name} has {len(ids)} tokens, max_seq_len={self.max_seq_len}"
-            return Defect(TOO_LONG, detail, name)
+            return Defect("caption longer than the model", detail)
         try:
-            img = self.preprocessing.read_pixels(self._content(image, name), name)
-        except MissingImageError as error:
-            return Defect(MISSING, str(error), name)
+            img = self.preprocessing.read_pixels(self._file(content or path, name), name)
         except ImageError as error:
-            return Defect(BROKEN, str(error), name)
+            return Defect("missing image" if isinstance(error, MissingImageError) else "broken image", str(error))
         return Example(img, caption, ids, name)
 
-    def _content(self, image: Any, name: str) -> str | bytes:
-        if isinstance(image, bytes):
-            return image
-        path, content = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
-        if content:
-            return bytes(content)
-        if path is None:
+    def _file(self, image: Any, name: str) -> str | bytes:
+        """Return an image as a path or as the content of a file."""
+        if image is None:
             raise MissingImageError(f"{name} has no image")
-        if not isinstance(path, str):
-            column, found = "/".join(self.image_columns), type(image).__name__
-            raise DataError(f"image_column={column} holds {found}, must hold images: name another column")
-        if "://" not in path:
-            return path
+        if not isinstance(image, str | bytes):
+            columns, found = "/".join(self.image_columns), type(image).__name__
+            raise DataError(f"image_column={columns} holds {found}, must hold images: name another column")
+        if isinstance(image, bytes) or "://" not in image:
+            return image
         import fsspec
 
-        try:
-            with fsspec.open(path, "rb") as file:
-                return bytes(file.read())
-        except FileNotFoundError as error:
-            raise MissingImageError(f"{name} cannot be read: {error}") from error
-        except Exception as error:  # of whatever network or archive it is in
-            raise ImageError(f"{name} cannot be read: {error}") from error
+        with image_errors(name), fsspec.open(image, "rb") as file:
+            return bytes(file.read())
 
 
-class Rows:
-    """Rows of a `datasets.Dataset` or a list, shuffled anew in each epoch; or in their own order, without a seed.
+class MapStyleSource(Source):
+    """The rows of a `datasets.Dataset` or a list.
 
-    In shuffled order, pictures are kept once they are decoded, up to `KEPT_BYTES`.
+    With a seed, rows are shuffled anew in each epoch, and examples are kept up to `KEPT_BYTES` of images.
     """
 
     def __init__(self, rows: Any, reader: Reader, seed: int | None = None) -> None:
         self.rows, self.reader, self.seed = rows, reader, seed
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self.rows_per_epoch = len(rows)
         self._kept: dict[int, Example | Defect] = {}
         self._room = 0 if seed is None else KEPT_BYTES
 
@@ -113,8 +101,18 @@ class Rows:
         return len(self.rows)
 
     def read(self, numbers: range) -> list[Example | Defect]:
-        """As `Source.read`."""
-        return [self._row(place) for place in map(self._place, numbers)]
+        """Return the rows with these numbers, as `Source.read`."""
+        return [self._row(self._place(number)) for number in numbers]
+
+    def fingerprint(self) -> str:
+        """Return a digest of the number of rows and of their captions in order."""
+        column = self.reader.text_column
+        digest = hashlib.sha256(f"{len(self.rows)}\n".encode())
+        with reading("data cannot be read"):
+            captions = [row[column] for row in self.rows] if isinstance(self.rows, list) else self.rows[column][:]
+        for caption in captions:
+            digest.update(json.dumps(caption, default=repr).encode() + b"\n")
+        return digest.hexdigest()
 
     def _row(self, place: int) -> Example | Defect:
         row = self._kept.get(place)
@@ -126,178 +124,141 @@ class Rows:
                 self._kept[place], self._room = row, self._room - row.img.nbytes
         return row
 
-    def first_epoch(self, numbers: range) -> int:
-        """As `Source.first_epoch`."""
-        return max(0, min(len(numbers), len(self.rows) - numbers.start))
-
-    def fingerprint(self) -> str:
-        """As `Source.fingerprint`: of how many rows there are, and of their captions in order."""
-        column = self.reader.text_column
-        digest = hashlib.sha256(f"{len(self.rows)}\n".encode())
-        with reading("data cannot be read"):
-            texts: Any = [self.rows] if isinstance(self.rows, list) else self.rows.select_columns([column]).iter(1000)
-            for part in texts:
-                captions = part[column] if isinstance(part, dict) else [row[column] for row in part]
-                digest.update("".join(json.dumps(caption, default=repr) + "\n" for caption in captions).encode())
-        return digest.hexdigest()
-
     def _place(self, number: int) -> int:
         epoch, place = divmod(number, len(self.rows))
         if self.seed is None:
             return place
-        if epoch != self._epoch:
-            # Distinct for each pair: the seeds of torch's generators are 64 bits wide, and epochs are few.
-            shuffling = torch.Generator().manual_seed((self.seed * 2**20 + epoch) % 2**63)
-            self._epoch, self._order = epoch, torch.randperm(len(self.rows), generator=shuffling)
-        return int(self._order[place])
+        # Another seed for each pair: seeds of torch's generators have 64 bits, and epochs are few.
+        return int(_permutation(len(self.rows), (self.seed * 2**20 + epoch) % 2**63)[place])
 
 
-class Stream:
-    """Rows of a `datasets.IterableDataset`, shuffled within a buffer and anew in each epoch."""
+class StreamedSource(Source):
+    """The rows of a `datasets.IterableDataset`, shuffled within a buffer and anew in each epoch."""
 
     def __init__(self, stream: Any, reader: Reader) -> None:
         self.stream, self.reader = stream, reader
         self._rows: Iterator[tuple[int, Mapping[str, Any]]] | None = None
-        self._number, self._epoch_starts = 0, [0]
+        self._number = 0
 
     def read(self, numbers: range) -> list[Example | Defect]:
-        """As `Source.read`; what lies before `numbers` is read and thrown away."""
+        """Return the rows with these numbers, as `Source.read`; rows before them are read and discarded."""
         if self._rows is None:
             self._rows = self._endless()
-        rows: list[Example | Defect] = []
-        while self._number < numbers.stop:
-            place, row = next(self._rows)
-            if self._number >= numbers.start:
-                rows.append(self.reader(row, place))
-            self._number += 1
-        return rows
-
-    def first_epoch(self, numbers: range) -> int:
-        """As `Source.first_epoch`, for `numbers` that were read."""
-        end = self._epoch_starts[1] if len(self._epoch_starts) > 1 else math.inf
-        return sum(number < end for number in numbers)
-
-    def fingerprint(self) -> str:
-        """As `Source.fingerprint`: not known."""
-        return ""
+        rows = islice(self._rows, numbers.start - self._number, numbers.stop - self._number)
+        self._number = numbers.stop
+        return [self.reader(row, place) for place, row in rows]
 
     def _endless(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        while True:
-            epoch, read = len(self._epoch_starts) - 1, 0
-            self.stream.set_epoch(epoch)
-            # Not `iter(stream)`, which gives each worker of a DataLoader other rows: all read the same here, and keep
-            # those of their own numbers.
-            rows = self.stream.iter(batch_size=1)
-            while True:
-                with reading(f"data cannot be read after {read} rows of the stream"):
+        # datasets 5.2 keeps the epoch in memory that reader processes share: each sets that of its own copy.
+        stream = copy.deepcopy(self.stream)
+        for epoch in count():
+            stream.set_epoch(epoch)
+            # Not `iter(stream)`, which gives each worker of a DataLoader other rows: here all read the same rows, and
+            # each keeps those with its own numbers.
+            rows = stream.iter(batch_size=1)
+            for place in count():
+                with reading(f"data cannot be read after {place} rows of the stream"):
                     row = next(rows, None)
                 if row is None:
                     break
-                read += 1
-                yield read - 1, {name: value[0] for name, value in row.items()}
-            if not read:
+                yield place, {name: value[0] for name, value in row.items()}
+            if not place:
                 raise DataError("held_out takes all rows of the stream, must leave some: give a smaller --held_out")
-            self._epoch_starts.append(self._number)
+            self.rows_per_epoch = place
 
 
 def load_data(
-    data: Data, config: PalmEConfig, preprocessing: Preprocessing, tokenizer: Tokenizer, *, seed: int, held_out: int
-) -> tuple[Source, Rows]:
-    """Rows to train on, and rows to evaluate on. None is in both, if none is in the data twice.
+    data: Data, config: PalmEConfig, preprocessing: Preprocessing, tokenizer: Tokenizer, *, seed: int, max_held_out: int
+) -> tuple[Source, MapStyleSource]:
+    """Return the rows to train on and the held-out rows, which are disjoint unless the data have duplicates.
 
-    Of a split to evaluate on, at most `held_out` rows are taken: a sample, always the same, or the first of a stream.
+    A held-out split is limited to `max_held_out` rows: a sample that is always the same, or the first of a stream.
 
     Raises:
-        DataError: the data cannot be loaded, or have not the columns or splits that were asked for.
+        DataError: The data cannot be loaded, or do not have the columns or splits that were asked for.
     """
-    splits = open_splits(data.data, data.streaming)
+    train, held_out = _train_and_held_out(open_splits(data.data, data.streaming), data, max_held_out)
+    images, text = _columns(data, train)
+    reader = Reader(images, text, preprocessing, tokenizer, config.max_seq_len)
+    train, held_out = (_undecoded(rows, images, text, data) for rows in (train, held_out))
+    with reading(f"data={data.data} cannot be read"):
+        evaluated = MapStyleSource(list(held_out.take(max_held_out)) if data.streaming else held_out, reader)
+    if not len(evaluated):
+        raise DataError(f"data={data.data} has no held-out rows: name another split or number with --held_out")
+    if data.streaming:
+        train = train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer)
+        return StreamedSource(train, reader), evaluated
+    return MapStyleSource(train, reader, seed), evaluated
+
+
+def _train_and_held_out(splits: Mapping[str, Any], data: Data, max_held_out: int) -> tuple[Any, Any]:
     name = "train" if "train" in splits else next(iter(splits))
     if name != "train" and len(splits) > 1:
         raise DataError(f"data={data.data} has the splits {', '.join(splits)}, must have one named train, or only one")
     train = splits[name]
-    own = next((split for split in ("validation", "test") if split in splits and split != name), None)
-    wanted = data.held_out or own
-    if wanted is not None and wanted in splits and wanted != name:
-        evaluated = splits[wanted]
-        if not data.streaming and len(evaluated) > held_out:  # where rows are sorted, the first are all of a kind
-            evaluated = evaluated.select(_shuffled(len(evaluated))[:held_out].numpy())
+    others = [split for split in splits if split != name]
+    wanted = data.held_out or next((split for split in ("validation", "test") if split in others), None)
+    if wanted in others:
+        held_out = splits[wanted]
+        if not data.streaming and len(held_out) > max_held_out:  # the first rows may be alike
+            held_out = held_out.select(_permutation(len(held_out))[:max_held_out].numpy())
     elif data.streaming:
-        count = _held_out_rows(wanted or str(HELD_OUT_OF_A_STREAM), None, splits)
-        evaluated, train = train.take(count), train.skip(count)
+        number = _held_out_rows(wanted or str(HELD_OUT_OF_A_STREAM), None, splits)
+        held_out, train = train.take(number), train.skip(number)
     else:
-        count = _held_out_rows(wanted or str(HELD_OUT_SHARE), len(train), splits)
-        order = _shuffled(len(train))
-        evaluated, train = train.select(order[:count].numpy()), train.select(order[count:].sort().values.numpy())
-    images, text = _columns(data, train)
-    reader = Reader(images, text, preprocessing, tokenizer, config.max_seq_len)
-    train, evaluated = (_undecoded(rows, images, text, data) for rows in (train, evaluated))
-    with reading(f"data={data.data} cannot be read"):
-        rows = Rows(list(evaluated.take(held_out)) if data.streaming else evaluated, reader)
-    if not len(rows):
-        raise DataError(f"data={data.data} has no held-out rows: name another split or number with --held_out")
-    if not data.streaming:
-        return Rows(train, reader, seed), rows
-    return Stream(train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer), reader), rows
+        number = _held_out_rows(wanted or str(HELD_OUT_SHARE), len(train), splits)
+        order = _permutation(len(train)).numpy()
+        held_out, train = train.select(order[:number]), train.select(sorted(order[number:]))
+    return train, held_out
 
 
 def _held_out_rows(wanted: str, rows: int | None, splits: Mapping[str, Any]) -> int:
+    """Return how many of `rows` rows, None for a stream, the option `held_out` asks for."""
     try:
         number = float(wanted)
     except ValueError:
-        raise DataError(
-            f"held_out={wanted} must be a split other than the trained one ({', '.join(splits)}), a share below 1, or "
-            "a number of rows"
-        ) from None
-    whole = number >= 1 and number.is_integer()
-    if rows is None:
-        if not whole:
-            raise DataError(f"held_out={wanted} of a stream must be a whole number of rows, or a split")
-        return int(number)
-    share = 0 < number < 1
-    if not (share or whole) or number >= rows:
-        raise DataError(f"held_out={wanted} must leave some of the {rows} rows to train on, and be more than 0")
-    return min(rows - 1, max(1, round(number * rows))) if share else int(number)
+        others = f"a split other than the trained one ({', '.join(splits)})"
+        raise DataError(f"held_out={wanted} must be {others}, a share below 1, or a number of rows") from None
+    share, whole = 0 < number < 1, number >= 1 and number.is_integer()
+    if rows is None and not whole:
+        raise DataError(f"held_out={wanted} of a stream must be a whole number of rows, or a split")
+    if rows is not None and not ((share or whole) and number < rows):
+        raise DataError(f"held_out={wanted} must be more than 0 and leave some of the {rows} rows to train on")
+    return int(number) if rows is None or whole else min(rows - 1, max(1, round(number * rows)))
 
 
 def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], str]:
+    """Return the image columns and the text column."""
     from datasets import Image
 
     features = columns_of(rows, data.data)
-    pictures = [name for name, feature in features.items() if isinstance(feature, Image)]
-    usual = [name for name in IMAGE_COLUMNS if name in (pictures or features)]
-    if not (data.image_column or usual) and len(pictures) > 1:
-        raise DataError(f"data={data.data} has the image columns {', '.join(pictures)}: name one with --image_column")
-    images = [data.image_column] if data.image_column else usual or pictures
-    text = data.text_column or next((name for name in TEXT_COLUMNS if name in features), None)
-    for option, column in ("image_column", images[0] if images else None), ("text_column", text):
+    typed = [name for name, feature in features.items() if isinstance(feature, Image)]
+    usual = [name for name in IMAGE_COLUMNS if name in (typed or features)]
+    images = [data.image_column] if data.image_column else usual or typed or [""]
+    if len(images) > 1 and not usual:
+        raise DataError(f"data={data.data} has the image columns {', '.join(typed)}: name one with --image_column")
+    text = data.text_column or next((name for name in TEXT_COLUMNS if name in features), "")
+    for option, column in ("image_column", images[0]), ("text_column", text):
         if column not in features:
-            found = "which is not a column" if column else "no usual name is"
-            raise DataError(
-                f"{option}={column}, {found} of {data.data}, which has {', '.join(features)}: name one with --{option}"
-            )
+            raise DataError(f"{option}={column!r} must be a column ({', '.join(features)}): name one with --{option}")
     # Rows of webdataset shards need not all have the same kind of image.
-    return tuple(images if "__key__" in features else images[:1]), str(text)
+    return tuple(images if "__key__" in features else images[:1]), text
 
 
 def _undecoded(rows: Any, images: tuple[str, ...], text: str, data: Data) -> Any:
-    """Only what is needed, and images as paths or bytes: what is broken is found out as captioning finds it out."""
+    """Return only the columns needed, and images as paths or bytes, so that broken ones are found as in captioning."""
     from datasets import Image
 
     columns = columns_of(rows, data.data)
-    needed = [*images, text]
-    if missing := set(needed) - set(columns):
+    if missing := {*images, text} - set(columns):
         raise DataError(f"data={data.data} has held-out rows without {', '.join(sorted(missing))}: name another split")
-    rows = rows.select_columns([*needed, *({"__key__"} & set(columns) - set(needed))])
+    rows = rows.select_columns([name for name in columns if name in {*images, text, "__key__"}])
     for name in images:
         if isinstance(columns[name], Image):
             rows = rows.cast_column(name, Image(decode=False))
     return rows
 
 
-def _shuffled(count: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
-
-
-def _name(image: Any, row: Mapping[str, Any]) -> str | None:
-    path = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-    return path or row.get("__key__")
+@lru_cache(maxsize=1)  # rows of an epoch are read one after another
+def _permutation(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

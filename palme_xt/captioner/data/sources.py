@@ -1,4 +1,4 @@
-"""What `--data` names, opened by whatever part of the `datasets` library reads it."""
+"""Open what `--data` names with the part of the `datasets` library that reads it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from palme_xt.captioner.data.batches import DataError
+from palme_xt.storage.folder import one_line
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -17,111 +18,104 @@ SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 def open_splits(name: str, streaming: bool) -> Mapping[str, Any]:
-    """The splits of a data set, each a `datasets.Dataset`, or a `datasets.IterableDataset` if it is streamed.
+    """Return the splits of a data set, each a `datasets.Dataset`, or a `datasets.IterableDataset` if streamed.
 
     Args:
-        name: as `palme_xt.captioner.data.rows.Data.data`.
-        streaming: do not prepare all rows first.
+        name: As `palme_xt.captioner.options.Data.data`.
+        streaming: Do not prepare all rows first.
 
     Raises:
-        DataError: it is not there, or cannot be loaded, or has no captions or no rows.
+        DataError: The data do not exist, cannot be loaded, or have no captions or no rows.
     """
     saved = name and any((Path(name) / file).is_file() for file in SAVED)
     with reading(f"data={name} cannot be loaded"):
-        loaded = _saved(name, streaming) if saved else _loaded(name, streaming)
-    for split, rows in loaded.items():
+        splits = _load_saved(name, streaming) if saved else _load(name, streaming)
+    for split, rows in splits.items():
         if not streaming and not len(rows):
-            raise DataError(f"data={name} has no rows in its split {split}: leave it out, or fill it")
-    return loaded
+            raise DataError(f"data={name} has no rows in its split {split}: remove the split, or add rows")
+    return splits
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Around what `datasets` does: whatever it raises, and all that it reads with, becomes one line.
+    """Turn whatever is raised while `datasets` reads into an error of one line that begins with `what`.
 
     Raises:
-        DataError: `what`, and why.
+        DataError: Anything was raised.
     """
     try:
         yield
     except DataError:
         raise
     except Exception as error:
-        cause = error.__cause__ or error
-        reason = (str(cause).strip().splitlines() or ["no reason given"])[0]
-        raise DataError(f"{what}: {type(cause).__name__}: {reason}") from error
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise DataError(f"{what}: {type(cause).__name__}: {one_line(cause)}") from error
 
 
 def columns_of(rows: Any, name: str) -> dict[str, Any]:
-    """The columns of a split of the data `name` and their types, or of a stream that does not tell, its first row.
+    """Return the columns of a split of the data `name` with their types, or for a stream without types, its first row.
 
     Raises:
-        DataError: that row cannot be read.
+        DataError: That row cannot be read.
     """
     with reading(f"data={name} cannot be read"):
         return dict(rows.features or next(iter(rows.take(1)), {}))
 
 
-def _saved(folder: str, streaming: bool) -> Mapping[str, Any]:
-    """What `save_to_disk` wrote."""
+def _load_saved(folder: str, streaming: bool) -> Mapping[str, Any]:
+    """Return the splits that `save_to_disk` wrote."""
     from datasets import Dataset, load_from_disk
 
     loaded = load_from_disk(folder)
     splits = {"train": loaded} if isinstance(loaded, Dataset) else loaded
-    return {split: rows.to_iterable_dataset() if streaming else rows for split, rows in splits.items()}
+    return {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else splits
 
 
-def _loaded(name: str, streaming: bool) -> Mapping[str, Any]:
+def _load(name: str, streaming: bool) -> Mapping[str, Any]:
     from datasets import load_dataset
 
-    arguments, keywords = _arguments(name)
-    undescribed = arguments == (name,)
-    if arguments == ("webdataset",) or (undescribed and any(Path(name).rglob("*.tar"))):
-        keywords["features"] = _features_of_shards(*arguments, **keywords)
-    loaded: Mapping[str, Any] = load_dataset(*arguments, **keywords, streaming=streaming)
-    if undescribed and any(rows.info.builder_name == "imagefolder" for rows in loaded.values()):
-        raise DataError(
-            f"data={name} holds images without captions, must have a metadata.jsonl or metadata.csv with the columns "
-            "file_name and text: add one"
-        )
-    return loaded
+    arguments = _arguments(name)
+    undescribed = arguments == {"path": name}
+    if arguments["path"] == "webdataset" or (undescribed and any(Path(name).rglob("*.tar"))):
+        arguments["features"] = _features_of_shards(arguments)
+    splits: Mapping[str, Any] = load_dataset(**arguments, streaming=streaming)
+    if undescribed and any(rows.info.builder_name == "imagefolder" for rows in splits.values()):
+        raise DataError(f"data={name} must have captions: add a metadata.jsonl with the columns file_name and text")
+    return splits
 
 
-def _arguments(name: str) -> tuple[tuple[str | None, ...], dict[str, Any]]:
-    """What `load_dataset` is given; it takes paths for patterns, so that brackets have to be escaped."""
+def _arguments(name: str) -> dict[str, Any]:
+    """Return the arguments of `load_dataset` for data of this name; brackets in paths are escaped, as in patterns."""
     path = Path(name)
     if name.startswith("hf:"):
         repository, _, configuration = name[3:].partition(":")
         if not repository:
-            raise DataError(f"data={name} names no data set: give hf:NAME or hf:NAME:CONFIG")
-        return (repository, configuration or None), {}
+            raise DataError(f"data={name} must name a data set: give hf:NAME or hf:NAME:CONFIG")
+        return {"path": repository, "name": configuration or None}
     if name and path.is_dir():
-        keywords: dict[str, Any] = {"data_dir": glob.escape(name)}
+        folder = {"path": "imagefolder", "data_dir": glob.escape(name)}
         if any((path / file).is_file() for file in METADATA):
-            # All in one split: of a picture named test.png, `datasets` would make another.
-            return ("imagefolder",), keywords | {"data_files": {"train": "**"}}
-        described = any(file.name in METADATA for file in path.rglob("metadata.*"))
-        return (("imagefolder",), keywords) if described else ((name,), {})
+            # All in one split: `datasets` would make another from an image named test.png.
+            return folder | {"data_files": {"train": "**"}}
+        return folder if any(file.name in METADATA for file in path.rglob("metadata.*")) else {"path": name}
     files = [name] if path.is_file() else sorted(glob.glob(name, recursive=True))
     if not files:
-        raise DataError(
-            f"data={name or repr(name)} is not there: give a folder, a file, a quoted pattern, or hf:NAME of the hub"
-        )
+        raise DataError(f"data={name!r} does not exist: give a folder, a file, a quoted pattern, or hf:NAME of the hub")
     if path.suffix not in BUILDERS:
         raise DataError(f"data={name} must end in {' or '.join(BUILDERS)}, or be a folder of images")
-    return (BUILDERS[path.suffix],), {"data_files": {"train": list(map(glob.escape, files))}}
+    return {"path": BUILDERS[path.suffix], "data_files": {"train": [glob.escape(file) for file in files]}}
 
 
-def _features_of_shards(*arguments: str | None, **keywords: Any) -> Any:
-    """The columns of webdataset shards, and all usual ones of images: `datasets` takes those of the first rows for all.
+def _features_of_shards(arguments: Mapping[str, Any]) -> Any:
+    """Return the columns of webdataset shards and all usual image columns, or None if these are not such shards.
 
-    None if the data are no such shards.
+    By themselves, `datasets` give all rows the columns of the first ones.
     """
     from datasets import Features, Image, Value, load_dataset
 
     try:
-        features = next(iter(load_dataset(*arguments, **keywords, streaming=True).values())).features
-    except ValueError:  # one of the first rows has what another has not
+        features = next(iter(load_dataset(**arguments, streaming=True).values())).features
+    except ValueError:  # the first rows do not all have the same columns
         features = {"txt": Value("string"), "__key__": Value("string"), "png": Image()}
     if not features or "__key__" not in features or not set(SHARD_IMAGES) & set(features):
         return None

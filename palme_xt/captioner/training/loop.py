@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from palme_xt.captioner import drawing
+from palme_xt.captioner import drawing, images
 from palme_xt.captioner.data.batches import Batch, DataError, Example, Share, load_batches
 from palme_xt.captioner.options import Data, Training
 from palme_xt.captioner.signals import stop_on_signal
@@ -200,8 +200,8 @@ class _Trainer:
         rows = task.held_out_rows.read(range(min(task.held_out_images, drawing.COLUMNS * drawing.ROWS)))
         pixels = [row.img for row in rows if isinstance(row, Example)]
         if pixels:
-            img = task.preprocessing.shown(task.preprocessing.normalise(torch.stack(pixels)))
-            drawing.save_images(img[:SAVED_IMAGES], folder / "held_out")
+            img = torch.stack(pixels)
+            images.save_images(img[:SAVED_IMAGES], folder / "held_out")
             drawing.draw_samples(img, evaluation.predicted, evaluation.true, folder / "samples.png")
         drawing.draw_loss(self.run.metrics(), folder / "loss.png")
 

@@ -63,8 +63,8 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
         rows = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
         return Task(config, training, data, tokenizer, preprocessing, rows, held_out_scenes, count)
-    preprocessing = Preprocessing.for_pictures(config)
-    loaded = load_data(data, config, preprocessing, tokenizer, seed=training.seed, held_out=count)
+    preprocessing = Preprocessing.like_clip(config)
+    loaded = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
     return Task(config, training, data, tokenizer, preprocessing, *loaded, min(len(loaded[1]), count))
 
 

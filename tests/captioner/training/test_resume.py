@@ -207,7 +207,7 @@ def test_a_run_goes_on_with_the_same_data(
     elsewhere = tmp_path / "elsewhere"
     data.rename(elsewhere)
     capsys.readouterr()
-    fails(capsys, ["train", f"--resume={run}"], "data=data is not there: .*")
+    fails(capsys, ["train", f"--resume={run}"], "data='data' does not exist: .*")
     assert main(["train", f"--resume={run}", f"--data={elsewhere}"]) == 0
     found, expected = end_of(run), end_of(tmp_path / "whole")
     assert found.pop("README.md") != expected.pop("README.md")  # it says where the data are
@@ -404,7 +404,7 @@ def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytes
     (run / "config.json").write_text(config)
     folder.rename(tmp_path / "moved")
     try:
-        fails(capsys, resume, r"data=\S+pictures is not there: .*")
+        fails(capsys, resume, r"data='\S+pictures' does not exist: .*")
     finally:
         (tmp_path / "moved").rename(folder)
     assert main(resume) == 0
