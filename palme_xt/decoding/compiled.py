@@ -70,8 +70,7 @@ def compiled_step(
         Intermediates(cached_kv=next(self_attentions) if kind == "a" else kv, layer_type=kind)
         for kind, kv in zip(kinds, cached, strict=True)
     ]
-    length = cache.cache_length + tokens.shape[1]
-    return logits, LayerIntermediates(attn_intermediates=layers, cache_length=length)
+    return logits, LayerIntermediates(attn_intermediates=layers, cache_length=cache.cache_length + tokens.shape[1])
 
 
 def _as_returned(kv: Tensor) -> Tensor:
