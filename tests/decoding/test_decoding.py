@@ -382,7 +382,7 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(IMG, TEXT, 3, context=MODEL.encode(IMG)), ValueError, "both img and context are given"),
     (lambda f: f(IMG.byte(), TEXT, 3), TypeError, "img has dtype torch.uint8, must be floating point"),
     (lambda f: f(None, TEXT, 3, context=torch.ones(2, 4, 5)), ValueError, "must be (b, p, encoder_dim=24)"),
-    (lambda f: f(IMG, TEXT[:1], 3), ValueError, "prompts are 1, images 2, must be as many: pass one prompt (t,)"),
+    (lambda f: f(IMG, TEXT[:1], 3), ValueError, "prompts has 1 prompts, must have 2, the number of images: pass one prompt"),
     (lambda f: f(IMG, TEXT.float(), 3), TypeError, "prompts has dtype torch.float32, must be an integer dtype"),
     (lambda f: f(IMG, TEXT[:, :0], 3), ValueError, "prompts has shape (2, 0), must not be empty"),
     (lambda f: f(IMG, "a dog", 3), TypeError, "prompts is a str, must be a torch.Tensor"),
@@ -390,7 +390,7 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(IMG, [TEXT[0], TEXT], 3), ValueError, "prompts[1] is (2, 4), must be a 1-d tensor (t,)"),
     (lambda f: f(IMG, [TEXT[0], TEXT[1, :0]], 3), ValueError, "prompts[1] has shape (1, 0), must not be empty"),
     (lambda f: f(IMG, [TEXT[0], TEXT[1].float()], 3), TypeError, "prompts[1] has dtype torch.float32"),
-    (lambda f: f(IMG, list(TEXT), 3, prompt_lens=torch.ones(2)), ValueError, "prompt_lens goes with prompts (b, t)"),
+    (lambda f: f(IMG, list(TEXT), 3, prompt_lens=torch.ones(2)), ValueError, "prompt_lens is only for prompts (b, t)"),
     (lambda f: f(IMG, TEXT, 3, prompt_lens=[1, 2]), TypeError, "prompt_lens=[1, 2] must be a tensor of ints (b,)"),
     (lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([0, 2])), ValueError, "prompt_lens=[0, 2] must be 2 lengths"),
     (lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([1, 5])), ValueError, "must be 2 lengths within 1..4"),
@@ -421,7 +421,7 @@ def test_bad_requests(method: str, call: Callable[[Any], Any], error: type[Excep
 @pytest.mark.parametrize("name", ["context", "context_mask"])
 def test_a_text_only_model_decodes_without_a_context(name: str) -> None:
     model = small(cross_attend=False)
-    with pytest.raises(ValueError, match=f"{name} is for models that cross-attend"):
+    with pytest.raises(ValueError, match=f"{name} is only for models that cross-attend"):
         model.generate(None, TEXT, 3, **dict[str, Any]({name: torch.ones(2, 4)}))
 
 

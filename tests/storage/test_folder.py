@@ -161,7 +161,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "type": (edit(lambda values: values.update(qk_norm=1)), ARGUMENTS + "qk_norm=1 must be True or False, not int"),
     "upstream": (
         edit(lambda values: values.update(vit_kwargs={"emb_dropout": 1.5})),
-        ARGUMENTS + "x-transformers .* refuses .*",
+        ARGUMENTS + "x-transformers .* rejects .*",
     ),
     "truncated": (
         lambda folder: os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 9),
