@@ -75,8 +75,8 @@ def warn_unless_described(config: PalmEConfig, encoder: nn.Module, decoder: nn.M
     if different := different_shape(nn.ModuleDict({"encoder": encoder, "decoder": decoder}), described):
         name, found, built = different
         warnings.warn(
-            f"the modules have overrides that cannot be read from them: {name} is {found}, but {built} in a model built "
-            "from model.config; the adopted model works, but PalmE.from_config(model.config) builds a different one",
+            f"the modules have overrides that cannot be read from them: {name} is {found}, but {built} in a model "
+            "built from model.config; this model works, but PalmE.from_config(model.config) builds a different one",
             stacklevel=3,
         )
 

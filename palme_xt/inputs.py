@@ -168,7 +168,7 @@ def check_prompts(
     count, longest = prompts.shape
     if batch is not None and count != batch:
         remedy = "pass one prompt (t,) for all images, or one for each image"
-        raise ValueError(f"prompts has {count} prompts, must have {batch}, the number of images: {remedy}")
+        raise ValueError(f"prompts has batch size {count}, must have {batch}, the number of images: {remedy}")
     within = torch.ones_like(prompts, dtype=torch.bool)
     if prompt_lens is not None:
         if not _is_int_tensor(prompt_lens):
@@ -222,7 +222,7 @@ def _check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
         raise ValueError(f"{name} has shape {shape}, must not be empty: both dimensions must be at least 1")
     if config.use_abs_pos_emb and shape[1] > config.max_seq_len:
         rule = f"must have at most max_seq_len={config.max_seq_len} with use_abs_pos_emb=True"
-        raise ValueError(f"{name} has {shape[1]} tokens, {rule}: shorten it, raise max_seq_len, or drop use_abs_pos_emb")
+        raise ValueError(f"{name} has {shape[1]} tokens, {rule}: shorten it, or raise max_seq_len")
 
 
 def _check_range(text: Tensor, within: Tensor, config: PalmEConfig, name: str, others: str = "") -> None:

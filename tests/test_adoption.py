@@ -1,4 +1,4 @@
-"""`PalmE.from_modules` adopts modules that were wired by hand as they are, and reads the config off them."""
+"""`PalmE.from_modules` adopts modules that were wired by hand as they are, and reads the config from them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_overrides_that_do_not_show_cause_a_warning() -> None:
     hand_wired = HandWired(small(decoder_kwargs={"attn_num_mem_kv": 2}).config)
     message = (
         r"the modules have overrides that cannot be read from them: decoder\.net\.attn_layers\.layers\.0\.1\.mem_k is "
-        r"\(4, 2, 8\), and missing in a model built from model\.config"
+        r"\(4, 2, 8\), but missing in a model built from model\.config"
     )
     with pytest.warns(UserWarning, match=message):
         PalmE.from_modules(hand_wired.encoder, hand_wired.decoder)

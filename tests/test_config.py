@@ -1,4 +1,4 @@
-"""The 17 arguments: one list of names and defaults, validated, frozen, the same after JSON."""
+"""The 17 arguments: one list of names and defaults, validated, frozen, and equal after a round trip through JSON."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_dropped_absolute_positions_are_warned_of() -> None:
         config = PalmEConfig(use_abs_pos_emb=True, encoder_depth=1, decoder_depth=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        PalmE.from_config(config)  # the config has warned already
+        PalmE.from_config(config)  # the config has already warned
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Decoding from the key-value cache: greedy, sampled, streamed and beam search."""
+"""Decoding with the key-value cache: greedy, sampled, streamed and by beam search."""
 
 from palme_xt.decoding.loop import evaluating
 
