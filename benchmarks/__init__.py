@@ -1,1 +1,1 @@
-"""Measure what the READMEs report: `python -m benchmarks [SUBSET ...]` prints their tables as Markdown."""
+"""Benchmarks behind the READMEs' tables. `python -m benchmarks [SUBSET ...]` prints the tables as Markdown."""

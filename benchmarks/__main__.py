@@ -9,23 +9,23 @@ from collections.abc import Sequence
 SUBSETS = {
     "training": "time of a training step, eager and compiled, and its profile (20 minutes)",
     "memory": "peak memory of a training step, each contestant in its own process (3 minutes)",
-    "growth": "time of a training step over text length and batch, with plots (15 minutes)",
-    "decoding": "time per token: compiled, upstream, uncached, floor, and the profile (15 minutes)",
+    "growth": "time of a training step against text length and batch size, with plots (15 minutes)",
+    "decoding": "time per token: compiled, upstream, uncached and the floor, and its profile (15 minutes)",
     "startup": "time to import the package and to construct a model (4 minutes)",
     "versions": "install releases of x-transformers in turn and run the parity and decoding tests (10 minutes)",
-    "loop": "what the training loop costs beyond the computation, data loading included (6 minutes)",
+    "loop": "overhead of the training loop over the computation, including data loading (6 minutes)",
     "emoji": "train on 3,786 emoji with their official names; downloads them with npm (15 minutes)",
     "digits": "train the default digits captioner from five seeds (10 minutes)",
 }
 
 
 def parse(argv: Sequence[str] | None = None) -> list[str]:
-    """Return the subsets that `argv` names, or all of them if it names none."""
+    """Return the subsets in `argv`, or all of them if there are none."""
     described = "\n".join(f"  {name:10} {purpose}" for name, purpose in SUBSETS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Print the tables of the READMEs as Markdown, and write JSON files and plots to\n"
-        f"./benchmark-results. Peers that are not installed are skipped by name.\n\nsubsets:\n{described}",
+        f"./benchmark-results. Peers that are not installed are skipped, and named.\n\nsubsets:\n{described}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("subset", nargs="*", choices=[*SUBSETS, []], metavar="SUBSET", help="which (default: all)")

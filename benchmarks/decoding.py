@@ -1,4 +1,4 @@
-"""Time each decoded token: against upstream's own loop, without the cache, against Hugging Face and the floor."""
+"""Time each decoded token, and compare with upstream's own loop, no cache, Hugging Face and the floor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNCACHED = "palme_xt, `cache_kv=False`"
 
 
 def contestants(models: dict[str, Any], img: Tensor, start: Tensor) -> dict[str, Contestant]:
-    """Return what decodes `SEQ_LEN` tokens greedily for each image."""
+    """Return functions that decode `SEQ_LEN` tokens greedily for each image."""
     model = models[OURS]
     ours = partial(model.generate, img, start, SEQ_LEN, temperature=0.0)
 
@@ -49,7 +49,7 @@ def contestants(models: dict[str, Any], img: Tensor, start: Tensor) -> dict[str,
 
 
 def check(found: dict[str, Contestant], batch: int) -> None:
-    """Check that all contestants decode as many tokens, and that ours are the same in every way of decoding."""
+    """Check that all contestants decode the same number of tokens, and that all of ours decode the same tokens."""
     tokens: dict[str, Any] = {name: contestant() for name, contestant in found.items()}
     for name in COMPILED, UPSTREAM:
         assert torch.equal(tokens[name], tokens[OURS]), name

@@ -1,4 +1,4 @@
-"""Train on real images: the emoji of an npm package with their official names, as an imagefolder.
+"""Train on real images, the emoji of an npm package with their official names, as an imagefolder.
 
 `python -m benchmarks emoji` trains on them; `python -m benchmarks.emoji DIR` only writes them to DIR.
 """
@@ -68,7 +68,7 @@ def captions(emoji: list[dict[str, object]]) -> Iterator[tuple[str, str]]:
 
 
 def by_kind(true: list[str], predicted: list[str], trained: set[str]) -> dict[str, list[bool]]:
-    """Return which held-out captions are exactly right: all, and apart by whether the emoji's name was trained on."""
+    """Return which held-out captions are exactly right, overall and by whether the emoji's name was trained on."""
     right: dict[str, list[bool]] = {"all": [], "another skin tone was trained on": [], "none was": []}
     for expected, found in zip(true, predicted, strict=True):
         kind = "another skin tone was trained on" if expected.split(": ")[0] in trained else "none was"

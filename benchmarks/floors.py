@@ -1,4 +1,4 @@
-"""Measure what no implementation can beat on this machine: its memory bandwidth, and its matrix products."""
+"""Measure lower bounds for any implementation on this machine, from its memory bandwidth and its matrix products."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def _fastest_half(action: Callable[[], object], times: int = 9) -> float:
 
 
 def bandwidth() -> float:
-    """Return the bytes per second at which this machine reads memory, from a sum over 1 GiB."""
+    """Return the memory bandwidth of this machine in bytes per second, measured with a sum over 1 GiB."""
     values = torch.ones(2**28)
     return values.nbytes / _fastest_half(values.sum)
 
 
 def weights_read_each_step(net: nn.Module) -> list[Tensor]:
-    """Return the weight matrices of a decoder that a cached step reads whole.
+    """Return the weight matrices of a decoder that a cached step reads completely.
 
-    These are all but the token embedding, and but the keys and values of cross-attention, which are cached.
+    These are all except the token embedding and the keys and values of cross-attention, which are cached.
     """
     cross = [name for name, module in net.named_modules() if getattr(module, "causal", None) is False]
     cached = {f"{attention}.{projection}" for attention in cross for projection in ("to_k", "to_v")}
@@ -48,7 +48,7 @@ def step_floor(net: nn.Module, batch: int) -> float:
 
 
 def flops_floor(step: Callable[[], object]) -> float:
-    """Return the seconds that the floating-point operations of `step` take at the rate of a large matrix product."""
+    """Return the seconds for the floating-point operations of `step` at the rate of a large matrix product."""
     with FlopCounterMode(display=False) as counter:
         step()
     a, b, out = torch.randn(2048, 512), torch.randn(512, 2048), torch.empty(2048, 2048)

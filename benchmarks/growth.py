@@ -1,4 +1,4 @@
-"""Measure how a training step grows with the text length and the batch: plots, and a fitted exponent."""
+"""Measure how the time of a training step grows with the text length and the batch, with plots and fitted exponents."""
 
 from __future__ import annotations
 

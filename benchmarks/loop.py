@@ -1,4 +1,4 @@
-"""Measure what the training loop costs beyond the computation: `train`, with all that it does, against a bare loop."""
+"""Measure the overhead of the training loop: compare `train`, with everything that it does, with a bare loop."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ COLUMNS = ("epochs", "contestant", "images per second", "relative to the bare lo
 STEPS = 160  # five epochs, of which the first decodes the images
 IMAGES = 1000
 ROUNDS = 4
-BLOCK = 10  # steps that each contestant does in turn
-AHEAD = 3  # steps of each block that are not counted: their batches were read while the other loop had its turn
+BLOCK = 10  # steps per turn of each contestant
+AHEAD = 3  # uncounted steps per block: their batches were read during the turn of the other loop
 EPOCHS = {"five epochs": range(1, 16), "the first, which decodes": range(1, 3), "the others": range(4, 16)}  # in blocks
 BARE, OURS = "bare loop: forward, backward, step on batches in memory", "`palme-xt train --log-with tensorboard`"
 TRAINING = Training(steps=STEPS, lr=1e-3, eval_every=STEPS, eval_images=1, save_every=STEPS, log_with="tensorboard")
@@ -37,7 +37,7 @@ TRAINING = Training(steps=STEPS, lr=1e-3, eval_every=STEPS, eval_images=1, save_
 class TakingTurns:
     """Time the steps of a training run and, after each block of them, as many steps of a bare loop.
 
-    `after_step` is to be called whenever an optimizer has stepped, that of the bare loop included.
+    `after_step` must be called after each optimizer step, including those of the bare loop.
     """
 
     def __init__(self, bare_step: Callable[[int], None]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 
 def describe(*packages: str) -> str:
-    """Return one line with date, Python, releases, threads and processor, to stand under a table."""
+    """Return one line with date, Python, releases, threads and processor, to print under a table."""
     releases = ", ".join(_releases("torch", "x-transformers", *packages))
     threads = f"{torch.get_num_threads()} threads"
     return f"{date.today()}: Python {platform.python_version()}, {releases}, {threads}, {_processor()}."

@@ -1,4 +1,4 @@
-"""Measure the peak memory of a training step, each contestant alone in a process."""
+"""Measure the peak memory of a training step, with each contestant in its own process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FLOOR = "floor: weights and gradients"
 
 
 def peak() -> float:
-    """Return the most memory that this process has held, in MB (Linux counts in units of 1024 bytes)."""
+    """Return the peak memory of this process, in MB (Linux counts in units of 1024 bytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def measure(name: str, b: int, n: int) -> float:
-    """Return the MB that a model and its second training step take at their peak."""
+    """Return the peak memory of a model and its second training step, in MB."""
     config = PalmEConfig()
     build(PalmEConfig(image_size=32, encoder_depth=1, decoder_depth=1, num_tokens=8), OURS)  # imports are not counted
     before = peak()

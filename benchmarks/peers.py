@@ -1,4 +1,4 @@
-"""The models that palme_xt is measured against, with the same dimensions. Those not installed are skipped by name."""
+"""Build the models that palme_xt is compared with, in the same dimensions. Missing ones are skipped, and named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ORIGINAL = "zetascale `PalmE`"
 
 
 class Peer(NamedTuple):
-    """How a model is built, and how its loss is computed from the model, `img` and `text`."""
+    """A model to compare with: how to build it, and how to compute its loss from the model, `img` and `text`."""
 
     package: str
     build: Callable[[PalmEConfig], nn.Module]
@@ -62,7 +62,7 @@ def hugging_face(config: Any) -> Any:
 
 
 def coca(config: PalmEConfig) -> Any:
-    """Build CoCa around the same encoder, which it freezes; it has a contrastive loss as well."""
+    """Build CoCa around the same encoder, which it freezes. It also has a contrastive loss."""
     CoCa: Any = importlib.import_module("coca_pytorch.coca_pytorch").CoCa
 
     class Embeddings(nn.Module):
@@ -86,7 +86,7 @@ def coca(config: PalmEConfig) -> Any:
 
 
 def original(config: PalmEConfig) -> Any:
-    """Build the model of zetascale, whose defaults are ours."""
+    """Build the model of zetascale, which has the same defaults as ours."""
     return importlib.import_module("zeta.models").PalmE()
 
 
@@ -102,7 +102,7 @@ PEERS = {
 
 
 def installed(*names: str) -> list[str]:
-    """Return those of the named models whose package is installed, and print the others."""
+    """Return the named models whose packages are installed, and print the others."""
     missing = [name for name in names if not find_spec(PEERS[name].package)]
     for name in missing:
         print(f"Skipped, {PEERS[name].package} is not installed: {name}.\n")
@@ -110,7 +110,7 @@ def installed(*names: str) -> list[str]:
 
 
 def build(config: PalmEConfig, *names: str) -> dict[str, Any]:
-    """Build those of the named models that are installed, in training mode."""
+    """Build the named models that are installed, in training mode."""
     torch.manual_seed(0)
     return {name: PEERS[name].build(config).train() for name in installed(*names)}
 

@@ -14,13 +14,13 @@ FOLDER = Path("benchmark-results")
 
 
 class Report:
-    """One table, whose rows are printed as they come.
+    """A table whose rows are printed as they are added.
 
     Args:
-        name: name of the subset, and of the files in `FOLDER`.
-        title: heading above the table.
-        columns: names of the columns.
-        packages: packages whose releases matter, beside torch and x-transformers.
+        name: Name of the subset, and of the files in `FOLDER`.
+        title: Heading above the table.
+        columns: Names of the columns.
+        packages: Packages whose releases matter, in addition to torch and x-transformers.
     """
 
     def __init__(self, name: str, title: str, columns: Sequence[str], packages: Sequence[str] = ()) -> None:
@@ -50,7 +50,7 @@ class Report:
         print(f"{title}:\n\n```text\n{table}\n```\n")
 
     def plot(self, title: str, label: str, x: Sequence[int], lines: Mapping[str, Sequence[float]]) -> None:
-        """Draw `lines` of seconds over `x`, both on logarithmic axes, and write a PNG file."""
+        """Draw `lines` of seconds against `x`, both on logarithmic axes, and write a PNG file."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4))

@@ -1,4 +1,4 @@
-"""Time importing the package and constructing a model, against upstream."""
+"""Time importing the package and constructing a model, and compare with upstream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATEMENTS = {"x_transformers": "import x_transformers", "palme_xt": "from palme
 
 
 def import_seconds(package: str) -> float:
-    """Return the seconds that the import alone takes in a new process."""
+    """Return the time of the import alone in a new process, in seconds."""
     command = [sys.executable, "-W", "ignore", "-c", IMPORT.format(STATEMENTS[package])]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -1,4 +1,4 @@
-"""Time contestants that take turns, so that a machine that slows down slows all of them."""
+"""Time contestants in turns, so that a machine that slows down affects all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time a training step (forward and backward), eager and compiled, against the peers and the floor."""
+"""Time a training step (forward and backward), eager and compiled, and compare with the peers and the floor."""
 
 from __future__ import annotations
 

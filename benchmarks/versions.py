@@ -1,7 +1,7 @@
-"""Find which releases of x-transformers run, compute the same numbers, and still need the workarounds.
+"""Find the releases of x-transformers that run, that compute the same numbers, and that still need the workarounds.
 
 Each release is installed alone in a temporary folder, ahead of the installed one on the path; torch and the rest are
-shared. `python -m benchmarks.versions 2.30.5 2.31.10` runs the given releases. To be run from the repository's root.
+shared. `python -m benchmarks.versions 2.30.5 2.31.10` runs the given releases. Run it from the root of the repository.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def outcomes(folder: Path, *arguments: str) -> dict[str, bool]:
-    """Return whether each test passed, or an empty dict if pytest could not begin."""
+    """Return whether each test passed, or an empty dict if pytest could not start."""
     report = folder / "report.xml"
     options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={report}"]
     python(folder, "-m", "pytest", *options, *arguments)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        # When they are asked for: `palme-xt --version` need not wait for torch.
+        # Import on first use, so that `palme-xt --version` does not wait for torch.
         if name not in __all__:
             raise AttributeError(f"module 'palme_xt' has no attribute {name!r}")
         from palme_xt import config, model

@@ -1,4 +1,4 @@
-"""`python -m palme_xt`, the same as `palme-xt`."""
+"""Run `palme-xt` as `python -m palme_xt`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Describe modules that were wired by hand as a config: what `PalmE.from_modules` reads off them."""
+"""Describe modules that were wired by hand as a config, for `PalmE.from_modules`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _AUTOREGRESSIVE = {"pad_value": 0, "ignore_index": -100, "mask_prob": 0.0}  # up
 def describe(encoder: Any, decoder: Any) -> PalmEConfig:
     """Return the config of an encoder and a decoder that fit together.
 
-    The 17 arguments are always read. Overrides are read where they show in the modules' attributes: channels, register
+    The 17 arguments are always read. Overrides are read if they show in the modules' attributes: channels, register
     tokens, head dimensions, key-value heads, norms, gated and bias-free feedforwards, tied embeddings, rotary positions
     without xPos, `pad_value`, `ignore_index`, `mask_prob`.
 
     Raises:
         TypeError: If `encoder` is not a `ViTransformerWrapper`, or `decoder` is not an `AutoregressiveWrapper` around a
             causal decoder.
-        ValueError: If the decoder cross-attends to a context of another width than the encoder gives.
+        ValueError: If the decoder cross-attends to a context whose width is not that of the encoder.
     """
     _check_kind("encoder", encoder, ViTransformerWrapper)
     _check_kind("decoder", decoder, AutoregressiveWrapper)
@@ -39,8 +39,8 @@ def describe(encoder: Any, decoder: Any) -> PalmEConfig:
     width = encoder.attn_layers.dim
     if cross_attention is not None and cross_attention.to_k.in_features != width:
         raise ValueError(
-            f"decoder takes a context of width {cross_attention.to_k.in_features}, encoder gives {width}: they must be "
-            f"the same, so build the Decoder with cross_attn_dim_context={width}"
+            f"decoder takes a context of width {cross_attention.to_k.in_features}, must be {width}, the width of the "
+            f"encoder: build the Decoder with cross_attn_dim_context={width}"
         )
     rel_pos = getattr(layers, "alibi", None) or layers.rel_pos
     alibi = isinstance(rel_pos, upstream.AlibiPositionalBias)
@@ -67,7 +67,7 @@ def describe(encoder: Any, decoder: Any) -> PalmEConfig:
 
 
 def warn_unless_described(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module) -> None:
-    """Warn if a model built from `config` has other parameters than the modules have."""
+    """Warn if a model built from `config` has different parameters than the modules."""
     quiet = {part: getattr(config, part) | {"verbose": False} for part in ("encoder_kwargs", "decoder_kwargs")}
     config = replace(config, **quiet)
     with torch.device("meta"):
@@ -75,17 +75,17 @@ def warn_unless_described(config: PalmEConfig, encoder: nn.Module, decoder: nn.M
     if different := different_shape(nn.ModuleDict({"encoder": encoder, "decoder": decoder}), described):
         name, found, built = different
         warnings.warn(
-            f"the modules have overrides that cannot be read off them: {name} is {found}, and {built} in a model built "
-            "from model.config; the adopted model works, but PalmE.from_config(model.config) builds another",
+            f"the modules have overrides that cannot be read from them: {name} is {found}, but {built} in a model "
+            "built from model.config; this model works, but PalmE.from_config(model.config) builds a different one",
             stacklevel=3,
         )
 
 
 def different_shape(first: nn.Module, second: nn.Module) -> tuple[str, Any, Any] | None:
-    """Return the first name in the state dicts whose shapes differ, and both shapes, or "missing" where there is none.
+    """Return the first name in the state dicts whose shapes differ, and both shapes.
 
     Returns:
-        None if all shapes are equal.
+        The name and the shapes, with "missing" for a shape that one side lacks, or None if all shapes are equal.
     """
     ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (first, second))
     for name in [*ours, *theirs]:

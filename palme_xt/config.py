@@ -1,4 +1,4 @@
-"""The 17 arguments of PalmE and its five override dicts: validated, frozen, to JSON and back."""
+"""The 17 arguments of PalmE and its five override dicts: validated, frozen, and converted to JSON and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from palme_xt.mapping import MAPPING, SET_BY_COMPOSITION, argument_behind, upstream_keywords
 
 _NO_LOGITS_FOR_EACH_TOKEN = ("use_cls_token", "average_pool_embed", "return_only_embed", "num_output_heads")
-DEFAULT_DIM_HEAD = 64  # upstream's, whatever the model's dim and heads
+DEFAULT_DIM_HEAD = 64  # upstream's default, independent of the model's dim and heads
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class PalmEConfig:
         if self.image_size % self.patch_size:
             nearest = max(1, round(self.image_size / self.patch_size)) * self.patch_size
             rule = f"image_size={self.image_size} must be divisible by patch_size={self.patch_size}"
-            raise ValueError(f"{rule}: an image is cut into whole patches; use image_size={nearest}, say")
+            raise ValueError(f"{rule}: an image is cut into whole patches; use image_size={nearest}, for example")
         if self.alibi_pos_bias and self.alibi_num_heads > self.decoder_heads:
             rule = f"alibi_num_heads={self.alibi_num_heads} must be within 1..decoder_heads={self.decoder_heads}"
             raise ValueError(f"{rule} when alibi_pos_bias is on: lower alibi_num_heads, or raise decoder_heads")
@@ -126,14 +126,14 @@ class PalmEConfig:
                 check_positive_int(f"{part}_kwargs['attn_kv_heads']", kv_heads)
             if kv_heads and heads % kv_heads:
                 rule = f"{part}_kwargs['attn_kv_heads']={kv_heads} must divide {part}_heads={heads}"
-                raise ValueError(f"{rule}: each key-value head serves equally many query heads")
+                raise ValueError(f"{rule}: each key-value head serves the same number of query heads")
 
     def _check_values_of_overrides(self) -> None:
         for name in _NO_LOGITS_FOR_EACH_TOKEN:
             value = self.transformer_kwargs.get(name)
             if (value and value != 1) or value is True:
                 given = f"transformer_kwargs[{name!r}]={value!r}"
-                raise ValueError(f"{given} leaves no logits for each token, which PalmE needs: leave {name!r} out")
+                raise ValueError(f"{given} removes the logits of each token, which PalmE needs: leave {name!r} out")
         check_positive_int("vit_kwargs['channels']", self.channels)
         if not is_int(self.ignore_index):
             raise TypeError(f"autoregressive_kwargs['ignore_index']={self.ignore_index!r} must be an int")
@@ -153,17 +153,17 @@ class PalmEConfig:
 
     @property
     def channels(self) -> int:
-        """Number of colour channels of an image: 3 unless `vit_kwargs` says otherwise, as upstream."""
+        """Number of colour channels of an image: 3 unless `vit_kwargs` says otherwise, as in upstream."""
         return self.vit_kwargs.get("channels", 3)  # type: ignore[no-any-return]
 
     @property
     def ignore_index(self) -> int:
-        """The id in `text` that is not a target: -100 unless `autoregressive_kwargs` says otherwise, as upstream."""
+        """The id in `text` that is not a target: -100 unless `autoregressive_kwargs` says otherwise, as in upstream."""
         return self.autoregressive_kwargs.get("ignore_index", -100)  # type: ignore[no-any-return]
 
     @property
     def pad_value(self) -> int:
-        """The id that fills `text` after its end: 0 unless `autoregressive_kwargs` says otherwise, as upstream."""
+        """The id that fills `text` after its end: 0 unless `autoregressive_kwargs` says otherwise, as in upstream."""
         return self.autoregressive_kwargs.get("pad_value", 0)  # type: ignore[no-any-return]
 
     def keywords(self, part: str) -> dict[str, Any]:
@@ -174,8 +174,8 @@ class PalmEConfig:
         """
         keywords = {keyword: getattr(self, name) for keyword, name in MAPPING[part].items()}
         keywords |= getattr(self, f"{part}_kwargs")
-        # x-transformers up to 2.31.10 leaves `to_out` out of one-headed attention, which then only runs when the head
-        # is as wide as the model. Only there is it left out here too, so that hand-wired checkpoints keep loading.
+        # x-transformers up to 2.31.10 leaves `to_out` out of attention with one head, which then only runs if the head
+        # is as wide as the model. In that case it is left out here too, so that hand-wired checkpoints keep loading.
         dim_head = keywords.get("attn_value_dim_head") or keywords.get("attn_dim_head", DEFAULT_DIM_HEAD)
         if keywords.get("heads") == 1 and dim_head != keywords["dim"]:
             keywords.setdefault("attn_project_out", True)
@@ -191,11 +191,11 @@ class PalmEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PalmEConfig:
-        """Return the config of what `to_dict` returned. Missing arguments take their defaults.
+        """Return the config that `to_dict` converted. Missing arguments take their defaults.
 
         Raises:
-            ValueError: If a key is not an argument, or the constructor raises it.
-            TypeError: If the constructor raises it.
+            ValueError: If a key is not an argument, or a value is out of range.
+            TypeError: If a value has the wrong type.
         """
         names = [argument.name for argument in fields(cls)]
         for key in values:
@@ -208,7 +208,7 @@ class PalmEConfig:
 class FrozenDict(dict[str, Any]):
     """An immutable, hashable `dict`, whose nested mappings and sequences are immutable too.
 
-    Lists become tuples: JSON knows only lists, while x-transformers recognises per-layer values by
+    Lists become tuples: JSON has only lists, while x-transformers recognises per-layer values by
     `isinstance(value, tuple)` (`AttentionLayers.__init__`). A config that is read from JSON must mean the same.
     """
 
@@ -247,11 +247,11 @@ def to_json_types(value: Any, name: str) -> Any:
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     rule = "only None, bool, int, finite float, str, lists and dicts can be saved with a config"
-    raise TypeError(f"{name}={value!r} has no JSON form: {rule}; pass it in Python, and save the rest")
+    raise TypeError(f"{name}={value!r} has no JSON form: {rule}; leave it out of the config that you save")
 
 
 def is_int(value: Any) -> bool:
-    """Whether `value` is an int and not a bool."""
+    """Return whether `value` is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

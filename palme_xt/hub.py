@@ -1,4 +1,4 @@
-"""PalmE on the Hugging Face hub: saved, loaded and pushed like other models."""
+"""Save PalmE to the Hugging Face Hub, and load it from there, like other models."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ class PalmE(model.PalmE, ModelHubMixin):
         model.push_to_hub("user/name")
         captions = palme_xt.captioner.caption.caption(model, img)  # img (b, c, h, w): list of b str
 
-    The hooks `_from_pretrained` and `_save_pretrained` would come too late (huggingface_hub 0.34 to 2.4): before the
+    The hooks `_from_pretrained` and `_save_pretrained` would run too late (huggingface_hub 0.34 to 2.4): before the
     mixin calls them, it passes the content of config.json on as keywords, with raw errors, and deletes config.json.
 
     Attributes:
         companions: Files beside the weights, by name, that the model was loaded with and is saved with: those of the
             tokenizer and of the preprocessing, and the model card. Names are those in
             `palme_xt.storage.folder.COMPANIONS`. The card describes the loaded weights: after further training, remove
-            it, as `model.companions = {}` does, and a new one is written.
-        how_trained: What `config.json` has under "training", saved again; None if the model was not loaded.
+            it, for example with `model.companions = {}`, so that a new one is written.
+        how_trained: The content of `config.json` under "training", which is saved again; None if the model was not
+            loaded.
     """
 
     companions: Mapping[str, bytes] = MappingProxyType({})
@@ -58,17 +59,17 @@ class PalmE(model.PalmE, ModelHubMixin):
         downloads have no effect.
 
         Args:
-            pretrained_model_name_or_path: A local folder, or else "user/name" on the hub.
-            force_download: Download files again that are in the cache.
-            token: Token for the hub. Defaults to that of `hf auth login`.
-            cache_dir: Folder for downloads. Defaults to that of huggingface_hub.
-            local_files_only: Read the repository from the cache, without network.
+            pretrained_model_name_or_path: A local folder, or "user/name" on the hub.
+            force_download: Download files again even if they are in the cache.
+            token: Token for the hub. Defaults to the token of `hf auth login`.
+            cache_dir: Folder for downloads. Defaults to the cache of huggingface_hub.
+            local_files_only: Read the repository from the cache, without using the network.
             revision: Branch, tag or commit of the repository. Defaults to `main`.
             device: Where to put the model.
 
         Raises:
-            FolderError: If there is no such folder and no repository that can be read, or if it does not hold a model,
-                or if its files are damaged or do not belong together.
+            FolderError: If there is no such folder and no such repository that can be read, or if it does not hold a
+                model, or if its files are damaged or do not belong together.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.exists():
@@ -89,22 +90,22 @@ class PalmE(model.PalmE, ModelHubMixin):
         model_card_kwargs: dict[str, Any] | None = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Write `config.json`, `model.safetensors` and the companions into a folder, replacing those that are there.
+        """Write `config.json`, `model.safetensors` and the companions to a folder, replacing existing ones.
 
-        An existing README.md stays, as in huggingface_hub, and so does a companion that this model has none to replace
-        with. After an error the files in the folder are as they were.
+        An existing README.md is kept, as in huggingface_hub, and so is a companion that this model does not have. After
+        an error, the files in the folder are unchanged.
 
         Args:
-            save_directory: The folder, which is made if it is missing.
-            config: Must be None: the model's own is saved.
+            save_directory: The folder, which is created if it does not exist.
+            config: Must be None: the model's own config is saved.
             repo_id: The repository to push to. Defaults to the name of the folder.
             push_to_hub: Also push the model to the hub.
-            model_card_kwargs: Keywords for `generate_model_card`. The new card replaces one that the model was loaded
-                with.
+            model_card_kwargs: Keywords for `generate_model_card`. The new card replaces the one that the model was
+                loaded with.
             **push_to_hub_kwargs: Keywords for `push_to_hub`.
 
         Returns:
-            The URL of the commit if `push_to_hub=True`, else None.
+            The URL of the commit if `push_to_hub=True`, otherwise None.
 
         Raises:
             FolderError: If the folder cannot be written.
@@ -124,12 +125,12 @@ class PalmE(model.PalmE, ModelHubMixin):
         name = repo_id or Path(save_directory).name
         return self.push_to_hub(name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
-    # The mixin (huggingface_hub 0.34 to 2.4) does not tell `save_pretrained` the repository, which the card names.
+    # The mixin (huggingface_hub 0.34 to 2.4) does not pass the repository, which the card names, to `save_pretrained`.
     def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **how: Any) -> str:
-        """Upload what `save_pretrained` writes, in one commit, to a repository which is made if it is missing.
+        """Upload what `save_pretrained` writes, in one commit, to a repository, which is created if it does not exist.
 
         Args:
-            repo_id: "user/name", or "name" for one of your own.
+            repo_id: "user/name", or "name" for one of your own repositories.
             model_card_kwargs: As in `save_pretrained`.
             **how: Keywords for `huggingface_hub.ModelHubMixin.push_to_hub`.
 
@@ -141,18 +142,18 @@ class PalmE(model.PalmE, ModelHubMixin):
         return super().push_to_hub(repo_id, model_card_kwargs=model_card_kwargs, **how)
 
     def generate_model_card(self, metrics: Mapping[str, Any] | None = None, repo_id: str | None = None) -> ModelCard:
-        """Return a new card of this model, whatever card it was loaded with; see `palme_xt.storage.card.model_card`."""
+        """Return a new card for this model, whatever card it was loaded with. See `storage.card.model_card`."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return ModelCard(model_card(self.config, self.how_trained, metrics, parameters=parameters, repo_id=repo_id))
 
 
 def _download(name: str, token: str | bool | None, revision: str | None, **cached: Any) -> Path:
-    """Return the folder of the cache that holds a repository's files."""
+    """Download a repository, and return the folder of the cache that holds its files."""
     wanted = [CONFIG, WEIGHTS, *COMPANIONS]
     try:
         folder = Path(snapshot_download(name, token=token, revision=revision, allow_patterns=wanted, **cached))
-    except Exception as error:  # what is raised depends on the release of huggingface_hub
-        message = f"{name} is neither a folder here nor a repository of the hub that can be read: {one_line(error)}"
+    except Exception as error:  # the type depends on the release of huggingface_hub
+        message = f"{name} is neither a local folder nor a repository on the hub that can be read: {one_line(error)}"
         raise FolderError(message) from error
     names = os.listdir(folder) if folder.is_dir() else []
     if not {CONFIG, WEIGHTS} <= set(names) and not cached["local_files_only"]:

@@ -1,4 +1,4 @@
-"""What a batch must be: every check of images, context, text and prompts, before any of it reaches x-transformers."""
+"""Check images, context, text and prompts before any of them reaches x-transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from palme_xt.config import PalmEConfig
 def check_img(img: Any, config: PalmEConfig) -> None:
     """Reject anything but floating-point images `(b, c, h, w)` or `(b, m, c, h, w)` of the model's size.
 
-    Values are not checked: any range, and NaN, is the caller's data.
+    Values are not checked: their range, and any NaN, is up to the caller.
 
     Raises:
         TypeError: If `img` is not a tensor, or not floating point.
@@ -42,25 +42,25 @@ def check_img(img: Any, config: PalmEConfig) -> None:
 
 
 def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig) -> Tensor | None:
-    """Return what the decoder is to attend to: the images, or the context that `encode` has made of some.
+    """Return the source that the decoder attends to: images, or the context that `encode` returned for some.
 
     Args:
         img: `(b, c, h, w)` or `(b, m, c, h, w)`, or None with a context.
         context: `(b, p, d)`, floating point, or None with images.
         context_mask: `(b, p)`, bool, or None.
-        config: Gives the sizes.
+        config: The config of the model, which determines the sizes.
 
     Returns:
         `img` or `context`, or None for a model that does not cross-attend.
 
     Raises:
-        TypeError: If one of them has the wrong type or dtype.
-        ValueError: If both or neither of `img` and `context` are given, or one has the wrong shape.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If both or neither of `img` and `context` are given, or an argument has the wrong shape.
     """
     if not config.cross_attend:
         for name, value in {"context": context, "context_mask": context_mask}.items():
             if value is not None:
-                raise ValueError(f"{name} is for models that cross-attend: leave it out with cross_attend=False")
+                raise ValueError(f"{name} is only for models that cross-attend: leave it out with cross_attend=False")
         return None
     if (img is None) == (context is None):
         found = "neither img nor context is" if img is None else "both img and context are"
@@ -101,18 +101,18 @@ def _check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
 def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> None:
     """Reject anything but token ids `(b, n)` that upstream's wrapper can learn from.
 
-    Values are read on the CPU at once. On CUDA, and inside `torch.compile`, they are checked by `torch._assert_async`,
-    which does not wait for the device and raises RuntimeError.
+    On the CPU, values are checked immediately. On CUDA, and inside `torch.compile`, they are checked by
+    `torch._assert_async`, which does not wait for the device and raises RuntimeError.
 
     Args:
         text: Token ids of any integer dtype. `ignore_index` marks positions that are not targets.
-        config: Gives `num_tokens`, `ignore_index` and `max_seq_len`.
-        lens: `(b,)`, the length of each text, as in upstream's wrapper. What lies beyond is not checked.
+        config: The config of the model, for `num_tokens`, `ignore_index` and `max_seq_len`.
+        lens: `(b,)`, the length of each text, as in upstream's wrapper. Tokens beyond it are not checked.
 
     Raises:
-        TypeError: If `text` is not a tensor, or its dtype is not an integer dtype.
-        ValueError: If it is not 2-d, is empty, is shorter than 2 tokens or too long for absolute positions, or has an
-            id out of range or no target at all.
+        TypeError: If `text` is not a tensor of an integer dtype.
+        ValueError: If `text` is not 2-d, is empty, is shorter than 2 tokens or too long for absolute positions, or has
+            an id out of range or no target at all.
     """
     _check_token_ids(text, config, "text")
     text = text.long()  # in a narrow dtype, num_tokens and ignore_index would wrap around
@@ -143,23 +143,23 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
 def check_prompts(
     prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """Return prompts in the form that upstream's wrapper takes.
+    """Check prompts, and return them in the form that upstream's wrapper takes.
 
     Args:
         prompts: `(b, t)`, a list of b tensors `(t,)`, or `(t,)` for all of `batch`.
         prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left, or None.
-        batch: How many images there are, or None if the model does not look at any.
-        config: Gives `num_tokens`, `pad_value` and `max_seq_len`.
+        batch: Number of images, or None if the model does not look at any.
+        config: The config of the model, for `num_tokens`, `pad_value` and `max_seq_len`.
 
     Returns:
-        `(b, t)`, int64, and the lengths `(b,)`, or None where all are of length t.
+        `(b, t)`, int64, and the lengths `(b,)`, or None if all prompts have length t.
 
     Raises:
-        TypeError, ValueError: As `check_text`, with the name `prompts` or `prompt_lens`.
+        TypeError, ValueError: As in `check_text`, with the name `prompts` or `prompt_lens`.
     """
     if isinstance(prompts, list | tuple):
         if prompt_lens is not None:
-            raise ValueError("prompt_lens goes with prompts (b, t): the lengths of a list of prompts are its own")
+            raise ValueError("prompt_lens is only for prompts (b, t): a list has its own lengths, so leave it out")
         prompts, prompt_lens = _stack_prompts(prompts, config)
     elif isinstance(prompts, Tensor) and prompts.ndim == 1:
         prompts = prompts.expand(batch or 1, -1)
@@ -167,8 +167,8 @@ def check_prompts(
     prompts = prompts.long()
     count, longest = prompts.shape
     if batch is not None and count != batch:
-        remedy = "pass one prompt (t,) to share it, or one for each"
-        raise ValueError(f"prompts are {count}, images {batch}, must be as many: {remedy}")
+        remedy = "pass one prompt (t,) for all images, or one for each image"
+        raise ValueError(f"prompts has batch size {count}, must have {batch}, the number of images: {remedy}")
     within = torch.ones_like(prompts, dtype=torch.bool)
     if prompt_lens is not None:
         if not _is_int_tensor(prompt_lens):
@@ -195,7 +195,7 @@ def _stack_prompts(prompts: Any, config: PalmEConfig) -> tuple[Tensor, Tensor]:
 
 
 def check_batches(source: Tensor, text: Tensor) -> None:
-    """Reject images, or a context, and texts of different batch sizes, which upstream would broadcast where one is 1.
+    """Reject images, or a context, and texts of different batch sizes, which upstream would broadcast if one is 1.
 
     Raises:
         ValueError: If the batch sizes differ.
@@ -214,7 +214,7 @@ def _check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
         raise TypeError(f"{name} is a {type(text).__name__}, must be a torch.Tensor (b, n) of token ids: convert it")
     shape = tuple(text.shape)
     if not _is_int_tensor(text):
-        raise TypeError(f"{name} has dtype {text.dtype}, must be an integer dtype: token ids are whole, use torch.long")
+        raise TypeError(f"{name} has dtype {text.dtype}, must be an integer dtype: convert it with {name}.long()")
     if text.ndim != 2:
         remedy = f"add the batch dimension with {name}[None]" if text.ndim == 1 else "reshape it"
         raise ValueError(f"{name} has shape {shape}, must be (b, n), batch and sequence: {remedy}")
@@ -222,7 +222,7 @@ def _check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
         raise ValueError(f"{name} has shape {shape}, must not be empty: both dimensions must be at least 1")
     if config.use_abs_pos_emb and shape[1] > config.max_seq_len:
         rule = f"must have at most max_seq_len={config.max_seq_len} with use_abs_pos_emb=True"
-        raise ValueError(f"{name} has {shape[1]} tokens, {rule}: shorten it, raise max_seq_len, or leave that out")
+        raise ValueError(f"{name} has {shape[1]} tokens, {rule}: shorten it, or raise max_seq_len")
 
 
 def _check_range(text: Tensor, within: Tensor, config: PalmEConfig, name: str, others: str = "") -> None:

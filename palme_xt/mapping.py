@@ -1,4 +1,4 @@
-"""Which x-transformers keyword each argument of PalmE sets, and which other keywords x-transformers accepts."""
+"""The x-transformers keyword that each argument of PalmE sets, and the other keywords that x-transformers accepts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import inspect
 from functools import cache
 from typing import Any
 
-import palme_xt.upstream  # noqa: F401  # first: it warns of an unsupported release, whose import may fail
+import palme_xt.upstream  # noqa: F401  # first: it warns about an unsupported release, whose import may fail
 
 # isort: split
 from x_transformers import AutoregressiveWrapper, TransformerWrapper, ViTransformerWrapper
 from x_transformers.x_transformers import Attention, AttentionLayers, FeedForward
 
-# For each part of the model: upstream's keyword -> the argument that sets it. This table is written once: the model is
+# For each part of the model, upstream's keyword -> the argument that sets it. This table is written once: the model is
 # built from it, overrides are checked against it, and the README's table is tested against it.
 MAPPING: dict[str, dict[str, str]] = {
     "vit": {"image_size": "image_size", "patch_size": "patch_size"},
@@ -33,7 +33,7 @@ MAPPING: dict[str, dict[str, str]] = {
     "autoregressive": {},
 }
 
-# What the composition itself passes, or upstream's Encoder and Decoder fix.
+# Keywords that the composition itself passes, or that upstream's Encoder and Decoder fix.
 SET_BY_COMPOSITION = ("attn_layers", "net", "causal")
 
 _WRAPPERS = {"vit": ViTransformerWrapper, "transformer": TransformerWrapper, "autoregressive": AutoregressiveWrapper}
@@ -51,7 +51,7 @@ def upstream_keywords(part: str) -> dict[str, Any]:
 
 
 def argument_behind(part: str, keyword: str) -> str | None:
-    """Return the argument that sets an upstream keyword. `attn_heads` is set by what sets `heads`."""
+    """Return the argument that sets an upstream keyword. The argument for `heads` also sets `attn_heads`."""
     bare = [keyword.removeprefix(prefix) for prefix in _LAYERS if keyword.startswith(prefix)]
     return next((MAPPING[part][name] for name in (keyword, *bare) if name in MAPPING[part]), None)
 

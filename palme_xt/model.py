@@ -20,13 +20,13 @@ from palme_xt.wiring import DECODER, ENCODER, build
 
 
 class PalmE(nn.Module):
-    """A vision-language model from 17 arguments. `PalmEConfig` documents them and the five override dicts.
+    """A vision-language model built from 17 arguments. `PalmEConfig` documents them and the five override dicts.
 
     Letters in shapes: b batch, m images per sample, c channels, h and w pixels, n tokens, t tokens of a prompt,
     p patches of an image, d encoder_dim, v num_tokens.
 
     Attributes:
-        config: The `PalmEConfig` that it was built from.
+        config: The `PalmEConfig` that the model was built from.
         encoder: An `x_transformers.ViTransformerWrapper`.
         decoder: An `x_transformers.AutoregressiveWrapper` around the `TransformerWrapper` at `decoder.net`, whose
             layers at `decoder.net.attn_layers` are an `x_transformers.Decoder`. State dicts of the same modules wired
@@ -44,32 +44,33 @@ class PalmE(nn.Module):
         self.encoder = build(ENCODER, config)
         self.decoder = build(DECODER, config)
         if not config.cross_attend:
-            # A parameter that needs a gradient and never gets one makes DistributedDataParallel wait for it.
+            # DistributedDataParallel would wait for the gradients of these parameters, which never come.
             self.encoder.requires_grad_(False)
 
     @classmethod
     def from_config(cls, config: PalmEConfig) -> PalmE:
         """Return the model that `config` describes, newly initialised."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="use_abs_pos_emb")  # the config has said so already
+            warnings.filterwarnings("ignore", message="use_abs_pos_emb")  # the config has already warned
             return cls(**{argument.name: getattr(config, argument.name) for argument in fields(config)})
 
     @classmethod
     def from_modules(cls, encoder: nn.Module, decoder: nn.Module) -> PalmE:
-        """Return a model of an encoder and a decoder that were wired by hand, as they are.
+        """Return a model that consists of an encoder and a decoder that were wired by hand, unchanged.
 
-        `model.config` is read off the modules: the 17 arguments always, and overrides where they show in parameters. A
-        warning says so if the config would build other parameters. Overrides without parameters are not seen:
-        `palme_xt.parity.compare(PalmE.from_config(model.config), model)` finds them. A plain `x_transformers.Decoder`
-        stays one, and `generate` reads the whole text at each step, because upstream's cache may crash. To decode with
-        the cache, load the modules' state dicts into `PalmE.from_config(model.config)`.
+        `model.config` is read from the modules: the 17 arguments always, and overrides if they show in the modules'
+        attributes. A warning is issued if a model built from the config would have different parameters. Other
+        overrides go unnoticed; `palme_xt.parity.compare(PalmE.from_config(model.config), model)` finds them. A plain
+        `x_transformers.Decoder` is kept, and `generate` then reads the whole text at each step, because decoding with
+        upstream's cache may crash. To use the cache, load the modules' state dicts into
+        `PalmE.from_config(model.config)`.
 
         Raises:
-            TypeError: If they are not an `x_transformers.ViTransformerWrapper` and an `AutoregressiveWrapper` around a
-                Decoder.
-            ValueError: If they do not fit together.
+            TypeError: If the modules are not an `x_transformers.ViTransformerWrapper` and an `AutoregressiveWrapper`
+                around a Decoder.
+            ValueError: If the modules do not fit together.
         """
-        from palme_xt.adoption import describe, warn_unless_described  # here, because few models need it
+        from palme_xt.adoption import describe, warn_unless_described  # imported here, because few models need it
 
         model = cls.__new__(cls)
         nn.Module.__init__(model)
@@ -85,7 +86,7 @@ class PalmE(nn.Module):
                 model was trained on. It is cast to the encoder's dtype.
 
         Returns:
-            `(b, p, d)`, or `(b, m * p, d)`: the m images' embeddings one after another.
+            `(b, p, d)`, or `(b, m * p, d)`, the embeddings of the m images one after another.
 
         Raises:
             TypeError: If `img` is not a floating-point tensor.
@@ -100,19 +101,19 @@ class PalmE(nn.Module):
     def forward(self, img: Tensor | None, text: Tensor, **kwargs: Any) -> Any:
         """Return the loss of predicting each token of `text` from the tokens before it and the image.
 
-        Text may be longer than `max_seq_len` unless `use_abs_pos_emb` is on: ALiBi and xPos exist to extrapolate.
+        Text may be longer than `max_seq_len` unless `use_abs_pos_emb` is on: ALiBi and xPos can extrapolate.
 
         Args:
             img: As in `encode`. May be None with `context=`, and for a model that does not cross-attend.
-            text: `(b, n)` token ids of an integer dtype, n >= 2. Positions that hold `ignore_index` (-100) are not
+            text: Token ids `(b, n)` of an integer dtype, n >= 2. Positions that hold `ignore_index` (-100) are not
                 targets; as inputs they are read as `pad_value`.
-            **kwargs: Whatever `x_transformers.AutoregressiveWrapper.forward` takes: `return_outputs`, `lens`,
-                `context_mask`, ..., and `context`, which `encode` has returned before.
+            **kwargs: Any keyword of `x_transformers.AutoregressiveWrapper.forward`, such as `return_outputs`, `lens` or
+                `context_mask`, and `context`, which `encode` returned.
 
         Returns:
-            What upstream returns: the scalar loss, in nats per token, or `(loss, (logits, cache))` with
-            `return_outputs=True`, logits `(b, n - 1, num_tokens)`. The loss alone takes less time and memory, and may
-            differ from the other by rounding. Second derivatives need `return_outputs=True`.
+            The scalar loss, in nats per token, or `(loss, (logits, cache))` with `return_outputs=True`, logits
+            `(b, n - 1, num_tokens)`, as in upstream. The loss alone takes less time and memory, and may differ from the
+            loss with outputs by rounding. Second derivatives need `return_outputs=True`.
 
         Raises:
             TypeError: If `img` or `text` is not a tensor of the right dtype.
@@ -127,43 +128,43 @@ class PalmE(nn.Module):
 
     @takes_arguments_of(GenerationRequest)
     def generate(self, request: GenerationRequest) -> Tensor:
-        """Continue prompts about images. Names and meanings are upstream's, where upstream has them.
+        """Continue prompts about images. Arguments have upstream's names and meanings where upstream has them.
 
-        Greedy and beam search give each sample the tokens that it gets alone, whatever else is in the batch. Sampling
-        draws for the whole batch from one stream of random numbers: the same seed gives the same tokens for the same
-        batch, but not for a sample in another batch.
+        With greedy decoding and beam search, each sample gets the same tokens as it would alone, whatever else is in
+        the batch. Sampling draws for the whole batch from one stream of random numbers: the same seed gives the same
+        tokens for the same batch, but not for a sample in another batch.
 
         Args:
             img: As in `encode`. None with `context=`, and for a model that does not cross-attend.
             prompts: Token ids `(b, t)`, a list of b tensors `(t_i,)`, or `(t,)`, shared by all images.
-            seq_len: How many new tokens to decode at most.
-            eos_token: The id that ends a text. It counts only in what is generated. None decodes `seq_len` tokens.
+            seq_len: Maximum number of new tokens to decode.
+            eos_token: The id that ends a text. It counts only in the generated tokens. None decodes `seq_len` tokens.
             temperature: Divides the logits before sampling. 0 takes the most likely token (greedy).
             filter_logits_fn: Which tokens may be sampled: upstream's `top_k`, `top_p`, `min_p` or `top_a` by name, or a
-                function of logits `(b, v)` that sets others to -inf. Upstream's default `top_k` keeps a tenth of the
-                vocabulary.
+                function of logits `(b, v)` that sets the other tokens to -inf. Upstream's default `top_k` keeps a tenth
+                of the vocabulary.
             filter_kwargs: Keywords for `filter_logits_fn`, such as `{"thres": 0.9}` for `top_p`.
             prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left.
-            restrict_to_max_seq_len: Refuse to go beyond `max_seq_len`. False continues, without a sliding window, in
-                models that have no absolute positions.
-            cache_kv: Keep keys and values, so that a step reads one token. False reads the whole text at each step, for
-                the same tokens. So does True with the overrides that upstream's cache is wrong for
-                (`palme_xt.decoding.loop.WRONG_WITH_CACHE`).
-            compile: Compile the step that reads one token, with `torch.compile`, when it is first made. The graph
-                serves all lengths and later calls. It takes about a minute, so it pays for many tokens.
-            context: What `encode` returned, instead of `img`, to encode once for several calls.
-            context_mask: `(b, p)` bool, False where the context does not count.
+            restrict_to_max_seq_len: Raise an error if the texts would become longer than `max_seq_len`. False allows it
+                for models without absolute positions; no sliding window is used.
+            cache_kv: Cache keys and values, so that a step reads one token. False reads the whole text at each step,
+                and decodes the same tokens. True does so as well with the overrides for which upstream's cache is
+                wrong (`palme_xt.decoding.loop.WRONG_WITH_CACHE`).
+            compile: Compile the step that reads one token, with `torch.compile`, on its first use. The graph serves all
+                lengths and later calls. Compiling takes about a minute, so it is worth it only for many tokens.
+            context: The embeddings that `encode` returned, instead of `img`, to encode once for several calls.
+            context_mask: `(b, p)`, bool, False where the context does not count.
             generator: Source of the randomness, on the model's device.
-            beams: With more than 1, a beam search of that width, which never samples. Its best text is returned.
-                `beam_search` returns all of them.
+            beams: Width of a beam search if greater than 1. A beam search never samples. Only the best text is
+                returned; `beam_search` returns all of them.
             length_penalty: As in `beam_search`.
 
         Returns:
             The new tokens alone, `(b, seq_len)`, int64, with the wrapper's `pad_value` after EOS.
 
         Raises:
-            TypeError, ValueError: If an argument is not as above, or `t + seq_len` exceeds `max_seq_len`. The model is
-                left as it was, after any error.
+            TypeError, ValueError: If an argument is not as above, or `t + seq_len` exceeds `max_seq_len`. After any
+                error, the model is unchanged.
         """
         start = self._start(request)
         with loop.evaluating(self):
@@ -176,14 +177,14 @@ class PalmE(nn.Module):
     def stream(self, request: SamplingRequest) -> Iterator[Tensor]:
         """Yield what `generate` returns for the same arguments, step by step, as it is decoded.
 
-        Between steps, and once it is abandoned, the model is in the mode that it was in before. There are no beams
-        here: which of them is best is only known at the end.
+        Between steps, and when the iterator is abandoned, the model is in the mode that it was in before. Beams cannot
+        be streamed, because the best of them is only known at the end.
 
         Yields:
             The tokens `(b,)` of each step, at most `seq_len` times, until all texts have ended.
 
         Raises:
-            TypeError, ValueError: As `generate`, at once and not at the first step.
+            TypeError, ValueError: As in `generate`, immediately rather than at the first step.
         """
         start = self._start(request)
 
@@ -203,26 +204,26 @@ class PalmE(nn.Module):
         """Return the most likely texts that a beam search finds, with their scores.
 
         Args:
-            beams: Width of the search, and how many texts of each sample are returned.
-            length_penalty: Texts compare by their log probability, divided by their length (EOS included) to this
-                power. 0 compares the bare log probabilities, which favours short texts.
+            beams: Width of the search, and the number of texts that are returned for each sample.
+            length_penalty: Texts are ranked by their log probability divided by their length (EOS included) to this
+                power. 0 ranks them by log probability alone, which favours short texts.
             img, prompts, seq_len, eos_token, prompt_lens, restrict_to_max_seq_len, cache_kv, compile, context,
                 context_mask: As in `generate`.
 
         Returns:
-            As upstream's wrapper returns beams: the new tokens `(beams, b, seq_len)`, best first, with the wrapper's
-            `pad_value` after EOS; and the scores `(beams, b)`, float32, in nats. Where a sample has fewer texts than
-            `beams`, the rest scores -inf.
+            The new tokens `(beams, b, seq_len)`, best first, with the wrapper's `pad_value` after EOS, and the scores
+            `(beams, b)`, float32, in nats, in the layout of upstream's wrapper. If a sample has fewer texts than
+            `beams`, the rest has the score -inf.
 
         Raises:
-            TypeError, ValueError: As `generate`.
+            TypeError, ValueError: As in `generate`.
         """
         start = self._start(request)
         with loop.evaluating(self):
             return loop.beam_search(start(), request, self.config.pad_value)
 
     def _start(self, request: Request) -> Callable[[], loop.Texts]:
-        """Check what is asked for. The function that is returned encodes the images."""
+        """Check a request, and return a function that encodes its images and returns the texts to decode."""
         net = self.decoder.net
         source = check_source(request.img, request.context, request.context_mask, self.config)
         request.check(self.config, None if source is None else len(source), loop.can_cache(net, self.config))
@@ -231,5 +232,5 @@ class PalmE(nn.Module):
         )
 
     def _context(self, source: Tensor) -> Tensor:
-        """Return the embeddings of images; those that are given already, `(b, p, d)`, in the encoder's dtype."""
+        """Return the embeddings of images, or embeddings `(b, p, d)` that are given already, in the encoder's dtype."""
         return source.to(self.encoder.pos_embedding.dtype) if source.ndim == 3 else self.encode(source)

@@ -1,4 +1,4 @@
-"""A config as the program that a person would write: upstream's imports, and nothing that upstream defaults to."""
+"""Print a config as the program that a person would write: with upstream's classes, and without upstream's defaults."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     weights.
 
     Args:
-        config: What to build.
-        weights: A safetensors file that the program loads, such as that of a run folder. None leaves new weights.
+        config: The config of the model to build.
+        weights: A safetensors file that the program loads, such as that of a run folder. With None, it loads none.
 
     Raises:
         TypeError: If an override has no literal form.
     """
     for part in MAPPING:
         to_json_types(getattr(config, f"{part}_kwargs"), f"{part}_kwargs")
-    # Upstream's own Decoder does where ALiBi and rotary positions are not both on.
+    # Upstream's own Decoder is enough if ALiBi and rotary positions are not both on.
     own_decoder = bool(config.alibi_pos_bias and (config.rotary_xpos or config.decoder_kwargs.get("rotary_pos_emb")))
     sections = [
         f'"""PalmE as an x-transformers program, printed by palme_xt {palme_xt.__version__}."""\n',
@@ -70,7 +70,7 @@ def _call(node: Node, config: PalmEConfig) -> _Call:
     defaults = dict(upstream_keywords(node.part))
     unused = set()
     if "heads" in keywords:
-        # Not in a signature: the heads that ALiBi biases are all, and a context is as wide as the decoder.
+        # These defaults are in no signature: ALiBi biases all heads, and a context is as wide as the decoder.
         defaults |= {"alibi_num_heads": keywords["heads"], "cross_attn_dim_context": keywords["dim"]}
         if not keywords.get("alibi_pos_bias"):
             unused.add("alibi_num_heads")
@@ -78,7 +78,7 @@ def _call(node: Node, config: PalmEConfig) -> _Call:
             unused.add("cross_attn_dim_context")
 
     def needed(name: str, value: Any) -> bool:
-        # What `attn_` sets reaches cross-attention too: there, a default may be meant.
+        # `attn_` keywords also reach cross-attention, where the default may be given to override them.
         inherited = name.startswith("cross_attn_") and name.removeprefix("cross_") in keywords
         is_default = type(defaults[name]) is type(value) and bool(defaults[name] == value)
         return name not in unused and (inherited or not is_default)
@@ -106,7 +106,7 @@ def _assign(name: str, value: _Call) -> str:
 
 
 def _render(value: Any, indent: int, before: int, after: int) -> str:
-    """Return `value` on one line if it fits between so many characters before and after it, else one item a line."""
+    """Return `value` on one line if it fits between `before` and `after` characters, otherwise one item per line."""
     if isinstance(value, _Call):
         opening, closing = f"{value.name}(", ")"
         items = [("" if name == "net" else f"{name}=", item) for name, item in value.keywords.items()]

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: valid configs and inputs by construction, and arguments that break one rule each."""
+"""Hypothesis strategies for valid configs and inputs, and for arguments that each break one rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from palme_xt import PalmEConfig
 
 DIM_HEAD = 8
-QUIET = {"verbose": False}  # or upstream logs that so few rotary dimensions may be too few
+QUIET = {"verbose": False}  # otherwise, upstream logs that there may be too few rotary dimensions
 
 
 @st.composite
@@ -84,7 +84,7 @@ def attn_layers(heads: int) -> st.SearchStrategy[dict[str, Any]]:
         sandwich_norm=st.just(True),
         shift_tokens=st.just(1),
     )
-    # x-transformers up to 2.31.10 mixes values into residual values of all heads, which fails with key-value heads.
+    # x-transformers up to 2.31.10 mixes values with residual values of all heads, which fails with key-value heads.
     values = st.one_of(
         st.builds(lambda kv_heads: {"attn_kv_heads": kv_heads}, st.sampled_from(divisors)),
         st.sampled_from([{}, {"add_value_residual": True}]),

@@ -1,4 +1,4 @@
-"""Text as UTF-8 bytes: a vocabulary that needs no training and covers every language."""
+"""Encode text as UTF-8 bytes: a vocabulary that needs no training and covers every language."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUM_TOKENS = 258
 
 
 def encode(texts: Sequence[str], *, ignore_index: int = -100) -> Tensor:
-    """Return token ids `(b, n)`, int64: BOS, the bytes, EOS, then `ignore_index` up to the length of the longest."""
+    """Return token ids `(b, n)`, int64: BOS, the bytes, EOS, then `ignore_index` up to the longest text."""
     ids = [torch.tensor([BOS, *text.encode(), EOS]) for text in texts]
     return pad_sequence(ids, batch_first=True, padding_value=ignore_index)
 

@@ -18,9 +18,9 @@ class Node(NamedTuple):
     """A class of x-transformers, or a subclass of the same name, and the modules that it holds.
 
     Attributes:
-        part: The part of the config that gives its keywords.
+        part: The part of the config that holds its keywords.
         upstream: The class.
-        modules: By keyword, the nodes that are passed to it.
+        modules: The nodes that are passed to it, by keyword.
     """
 
     part: str
@@ -40,13 +40,13 @@ def build(node: Node, config: PalmEConfig) -> Any:
     """Return the module of `node`, newly initialised.
 
     Raises:
-        ValueError: If upstream refuses a value or a combination of values in the override dicts.
+        ValueError: If upstream rejects a value or a combination of values in the override dicts.
     """
     modules = {keyword: build(child, config) for keyword, child in node.modules.items()}
     keywords = config.keywords(node.part)
     try:
         return node.upstream(**keywords, **modules)
-    except (AssertionError, TypeError, ValueError, RuntimeError) as refusal:
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
-        refused = f"x-transformers {version('x-transformers')} refuses {node.upstream.__name__}({given})"
-        raise ValueError(f"{refused}: {str(refusal) or 'it gives no reason'}") from refusal
+        rejected = f"x-transformers {version('x-transformers')} rejects {node.upstream.__name__}({given})"
+        raise ValueError(f"{rejected}: {str(error) or 'it gives no reason'}") from error

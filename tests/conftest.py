@@ -1,7 +1,7 @@
 import os
 import tempfile
 
-# Before anything of Hugging Face is imported: no test reads the network, or the caches of whoever runs it.
+# Set this before importing any Hugging Face library: no test uses the network or the user's caches.
 CACHE = tempfile.TemporaryDirectory(prefix="palme-xt-tests-")
 os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 # Tiny tensors gain nothing from threads, and lose much when the machine is shared.
 torch.set_num_threads(1)
 
-# Deterministic, so that a red suite is red for everyone; `--hypothesis-seed` and the profile "explore" look further.
+# Deterministic, so that failures are the same for everyone. `--hypothesis-seed` and the profile "explore" search more.
 settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -1,4 +1,4 @@
-"""A small model with batches for it, where the test is not about the configuration."""
+"""A small model and batches for it, for tests that are not about the configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
 
 
 def small(seed: int = 0, **arguments: Any) -> PalmE:
-    """A small model, whose weights are large enough for every part of it to show in the logits."""
+    """Return a small model whose weights are large enough for every part to affect the logits."""
     for name in "encoder_kwargs", "decoder_kwargs":
         arguments[name] = SMALL[name] | arguments.get(name, {})
     torch.manual_seed(seed)
@@ -39,7 +39,7 @@ def small(seed: int = 0, **arguments: Any) -> PalmE:
 
 
 def batch(model: PalmE, b: int = 2, n: int = 10, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Images and texts for the model."""
+    """Return images and texts for the model."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     img = torch.randn(b, config.channels, config.image_size, config.image_size, generator=generator)
@@ -47,6 +47,6 @@ def batch(model: PalmE, b: int = 2, n: int = 10, seed: int = 1) -> tuple[Tensor,
 
 
 def logits(model: nn.Module, img: Tensor | None, text: Tensor, **kwargs: Any) -> Tensor:
-    """The logits `(b, n - 1, num_tokens)` of a full forward."""
+    """Return the logits `(b, n - 1, num_tokens)` of a full forward."""
     _, (values, _) = model(img, text, return_outputs=True, **kwargs)
     return values  # type: ignore[no-any-return]

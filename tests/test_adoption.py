@@ -1,4 +1,4 @@
-"""`PalmE.from_modules` adopts modules that were wired by hand as they are, and reads the config off them."""
+"""`PalmE.from_modules` adopts modules that were wired by hand as they are, and reads the config from them."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_overrides_that_show_are_read(arguments: dict[str, Any]) -> None:
 def test_overrides_that_do_not_show_cause_a_warning() -> None:
     hand_wired = HandWired(small(decoder_kwargs={"attn_num_mem_kv": 2}).config)
     message = (
-        r"the modules have overrides that cannot be read off them: decoder\.net\.attn_layers\.layers\.0\.1\.mem_k is "
-        r"\(4, 2, 8\), and missing in a model built from model\.config"
+        r"the modules have overrides that cannot be read from them: decoder\.net\.attn_layers\.layers\.0\.1\.mem_k is "
+        r"\(4, 2, 8\), but missing in a model built from model\.config"
     )
     with pytest.warns(UserWarning, match=message):
         PalmE.from_modules(hand_wired.encoder, hand_wired.decoder)
@@ -87,6 +87,6 @@ def test_modules_that_do_not_fit_are_rejected() -> None:
         PalmE.from_modules(nn.Linear(2, 2), model.decoder)
     with pytest.raises(TypeError, match=r"decoder is a TransformerWrapper, must be an x_transformers\.Autoreg"):
         PalmE.from_modules(model.encoder, model.decoder.net)
-    message = "decoder takes a context of width 40, encoder gives 24: they must be the same"
+    message = "decoder takes a context of width 40, must be 24, the width of the encoder"
     with pytest.raises(ValueError, match=re.escape(message)):
         PalmE.from_modules(model.encoder, small(encoder_dim=40).decoder)

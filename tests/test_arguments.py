@@ -1,4 +1,4 @@
-"""Each of the 17 arguments does something that can be seen, or does nothing under a condition stated here."""
+"""Each of the 17 arguments has a visible effect, or none under a condition that is stated here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shown = Callable[[PalmE], Any]
 
 
 def attn(model: PalmE) -> Any:
-    """The first self-attention of the decoder."""
+    """Return the first self-attention of the decoder."""
     return model.decoder.net.attn_layers.layers[0][1]
 
 
@@ -39,7 +39,7 @@ SHOWN: dict[str, tuple[Any, Shown, Any]] = {
     "attn_flash": (False, lambda m: attn(m).attend.flash, False),
     "qk_norm": (False, lambda m: attn(m).qk_norm, False),
 }
-INERT_IN_THE_STRUCTURE = {"use_abs_pos_emb"}  # with rotary positions, the default; warned of, and tested below
+INERT_IN_THE_STRUCTURE = {"use_abs_pos_emb"}  # with rotary positions, the default; a warning says so, tested below
 
 
 def test_all_arguments_are_here() -> None:
@@ -72,7 +72,7 @@ def test_flash_computes_the_same_by_another_way() -> None:
     img, text = batch(model)
     ours, theirs = logits(flash, img, text), logits(model, img, text)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(ours, theirs)  # or the flag would do nothing
+    assert not torch.equal(ours, theirs)  # otherwise the flag would have no effect
 
 
 def test_alibi_num_heads_is_inert_without_alibi() -> None:
@@ -117,7 +117,7 @@ def test_one_head_of_any_dimension(dim: int) -> None:
     model = small(encoder_dim=dim, decoder_dim=dim, encoder_heads=1, decoder_heads=1, alibi_num_heads=1)
     img, text = batch(model)
     assert torch.isfinite(model(img, text))
-    # As wide as its one head, upstream has no output projection: nor has this, so that its checkpoints load.
+    # With one head as wide as the model, upstream has no output projection. PalmE has none either, to load checkpoints.
     assert isinstance(attn(model).to_out, torch.nn.Identity) == (dim == 8)
 
 

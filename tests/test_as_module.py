@@ -1,4 +1,4 @@
-"""What every torch.nn.Module is expected to survive."""
+"""The model survives what every torch.nn.Module is expected to survive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "absolute positions": {"use_abs_pos_emb": True, "rotary_xpos": False},
     "text only": {"cross_attend": False},
     "tied embeddings": {"transformer_kwargs": {"tie_embedding": True}},
-    "five ALiBi heads": {"decoder_heads": 6, "alibi_num_heads": 5},  # not a power of two: other slopes
+    "five ALiBi heads": {"decoder_heads": 6, "alibi_num_heads": 5},  # not a power of two, which gives other slopes
 }
 variants = pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
 
@@ -40,7 +40,7 @@ def test_deepcopy(arguments: dict[str, Any]) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert same(copied, small(**arguments))  # a copy that shares nothing with its source
+    assert same(copied, small(**arguments))  # the copy shares nothing with the original
     assert not same(copied, model)
 
 
@@ -82,7 +82,7 @@ def test_construction_on_the_meta_device(arguments: dict[str, Any]) -> None:
         empty = PalmE.from_config(model.config)
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
 
-    # What `to_empty` leaves in memory is anything: here, the worst case.
+    # `to_empty` leaves arbitrary values in memory. This is the worst case.
     filled = copy.deepcopy(empty).to_empty(device="cpu")
     filled._apply(lambda t: torch.full_like(t, 7))
     filled.load_state_dict(model.state_dict())
@@ -93,7 +93,7 @@ def test_construction_on_the_meta_device(arguments: dict[str, Any]) -> None:
 
 
 def test_forward_on_the_meta_device_gives_shapes() -> None:
-    # Not with rotary positions: upstream's disable_autocast (2.26.0 to 2.31.10) knows no meta device.
+    # Without rotary positions: upstream's disable_autocast (2.26.0 to 2.31.10) does not support the meta device.
     model = small(rotary_xpos=False).to("meta")
     img, text = batch(model)
     assert logits(model, img.to("meta"), text.to("meta")).shape == (2, 9, 32)
@@ -107,7 +107,7 @@ def test_to_dtype(arguments: dict[str, Any], dtype: torch.dtype) -> None:
     expected = logits(model, img, text)
     cast = logits(copy.deepcopy(model).to(dtype), img, text)
     assert cast.dtype == dtype
-    # bfloat16 has 8 bits of precision: 2 ** -8 relative at each of some dozens of operations
+    # bfloat16 has 8 bits of precision: a relative error of 2 ** -8 in each of several dozen operations
     tolerance = 1e-4 if dtype == torch.float64 else 0.1
     assert (cast.double() - expected.double()).norm() < tolerance * expected.double().norm()
 
@@ -147,7 +147,7 @@ def test_compile_in_one_graph() -> None:
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             assert parameter.grad is not None
             assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6
-    # Inside the graph the check cannot raise a ValueError, but it is made.
+    # Inside the graph, the check cannot raise a ValueError, but it still runs.
     with pytest.raises(RuntimeError, match=r"text must have ids within 0\.\.num_tokens-1=31"):
         compiled(img, text + 31)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="must have the same batch size"):

@@ -1,4 +1,4 @@
-"""`palme-xt train` and `palme-xt caption`, as a user runs them; and what it says when it cannot."""
+"""`palme-xt train` and `palme-xt caption`, as a user runs them, and their errors."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ DIGITS = Preprocessing.plain(DIGITS_MODEL)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps."""
+    """Return a run of a few steps."""
     folder = tmp_path_factory.mktemp("runs") / "quick"
     assert main(["train", "--steps=4", *QUICK, f"--run={folder}"]) == 0
     return folder
 
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    """Exit status 2, and this one line on stderr."""
+    """Assert exit status 2, and this one line on stderr."""
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -109,7 +109,7 @@ def test_long_captions_are_cut_in_the_table(tmp_path: Path, capsys: pytest.Captu
 def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--steps=40", "--eval_images=20", f"--run={tmp_path / 'run'}"]) == 0
     losses = [line["loss"] for line in Run(tmp_path / "run").metrics() if "loss" in line]
-    assert losses[0] > 5  # about ln 258: nothing known
+    assert losses[0] > 5  # about ln 258: nothing learned yet
     assert losses[-1] < 0.5
     out, err = capsys.readouterr()
     assert re.search(r"predicted +true\n(?:(?:right|wrong)  .*\n){8}held-out exact match: [\d.]+% of 20 images", out)
@@ -193,7 +193,7 @@ def test_captions_can_be_streamed_searched_and_sampled(run: Path, capsys: pytest
     assert one == again != other
     nucleus = captions(capsys, run, "--top-p=0.5", "--seed=1")
     assert nucleus != captions(capsys, run, "--top-p=0.9", "--seed=1")
-    assert captions(capsys, run, "--top-p=0.000001", "--temperature=2") == greedy  # the likeliest alone is left
+    assert captions(capsys, run, "--top-p=0.000001", "--temperature=2") == greedy  # only the most likely token is left
     assert len(captions(capsys, run, "--stream", "--temperature=2", "--top-p=0.9")) == 3
 
 
@@ -201,10 +201,10 @@ def test_captions_can_be_streamed_searched_and_sampled(run: Path, capsys: pytest
     ("options", "message"),
     [
         (["--beams=0"], "beams=0 must be a positive int: 1 decodes without a search"),
-        (["--beams=2", "--stream"], "--beams=2 goes with no other option: .*"),
-        (["--beams=2", "--top-p=0.5"], "--beams=2 goes with no other option: .*"),
+        (["--beams=2", "--stream"], "--beams=2 neither samples nor streams: .*"),
+        (["--beams=2", "--top-p=0.5"], "--beams=2 neither samples nor streams: .*"),
         (["--temperature=-1"], r"temperature=-1.0 must be 0 \(greedy\) or more, and finite"),
-        (["--beams=2", "--seed=1"], "--beams=2 goes with no other option: .*"),
+        (["--beams=2", "--seed=1"], "--beams=2 neither samples nor streams: .*"),
         (["--top-p=0.5", "--temperature=0"], "--top-p=0.5 has no effect with --temperature=0, .*"),
         (["--seed=-1"], r"--seed=-1 must be within 0..2\*\*63-1"),
         (["--seed=3"], "--seed=3 has no effect without --temperature or --top-p: leave it out"),
@@ -236,7 +236,7 @@ def test_images_that_would_be_misread(tmp_path: Path) -> None:
     ):
         DIGITS.read(tmp_path / "sixteen.png")
     image = Image.new("L", (32, 32), 0)
-    image.paste(255, (0, 0, 32, 16))  # bright above, and told to be shown upside down
+    image.paste(255, (0, 0, 32, 16))  # bright at the top, and marked as upside down
     exif = Image.Exif()
     exif[0x0112] = 3
     image.save(tmp_path / "turned.png", exif=exif)
@@ -245,7 +245,7 @@ def test_images_that_would_be_misread(tmp_path: Path) -> None:
 
 
 def own_pictures(tmp_path: Path) -> tuple[Path, list[str]]:
-    """A folder whose every split has five rows that cannot be learned from, and how to train on it."""
+    """Return a folder with five unusable rows in every split, and the options to train on it."""
     for split in "train", "validation":
         spoil(write_folder(tmp_path / split, 20))
     (tmp_path / "data").mkdir()
@@ -264,10 +264,10 @@ def test_rows_that_are_skipped_are_counted(
     metrics = Run(tmp_path / "run").metrics()
     assert [line["skipped_rows"] for line in metrics if "skipped_rows" in line] == [5]
     kinds = "2 with broken image, 1 with caption longer than the model, 1 with empty caption, 1 with missing image"
-    assert f"3 steps; 20 training rows read, of which skipped: {kinds}\n" in out
+    assert f"3 steps; 20 training rows read; skipped: {kinds}\n" in out
     assert f"15 held-out images; skipped: {kinds}\n" in out
     strict = [*train, *streaming, "--strict", f"--run={tmp_path / 'strict'}"]
-    fails(capsys, strict, "[a-z ]+: .*; without --strict such rows are skipped and counted")
+    fails(capsys, strict, "[a-z ]+: .*; without --strict, such rows are skipped and counted")
     assert main(["caption", str(tmp_path / "run"), str(data / "train" / "010.png")]) == 0
 
 
@@ -276,7 +276,7 @@ def test_a_batch_of_bad_rows_is_no_end(tmp_path: Path, capsys: pytest.CaptureFix
     spoil(folder)
     train = ["train", f"--data={folder}", "--held_out=1", "--steps=8", "--batch_size=1", *TINY]
     assert main([*train, f"--run={tmp_path / 'run'}"]) == 0
-    assert "8 steps; 8 training rows read, of which skipped: 2 with broken image" in capsys.readouterr().out
+    assert "8 steps; 8 training rows read; skipped: 2 with broken image" in capsys.readouterr().out
     losses = [line["loss"] for line in Run(tmp_path / "run").metrics() if "loss" in line]
     assert losses.count("nan") == 5  # nothing was learned in these steps
 
@@ -286,9 +286,9 @@ def test_errors_of_reading_processes_are_one_line(tmp_path: Path, capsys: pytest
     rows = [{"file_name": f"{n:03}.png", "text": f"picture {n}", "size": n} for n in range(9)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = ["train", f"--data={folder}", "--steps=3", "--batch_size=2", *TINY, "--num_workers=1"]
-    message = "text_column=size holds int, must hold one text: name another column"
+    message = "text_column=size holds int, must hold one text: choose another column"
     fails(capsys, [*train, "--text_column=size", f"--run={tmp_path / 'run'}"], message)
-    message = "held_out takes all rows of the stream, must leave some: give a smaller --held_out"
+    message = "held_out takes all rows of the stream, must leave some: pass a smaller --held_out"
     fails(capsys, [*train, "--streaming", f"--run={tmp_path / 'stream'}"], message)
 
 
@@ -301,7 +301,7 @@ def test_strict_holds_for_held_out_rows(tmp_path: Path, capsys: pytest.CaptureFi
     broken.rename(tmp_path / "data" / "test")
     train = ["train", f"--data={tmp_path / 'data'}", "--steps=1", *TINY, "--batch_size=4"]
     assert main([*train, f"--run={tmp_path / 'run'}"]) == 0
-    assert "1 steps; 4 training rows read, of which skipped: none" in capsys.readouterr().out
+    assert "1 steps; 4 training rows read; skipped: none" in capsys.readouterr().out
     message = r"(missing image|broken image|empty caption|caption longer than the model): .*/data/test/00[0-4]\.png .*"
     fails(capsys, [*train, "--strict", f"--run={tmp_path / 'strict'}"], message)
 
@@ -311,9 +311,9 @@ def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line | {"text": "long " * 30}) + "\n" for line in lines))
     train = ["train", f"--data={folder}", "--steps=2", "--batch_size=4", *TINY]
-    fails(capsys, [*train, f"--run={tmp_path / 'run'}"], "no held-out row is usable: name another split or .*")
+    fails(capsys, [*train, f"--run={tmp_path / 'run'}"], "no held-out row is usable: choose another split or .*")
     many = [*train, "--steps=300", "--save_every=400", "--eval_every=400", f"--run={tmp_path / 'many'}"]
-    message = r"data=\S+ has 1000 unusable rows in succession: .* has 152 tokens, max_seq_len=80"
+    message = r"data=\S+ has 1000 unusable rows in succession: .* has 152 tokens, more than max_seq_len=80"
     fails(capsys, many, message)
 
 
@@ -376,11 +376,11 @@ def test_attention_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     fails(
         capsys,
         ["caption", str(run), image, image, f"--attention={out}"],
-        r"--attention=\S+ draws one image, without --stream: found 2 images",
+        r"--attention=\S+ needs exactly one image and no --stream: found 2 images",
     )
-    fails(capsys, [*attention, "--stream"], r"--attention=\S+ draws one image, without --stream: found 1 images")
+    fails(capsys, [*attention, "--stream"], r"--attention=\S+ needs exactly one image and no --stream: found 1 images")
     for other in tmp_path / "x.jpg", image, ".":
-        message = r"--attention=\S+ must be a PNG file, and not the image itself: name another"
+        message = r"--attention=\S+ must be a PNG file, and not the image itself: choose another"
         fails(capsys, ["caption", str(run), image, f"--attention={other}"], message)
     fails(capsys, [*attention, "--layer=2"], r"layer=2 must be within -2\.\.1, one per cross-attention")
     fails(capsys, ["caption", str(run), image, "--attention=/nowhere/x.png"], ".*No such file or directory.*")
@@ -503,7 +503,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--num_workers=-1"], "num_workers=-1 must be 0 or more"),
         (["--shuffle_buffer=0"], "shuffle_buffer=0 must be 1 or more"),
         (["--gradient_accumulation_steps=3"], r"batch_size=32 must be divisible by 1 processes times .*=3: .*"),
-        (["--log-with=papyrus"], "accelerate refuses: Unsupported logging capability: papyrus.*"),
+        (["--log-with=papyrus"], "accelerate rejects the options: Unsupported logging capability: papyrus.*"),
         (["--log-with=clearml"], "log_with=clearml is not installed: pip install clearml"),
         (["--bos_token=x"], "bos_token='x', eos_token=None need a tokenizer: bytes have both"),
         (
@@ -559,7 +559,7 @@ def test_nothing_is_printed_before_what_was_asked_for() -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a child")
 @pytest.mark.parametrize("module", ["argparse", "torch", "torch.nn", "numpy", "x_transformers", "accelerate"])
 def test_an_interrupt_while_modules_are_imported_is_one_line(module: str, tmp_path: Path) -> None:
-    # Told by the finder of modules, so that it comes in the middle of the import whatever the machine's speed.
+    # A module finder sends the signal, so that it arrives during the import, however fast the machine is.
     code = f"""
 import os, signal, sys
 class Interrupt:
@@ -599,7 +599,7 @@ def test_a_run_is_never_overwritten(run: Path, tmp_path: Path, capsys: pytest.Ca
     fails(
         capsys,
         ["train", *QUICK, f"--run={run}"],
-        r"\S+ is not empty: name another folder, or resume its run with --resume",
+        r"\S+ is not empty: choose another folder, or resume its run with --resume",
     )
     (tmp_path / "file").touch()
     fails(capsys, ["train", *QUICK, f"--run={tmp_path / 'file' / 'run'}"], r"\S+ cannot be a run folder: .*")

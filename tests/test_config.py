@@ -1,4 +1,4 @@
-"""The 17 arguments: one list of names and defaults, validated, frozen, the same after JSON."""
+"""The 17 arguments: one list of names and defaults, validated, frozen, and equal after a round trip through JSON."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_broken_argument_is_named(broken: tuple[dict[str, Any], type[Exception
             (
                 {"transformer_kwargs": {name: value}},
                 ValueError,
-                f"transformer_kwargs['{name}']={value} leaves no logits",
+                f"transformer_kwargs['{name}']={value} removes the logits",
             )
             for name, value in [("use_cls_token", True), ("average_pool_embed", True), ("num_output_heads", 2)]
         ),
@@ -196,16 +196,16 @@ def test_alibi_heads_are_not_checked_where_there_is_no_alibi() -> None:
 
 def test_what_only_upstream_can_refuse_is_reported_with_its_keywords() -> None:
     message = (
-        r"x-transformers [\d.]+ refuses Decoder\(.*attn_sigmoid=True.*\): sigmoid attention not available for flash"
+        r"x-transformers [\d.]+ rejects Decoder\(.*attn_sigmoid=True.*\): sigmoid attention not available for flash"
     )
     with pytest.raises(ValueError, match=message):
         PalmE(decoder_kwargs={"attn_sigmoid": True})
 
 
 def test_a_refusal_without_a_reason_is_said_to_have_none() -> None:
-    with pytest.raises(ValueError, match=r"refuses AutoregressiveWrapper\(mask_prob=2\): it gives no reason"):
+    with pytest.raises(ValueError, match=r"rejects AutoregressiveWrapper\(mask_prob=2\): it gives no reason"):
         PalmE(autoregressive_kwargs={"mask_prob": 2})
-    with pytest.raises(ValueError, match=r"refuses ViTransformerWrapper\(.*emb_dropout=1.5.*\): dropout probability"):
+    with pytest.raises(ValueError, match=r"rejects ViTransformerWrapper\(.*emb_dropout=1.5.*\): dropout probability"):
         PalmE(vit_kwargs={"emb_dropout": 1.5})
 
 
@@ -218,7 +218,7 @@ def test_dropped_absolute_positions_are_warned_of() -> None:
         config = PalmEConfig(use_abs_pos_emb=True, encoder_depth=1, decoder_depth=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        PalmE.from_config(config)  # the config has warned already
+        PalmE.from_config(config)  # the config has already warned
 
 
 @pytest.mark.parametrize(

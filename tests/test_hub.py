@@ -1,4 +1,4 @@
-"""The hub: a model that was saved or pushed is read again, from a folder or from a repository, with its other files."""
+"""A model that was saved or pushed to the hub is read again, from a folder or a repository, with its other files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def refused(folder: Path | str, message: str, **how: Any) -> None:
-    """Assert that loading gives this error, on one line."""
+    """Assert that loading raises this error, on one line."""
     with pytest.raises(FolderError) as error:
         PalmE.from_pretrained(folder, **how)
     assert re.fullmatch(message, str(error.value)), str(error.value)
@@ -120,7 +120,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="config must be None: the weights are saved with the arguments that they"):
         model.save_pretrained(tmp_path / "none", config=model.config)
     model.companions = {"vocab.txt": b""}
-    with pytest.raises(FolderError, match=r"companions\['vocab.txt'\] would not be read again: use prepro"):
+    with pytest.raises(FolderError, match=r"companions\['vocab.txt'\] must be one of prepro"):
         model.save_pretrained(tmp_path / "none")
     model.companions = {}
     model.config = PalmEConfig(**SMALL | {"decoder_kwargs": {"ff_custom_activation": nn.GELU()}})
@@ -135,7 +135,7 @@ def test_what_is_no_folder(folder: Path, no_network: None) -> None:
     with pytest.raises(FolderError, match=message):
         load(folder / "none")
     for name in str(folder / "none"), "./none", "runs/a/b":
-        refused(name, rf"{name} is neither a folder here nor a repository of the hub that can be read: Repo id must .*")
+        refused(name, rf"{name} is neither a local folder nor a repository on the hub that can be read: Repo id must.*")
 
 
 def test_it_is_the_model_in_all_else(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_repository_in_the_cache(cache: Path, no_network: None) -> None:
     assert not same(loaded, hub(seed=1))
     assert loaded.companions == OTHER_FILES
     assert loaded.how_trained == TRAINING
-    message = "user/name is neither a folder here nor a repository of the hub that can be read: Cannot find .*"
+    message = "user/name is neither a local folder nor a repository on the hub that can be read: Cannot find .*"
     refused("user/name", message, revision="v2", cache_dir=cache, local_files_only=True)
     (cache / "models--user--name" / "snapshots" / ("a" * 40) / WEIGHTS).unlink()
     message = "user/name on the hub is not a run folder: it has no model.safetensors; .*"
@@ -237,7 +237,7 @@ def test_a_repository_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("palme_xt.hub.snapshot_download", fails)
     why = "404 Client Error. Repository Not Found. Check the name."
-    refused("runs/x", f"runs/x is neither a folder here nor a repository of the hub that can be read: {why}")
+    refused("runs/x", f"runs/x is neither a local folder nor a repository on the hub that can be read: {why}")
 
 
 @pytest.fixture
@@ -285,7 +285,7 @@ def test_a_card_is_made_anew_from_arguments(tmp_path: Path) -> None:
     assert rows(ModelCard(card), "Metrics") == {"loss": "0.5"}
     assert (tmp_path / "two" / "tokenizer.json").read_bytes() == OTHER_FILES["tokenizer.json"]
     model.save_pretrained(tmp_path / "one", model_card_kwargs={"metrics": {"loss": 0.5}})
-    assert (tmp_path / "one" / "README.md").read_bytes() == OTHER_FILES["README.md"]  # one that is there stays
+    assert (tmp_path / "one" / "README.md").read_bytes() == OTHER_FILES["README.md"]  # an existing card is kept
     assert model.companions == OTHER_FILES
 
 

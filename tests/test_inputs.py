@@ -1,4 +1,4 @@
-"""What is no batch for the model is refused before it reaches x-transformers, with a message that helps."""
+"""Invalid batches are rejected before they reach x-transformers, with a helpful message."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ BAD_TEXTS: list[tuple[Any, type[Exception], str]] = [
 
 
 def refuses(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    """The call raises this message, and x-transformers is not called."""
+    """Assert that the call raises this error, and does not call x-transformers."""
     upstream = mock.Mock(side_effect=AssertionError("this reached x-transformers"))
     with (
         mock.patch.object(MODEL.encoder, "forward", upstream),
@@ -146,7 +146,7 @@ def test_contexts_are_refused(img: Any, context: Any, error: type[Exception], me
 def test_a_text_only_model_refuses_a_context() -> None:
     model = small(cross_attend=False)
     for name, value in {"context": torch.randn(3, 4, 24), "context_mask": torch.ones(3, 4).bool()}.items():
-        with pytest.raises(ValueError, match=f"{name} is for models that cross-attend: leave it out"):
+        with pytest.raises(ValueError, match=f"{name} is only for models that cross-attend: leave it out"):
             model(None, TEXT, **{name: value})
 
 
@@ -211,7 +211,7 @@ def test_an_image_is_cast_to_the_weights() -> None:
 
 def test_on_a_gpu_ids_are_checked_without_waiting_for_it() -> None:
     class OnGpu(Tensor):
-        """A condition that says it is on a GPU, and fails the test when it is read."""
+        """A condition that claims to be on a GPU, and fails the test if it is read."""
 
         is_cuda = True
 
@@ -227,7 +227,7 @@ def test_on_a_gpu_ids_are_checked_without_waiting_for_it() -> None:
 
 
 def test_the_original_second_example_is_told_what_to_do() -> None:
-    # zeta.models.PalmE documents 16 images against a text of 50 tokens by 16: it never ran.
+    # zeta.models.PalmE documents 16 images with a text of shape (50, 16), which never ran.
     model = PalmE(image_size=32, patch_size=16, encoder_depth=1, decoder_depth=1)
     img, text = torch.randn(16, 3, 32, 32), torch.randint(0, 20000, (50, 16))
     with pytest.raises(ValueError, match=re.escape("text is (batch, sequence), so transpose it: text.T")):

@@ -1,4 +1,4 @@
-"""The composition: attributes, what forward takes and returns, several images, no image."""
+"""The composition: its attributes, the inputs and outputs of forward, several images, and no image."""
 
 from __future__ import annotations
 

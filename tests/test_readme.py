@@ -1,4 +1,4 @@
-"""The READMEs state only what is so: their code runs and prints what they say, their tables are those of the code."""
+"""The READMEs are true: their code runs and prints what they say, and their tables match the code."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cells(line: str) -> list[str]:
 
 
 def table_after(marker: str) -> tuple[list[str], list[list[str]], str]:
-    """The columns, the rows and the next paragraph of the only table that follows `marker`."""
+    """Return the columns, the rows and the next paragraph of the only table that follows `marker`."""
     (after,) = EVERYTHING.split(f"<!-- {marker} -->\n")[1:]
     table, machine, *_ = after.split("\n\n")
     header, _, *rows = table.splitlines()
@@ -59,7 +59,7 @@ def table_after(marker: str) -> tuple[list[str], list[list[str]], str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Fragments of the headings, as GitHub makes them."""
+    """Return the URL fragments of the headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -240,7 +240,7 @@ def test_the_two_commands_come_first() -> None:
         "pip install -e '.[train]' && palme-xt train",
         "pip install -e '.[test]'  && pytest",
     ]
-    # Each is run as it stands there, by the only lines of .ci/run that install the package first.
+    # The first lines of .ci/run that install the package run each of them verbatim.
     assert (ROOT / ".ci" / "run").read_text().count('bash -euo pipefail -c "$(readme_command ') == 2
 
 

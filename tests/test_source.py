@@ -1,4 +1,4 @@
-"""The printed program builds the same two modules, and looks as if a person had written it."""
+"""The printed program builds the same two modules, and looks as if a person wrote it."""
 
 from __future__ import annotations
 
@@ -98,4 +98,4 @@ def test_what_cannot_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["source", str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
     assert main(["source", str(tmp_path), "--encoder_dim=64"]) == 2
-    assert "goes with no other option, found --encoder_dim: leave out" in capsys.readouterr().err
+    assert "allows no other options, found --encoder_dim: leave out" in capsys.readouterr().err

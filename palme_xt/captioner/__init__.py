@@ -1,1 +1,1 @@
-"""The training tool: a captioner from a folder of captioned images."""
+"""Train a captioner on a folder of captioned images, and caption images with it."""

@@ -1,4 +1,4 @@
-"""Where a model looks: the cross-attention of each token, and of each word, as maps over the patches of the image."""
+"""Show where a model looks: the cross-attention of each token or word, as maps over the patches of the image."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
     """Return how much the position that predicts each token attends to each patch, averaged over heads.
 
     Args:
-        model: A model that cross-attends, with or without `attn_flash`. It is left as it was.
+        model: A model that cross-attends, with or without `attn_flash`. It is not changed.
         img: Images `(b, c, h, w)`, one per text, as in `PalmE.encode`.
         text: Token ids `(b, n)`, BOS first, n >= 2, without `ignore_index`.
-        layer: Index of the cross-attention in the order of execution; negative counts from the last. A block that runs
-            several times counts each time.
+        layer: Index of the cross-attention in the order of execution. Negative indices count from the last. A block
+            that runs several times counts each time.
 
     Returns:
         `(b, n - 1, rows, columns)`, float32, rows = columns = image_size / patch_size. The map at t - 1 is that of the
@@ -34,8 +34,8 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
         not scaled up to 1.
 
     Raises:
-        TypeError: `img`, `text` or `layer` has the wrong type.
-        ValueError: The model does not cross-attend, there is no such layer, `img` or `text` has the wrong shape or
+        TypeError: If `img`, `text` or `layer` has the wrong type.
+        ValueError: If the model does not cross-attend, there is no such layer, `img` or `text` has the wrong shape or
             values, or memory tokens are placed within the text.
     """
     _check(model, img, text, layer)
@@ -47,7 +47,7 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
         if context.shape[1] != rows**2:
             raise ValueError(
                 f"model encodes img to {context.shape[1]} embeddings, must be {rows}x{rows}, one per patch: remove the "
-                "hook that adds or drops some"
+                "hook that adds or drops embeddings"
             )
         with contextlib.ExitStack() as hooks:
             for module in net.attn_layers.modules():
@@ -64,7 +64,7 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
                 f"model attends from {q.shape[-2]} positions, must be {positions}, its memory tokens and text's: "
                 "build it without memory_tokens_interspersed_every, which puts memory tokens within the text"
             )
-        # Flash attention does not return its weights. With the identity as values, every attention returns them.
+        # Flash attention does not return its weights, but with the identity as values, its output is the weights.
         identity = torch.eye(k.shape[-2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
         weights, _ = attend(q, k, identity, **keywords)
     # Memory keys come before the patches, memory tokens before the text.
@@ -93,13 +93,13 @@ def words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
     """Return the words of a text, each with the indices of the tokens that it comes from.
 
     Args:
-        pieces: The text that each generated token completed in turn. A token that completes none, '', belongs to the
-            next that does.
+        pieces: The text that each generated token completed, in order. A token that completed nothing, '', belongs to
+            the next one that did.
 
     Returns:
-        What whitespace separates, in order. A token that wrote a part of several words belongs to each of them.
+        The words, separated by whitespace, in order. A token that wrote parts of several words belongs to each of them.
     """
-    writers: list[list[int]] = []  # of each character
+    writers: list[list[int]] = []  # the tokens that wrote each character
     waiting: list[int] = []
     for index, piece in enumerate(pieces):
         waiting.append(index)
@@ -114,14 +114,14 @@ def word_maps(maps: Tensor, words: Sequence[tuple[str, Sequence[int]]]) -> Tenso
     """Return the mean map of each word's tokens.
 
     Args:
-        maps: `(n - 1, rows, columns)`, those of one text from `cross_attention_maps`.
-        words: What the function `words` returns.
+        maps: `(n - 1, rows, columns)`, the maps of one text from `cross_attention_maps`.
+        words: The result of the function `words`.
 
     Returns:
         `(number of words, rows, columns)`.
 
     Raises:
-        ValueError: A token of a word has no map.
+        ValueError: If a token of a word has no map.
     """
     for word, tokens in words:
         if not all(0 <= token < len(maps) for token in tokens):

@@ -1,4 +1,4 @@
-"""Images to captions."""
+"""Caption images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTES = ByteTokenizer()
 
 
 def stream_caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> Iterator[str]:
-    """Yield the caption of one image `(c, h, w)`, which is that of `caption`, piece by piece as it is decoded."""
+    """Yield the caption of one image `(c, h, w)`, the same as from `caption`, piece by piece as it is decoded."""
     piece = tokenizer.pieces()
     start = torch.tensor([tokenizer.bos], device=img.device)
     how = {"temperature": 0.0} | how
@@ -27,7 +27,7 @@ def stream_caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **ho
 
 
 def caption_ids(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> Tensor:
-    """Return token ids `(b, n)` of captions of images `(b, c, h, w)`, without BOS, and with `pad_value` after EOS."""
+    """Return the token ids `(b, n)` of captions of images `(b, c, h, w)`, without BOS, with `pad_value` after EOS."""
     how = {"temperature": 0.0} | how
     start = torch.full((len(img), 1), tokenizer.bos, device=img.device)
     return model.generate(img, start, model.config.max_seq_len - 1, eos_token=tokenizer.eos, **how)

@@ -1,4 +1,4 @@
-"""Drawings of captioned images, of the loss curve, and of where in an image a model looks."""
+"""Draw captioned images, the loss curve, and where in an image a model looks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from palme_xt.tokens import printable
 
 COLUMNS, ROWS = 4, 4
 
-# In inches, except for the size of the font. A panel is 256 pixels wide, a multiple of the widths of most small images.
+# In inches, except for DPI and FONT_SIZE. A panel is 256 pixels wide, a multiple of the widths of most small images.
 DPI, SIDE, MARGIN, TITLE, GAP, LINE, FONT_SIZE = 160, 1.6, 0.25, 0.55, 0.15, 25 / 160, 9
 
 RIGHT, WRONG, GREY, INK = "#1a7f37", "#cf222e", "#6e7781", "#24292f"
@@ -31,16 +31,16 @@ BLUE, VIOLET, ORANGE, PALE = "#0969da", "#8250df", "#bc4c00", "#d0d7de"
 
 
 def draw_samples(img: Tensor, predicted: Sequence[str], true: Sequence[str], path: Path) -> None:
-    """Draw the first 16 images above their predicted captions: green if right, else red and above the true ones.
+    """Draw the first 16 images above their predicted captions: green if right, otherwise red and above the true ones.
 
     Args:
         img: Images `(b, c, h, w)`, uint8 or floating point in 0..1, with 1 channel, or 3 or more.
-        predicted: The generated captions. The title also counts those without an image here.
-        true: The captions that would be right.
-        path: The PNG to write.
+        predicted: The generated captions. The title also counts those without an image in `img`.
+        true: The true captions.
+        path: The PNG file to write.
 
     Raises:
-        OSError: `path` cannot be written.
+        OSError: If `path` cannot be written.
     """
     room, captions = SIDE + 3 * GAP, []
     for guess, truth in list(zip(predicted, true, strict=True))[: min(len(img), COLUMNS * ROWS)]:
@@ -62,11 +62,11 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
 
     Args:
         metrics: Lines with a `step`, and any of `loss`, `held_out_loss` and `held_out_exact_match` (0..1). Values that
-            are not finite numbers are left out, and so are losses that are not above 0.
-        path: The PNG to write.
+            are not finite numbers are left out, and so are losses that are not greater than 0.
+        path: The PNG file to write.
 
     Raises:
-        OSError: `path` cannot be written.
+        OSError: If `path` cannot be written.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(yscale="log", xlabel="step", ylabel="loss (nats per token)", frame_on=False)
@@ -91,7 +91,7 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) -> None:
-    """Draw an image, and again for each word, darkened except where the attention of the word is.
+    """Draw an image, and once more for each word, darkened except where the word's attention is.
 
     Args:
         img: An image `(c, h, w)`, uint8 or floating point in 0..1, with 1 channel, or 3 or more.
@@ -99,11 +99,11 @@ def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) 
         maps: `(number of words, rows, columns)`, the share of attention that each patch gets, as
             `palme_xt.captioner.attention.word_maps` returns them. The colours of a panel go from 0 to its own largest
             share, which is written above it.
-        path: The PNG to write; its name ends in .png.
+        path: The PNG file to write. Its name must end in .png.
 
     Raises:
-        ValueError: `maps` has the wrong shape, or `path` another ending.
-        OSError: `path` cannot be written.
+        ValueError: If `maps` has the wrong shape, or `path` does not end in .png.
+        OSError: If `path` cannot be written.
     """
     if maps.ndim != 3 or len(maps) != len(words):
         raise ValueError(
@@ -163,14 +163,14 @@ def _write(axes: Axes, x: float, y: float, text: str, color: str, **where: Any) 
 
 
 def _wrap(text: str, room: float, most: int = 3) -> list[str]:
-    """Return at most `most` lines that fit into `room` inches: a line per clause if possible, cut with an ellipsis."""
+    """Return at most `most` lines that fit into `room` inches, one per clause if possible, cut with an ellipsis."""
     text, font = printable(text), FontProperties(size=FONT_SIZE)
     for width in range(44, 3, -1):
         clauses = [line for clause in text.replace(", ", ",\n").split("\n") for line in textwrap.wrap(clause, width)]
         lines = clauses if len(clauses) <= most else textwrap.wrap(text, width)
         if len(lines) > most:
             lines = [*lines[: most - 1], lines[most - 1][: width - 1] + "…"]
-        with warnings.catch_warnings(action="ignore"):  # matplotlib warns of characters that its font does not have
+        with warnings.catch_warnings(action="ignore"):  # matplotlib warns about characters that its font does not have
             widths = [text_to_path.get_text_width_height_descent(line, font, False)[0] for line in lines]
         if max(widths, default=0) <= 72 * room:
             break
@@ -184,7 +184,7 @@ def _points(metrics: Sequence[dict[str, Any]], name: str, above: float = 0) -> t
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Return the running geometric mean; at the start, where losses fall steeply, over a window that grows."""
+    """Return the running geometric mean. At the start, where losses fall steeply, the window is smaller and grows."""
     logs, half = torch.tensor(values, dtype=torch.float64).log(), window // 2
     return [logs[max(0, i - half) : i + min(i, half) + 1].mean().exp().item() for i in range(len(logs))]
 
@@ -195,9 +195,9 @@ def _plot(axes: Axes, steps: list[float], values: list[float], color: str, label
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG whole or not at all."""
+    """Write a PNG file completely or not at all."""
     try:
-        # Not `replace_files`, which would remove a folder `unfinished` that may be the user's.
+        # `replace_files` would remove a folder `unfinished`, which may be the user's.
         with tempfile.TemporaryDirectory(dir=path.parent) as aside, warnings.catch_warnings(action="ignore"):
             figure.savefig(Path(aside) / path.name, format="png", dpi=DPI)
             (Path(aside) / path.name).replace(path)

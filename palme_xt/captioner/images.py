@@ -1,4 +1,4 @@
-"""Image files to model inputs: resized, cropped and normalised, the same in training and in captioning."""
+"""Turn image files into model inputs: resized, cropped and normalised, the same in training and in captioning."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PREPROCESSING = "preprocessor_config.json"
 # Pillow's modes by number of channels.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
-# Of the images that CLIP was trained on (Radford et al. 2021, arXiv:2103.00020; github.com/openai/CLIP, clip/clip.py).
+# Mean and deviation of CLIP's data (Radford et al. 2021, arXiv:2103.00020; github.com/openai/CLIP, clip/clip.py).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-MAX_ASPECT = 100  # when the shorter side is resized, the longer one of a narrower image could fill the memory
+MAX_ASPECT = 100  # resized by its shorter side, a narrower image could fill the memory
 
 
 class ImageError(ValueError):
-    """An image that cannot be read, or preprocessing that is unknown."""
+    """Raised if an image cannot be read, or the preprocessing is unknown."""
 
 
 class MissingImageError(ImageError):
-    """An image that does not exist."""
+    """Raised if an image does not exist."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Preprocessing:
     Args:
         image_size: Height and width of the result.
         channels: 1 for grey, 3 for RGB, 4 for RGBA. Transparent images are put on white, except for RGBA.
-        crop: Resize the shorter side to `image_size` and crop the centre, as CLIP does. False: resize both sides.
-        mean: Mean of each channel, of values in 0..1.
+        crop: Resize the shorter side to `image_size` and crop the centre, as CLIP does. False resizes both sides.
+        mean: Mean of each channel, for values in 0..1.
         std: Standard deviation of each channel.
 
     Raises:
-        ImageError: No image file has so many channels.
+        ImageError: If image files cannot have that number of channels.
     """
 
     image_size: int
@@ -67,20 +67,20 @@ class Preprocessing:
 
     @classmethod
     def like_clip(cls, config: PalmEConfig) -> Preprocessing:
-        """Crop and normalise as CLIP does; unless there are 3 channels, with a mean and deviation of 0.5."""
+        """Crop and normalise as CLIP does, with a mean and deviation of 0.5 unless there are 3 channels."""
         mean, std = (CLIP_MEAN, CLIP_STD) if config.channels == 3 else ((0.5,) * config.channels,) * 2
         return cls(config.image_size, config.channels, True, mean, std)
 
     @classmethod
     def plain(cls, config: PalmEConfig) -> Preprocessing:
-        """Resize both sides and keep values in 0..1, as scenes of digits need it."""
+        """Resize both sides and keep values in 0..1, for scenes of digits."""
         return cls(config.image_size, config.channels, False, (0.0,) * config.channels, (1.0,) * config.channels)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Return an image as `(c, h, w)`, uint8, resized and cropped but not normalised.
 
         Raises:
-            ImageError: It has more than 8 bits per channel, or is too long and narrow.
+            ImageError: If the image has more than 8 bits per channel, or is too long and narrow.
         """
         if image.mode.startswith(("I", "F")):
             raise ImageError(f"has pixels of mode {image.mode}, must have 8 bits per channel: convert it")
@@ -115,7 +115,7 @@ class Preprocessing:
         """Return an image file as `(c, h, w)`, float32, normalised.
 
         Raises:
-            ImageError: As `read_pixels`.
+            ImageError: As in `read_pixels`.
         """
         return self.normalise(self.read_pixels(path))
 
@@ -124,11 +124,11 @@ class Preprocessing:
 
         Args:
             file: The path, or the content.
-            name: What errors call it. Default: the path.
+            name: The name of the image in errors. Defaults to the path.
 
         Raises:
-            MissingImageError: The file does not exist.
-            ImageError: It cannot be read, or is not an image.
+            MissingImageError: If the file does not exist.
+            ImageError: If the file cannot be read, or is not an image.
         """
         name = name or ("image" if isinstance(file, bytes) else str(file))
         with image_errors(name):
@@ -162,11 +162,11 @@ class Preprocessing:
 
 @contextlib.contextmanager
 def image_errors(name: str) -> Iterator[None]:
-    """Turn whatever is raised while an image is read into an error of one line that begins with `name`.
+    """Turn any error while an image is read into a one-line error that begins with `name`.
 
     Raises:
-        MissingImageError: The file does not exist.
-        ImageError: Anything else was raised.
+        MissingImageError: If the file does not exist.
+        ImageError: If any other error was raised.
     """
     try:
         yield
@@ -196,7 +196,7 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
     """Return the preprocessing of a model folder.
 
     Raises:
-        ImageError: Its `preprocessor_config.json` is missing, damaged, or not for this model.
+        ImageError: If its `preprocessor_config.json` is missing, damaged, or not for this model.
     """
     path = folder / PREPROCESSING
     try:
@@ -204,7 +204,7 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
         size, width = (values["crop_size"][side] for side in ("height", "width"))
         mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
         if width != size or len(mean) != len(std) or not all(std):
-            raise ValueError("crop_size is not square, or image_std has a zero or another length than image_mean")
+            raise ValueError("crop_size is not square, or image_std has a zero or not the length of image_mean")
         if (size, len(mean)) != (config.image_size, config.channels):
             raise ValueError(f"has {len(mean)} channels of {size} pixels, not {config.channels} of {config.image_size}")
         return Preprocessing(size, len(mean), bool(values["do_center_crop"]), mean, std)

@@ -1,4 +1,4 @@
-"""The options of `palme-xt train`: the data, how to train, and the models that it makes by default."""
+"""The options of `palme-xt train`: the data, how to train, and the default models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGITS_MODEL = PalmEConfig(
     decoder_heads=4,
     vit_kwargs={"channels": 1},
     encoder_kwargs={"attn_dim_head": 32},
-    # not verbose: upstream would warn that 16 dimensions of rotary positions are few, but captions are 64 bytes at most
+    # By default, upstream would warn that 16 rotary dimensions are few, but captions are 64 bytes at most.
     decoder_kwargs={"attn_dim_head": 32, "verbose": False},
 )
 
@@ -34,12 +34,12 @@ PICTURES_MODEL = replace(DIGITS_MODEL, image_size=64, max_seq_len=128, vit_kwarg
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Which run to write or resume, and which tokenizer a new run has.
+    """The run to write or resume, and the tokenizer of a new run.
 
     Args:
         run: New run folder (default: runs/NAME-DATE-TIME).
-        resume: Run to resume from its last checkpoint, as if it had never stopped. No other option is allowed beside
-            it, except `data` where the data have moved.
+        resume: Run to resume from its last checkpoint, as if it had never stopped. No other options are allowed, except
+            `data` if the data have moved.
         tokenizer: A `tokenizer.json` of the tokenizers library, or a repository on the hub (default: bytes).
         bos_token: Token that begins a text (default: the tokenizer's usual one).
         eos_token: Token that ends a text (default: the tokenizer's usual one).
@@ -57,17 +57,17 @@ class Data:
     """The captioned images to learn from.
 
     Args:
-        data: `digits`: scenes of handwritten digits, drawn on the fly. DIR: a folder of images with `metadata.jsonl` or
-            `metadata.csv` (columns `file_name` and `text`), of parquet files, of webdataset shards, or written by
-            `save_to_disk`. A file, or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or `hf:NAME:CONFIG`: a data
-            set on the hub. Paths are relative to the working directory.
-        held_out: What to evaluate on: a split of the data (`validation`), a share of its rows (0.1) or a number of rows
-            (500). By default, the data's own split `validation` or `test`; without one, a share of 0.1, or the first
-            500 rows of a stream.
+        data: `digits`: scenes of handwritten digits, composed on the fly. DIR: a folder of images with `metadata.jsonl`
+            or `metadata.csv` (columns `file_name` and `text`), of parquet files, of webdataset shards, or written by
+            `save_to_disk`. FILE: a parquet file or a shard, or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or
+            `hf:NAME:CONFIG`: a data set on the hub. Paths are relative to the working directory.
+        held_out: The rows to evaluate on: a split of the data (`validation`), a share of its rows (0.1) or a number of
+            rows (500). By default, the data's own split `validation` or `test`; without one, a share of 0.1, or the
+            first 500 rows of a stream.
         image_column: Column of the images. By default, `image`, `jpg`, `jpeg`, `png`, `webp`, or the one column of
             image type; in webdataset shards, the first of these that a row has.
         text_column: Column of the captions. By default, `text`, `caption` or `txt`.
-        streaming: Read the data while training, instead of preparing all of them first. The option needs no value.
+        streaming: Read the data during training, instead of preparing all of them first. The option needs no value.
             Every process, and each of its `num_workers`, reads the whole stream from its start and decodes its own
             share; so does a resumed run.
         shuffle_buffer: Number of rows among which a stream is shuffled; other data are shuffled as a whole.
@@ -77,7 +77,7 @@ class Data:
             no value.
 
     Raises:
-        ValueError: A value has the wrong type, is out of range, or has no effect on `digits`.
+        ValueError: If a value has the wrong type, is out of range, or has no effect on `digits`.
     """
 
     data: str = DIGITS
@@ -95,7 +95,7 @@ class Data:
             value = getattr(self, option.name)
             if self.data == DIGITS and option.name in NOT_OF_DIGITS and value != option.default:
                 raise ValueError(
-                    f"{option.name}={value} has no effect with data={DIGITS}, whose scenes are drawn: leave it out"
+                    f"{option.name}={value} has no effect with data={DIGITS}, whose scenes are composed: leave it out"
                 )
         for name, least in ("shuffle_buffer", 1), ("num_workers", 0):
             if getattr(self, name) < least:
@@ -115,20 +115,20 @@ class Training:
             cosine.
         weight_decay: Weight decay of AdamW.
         grad_clip: Largest norm of the gradient; larger gradients are scaled down to it.
-        mixed_precision: `no`, or `bf16` to compute in bfloat16 where that is safe. By default, what `accelerate launch`
-            was given, or else `no`.
+        mixed_precision: `no`, or `bf16` to compute in bfloat16 where that is safe. By default, the precision given to
+            `accelerate launch`, or else `no`.
         jitter: Strength of the random affine distortion of each training digit, as a share of its size. Held-out digits
             and other data are not distorted.
         eval_every: Number of steps between evaluations on held-out images.
         eval_images: Largest number of held-out images in each evaluation.
         save_every: Number of steps between checkpoints.
         log_with: Tracker to log to in addition to `metrics.jsonl`: any that accelerate knows, such as `tensorboard` or
-            `wandb`, or `all` that are installed.
+            `wandb`, or `all` for all that are installed.
         seed: Seed of the initial weights, of dropout and of the order of the data. The held-out images do not depend on
             it.
 
     Raises:
-        ValueError: A value has the wrong type or is out of range, or the precision is unknown.
+        ValueError: If a value has the wrong type or is out of range, or the precision is unknown.
     """
 
     steps: int = 500
@@ -169,10 +169,10 @@ KINDS: dict[Any, tuple[Any, str]] = {  # by annotation
 
 
 def check_types(options: Any) -> None:
-    """Reject a dataclass that has a value of another type than declared.
+    """Reject a dataclass with a value that does not have the declared type.
 
     Raises:
-        ValueError: There is such a value.
+        ValueError: If there is such a value.
     """
     for option in fields(options):
         value, (kind, rule) = getattr(options, option.name), KINDS[option.type]

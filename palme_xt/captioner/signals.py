@@ -16,10 +16,10 @@ STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that SIGINT or SIGTERM sets, instead of interrupting whatever runs.
+    """Yield an event that SIGINT or SIGTERM sets, instead of interrupting the process.
 
-    Both a launcher and the terminal or the job scheduler may pass on the same request, so a second signal within
-    `GRACE_SECONDS` changes nothing. A later one does what it did before, which usually ends the process.
+    A launcher and the terminal or job scheduler may both pass on the same request, so a second signal within
+    `GRACE_SECONDS` has no effect. A later one is handled as it was before, which usually ends the process.
     """
     requested = threading.Event()
     deadline = 0.0
@@ -45,10 +45,10 @@ def stop_on_signal() -> Iterator[threading.Event]:
 def ignore_interrupts_until(done: Any) -> None:
     """Ignore SIGINT in this process, and SIGTERM until `done.value` is true; from then on SIGTERM ends the process.
 
-    Signals reach all processes of a terminal or a job, and training needs its readers to finish the step.
+    Signals reach all processes of a terminal or a job, but training needs its readers to finish the step.
 
     Args:
-        done: A shared value that becomes true when the main process needs this one no longer.
+        done: A shared value that becomes true when the main process no longer needs this process.
     """
 
     def end(number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: as bytes, or with a vocabulary of the `tokenizers` library."""
+"""Convert text to token ids and back, as bytes or with a vocabulary of the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ KNOWN_ENDS = (
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be read, or whose BOS and EOS are unknown."""
+    """Raised if a tokenizer cannot be read, or its BOS or EOS is unknown."""
 
 
 class Tokenizer(Protocol):
-    """What training and captioning need of a vocabulary; its ids are `0 .. num_tokens - 1`."""
+    """The methods of a vocabulary that training and captioning use. Its ids are `0 .. num_tokens - 1`."""
 
     bos: int
     eos: int
@@ -44,15 +44,15 @@ class Tokenizer(Protocol):
         """Return the text of token ids up to the first EOS, without special tokens and unknown ids."""
 
     def files(self) -> dict[str, bytes]:
-        """Return the files, by name, from which `read_tokenizer` makes this tokenizer again; bytes need none."""
+        """Return the files, by name, from which `read_tokenizer` restores this tokenizer. Bytes need none."""
         return {}
 
     def pieces(self) -> Callable[[int], str]:
-        """Return a function that takes the ids of one text in turn and returns the text that each completes, often ''.
+        """Return a function that takes the ids of one text in turn and returns the text that each completes, if any.
 
         EOS completes whatever is left.
         """
-        # Not the DecodeStream of tokenizers 0.23: it raises at invalid UTF-8, and never returns the end of such a text.
+        # DecodeStream of tokenizers 0.23 raises an error at invalid UTF-8, and never returns the end of such a text.
         ids: list[int] = []
         seen = shown = ""
 
@@ -68,7 +68,7 @@ class Tokenizer(Protocol):
         return piece
 
     def _may_change(self, token: int) -> bool:
-        """Return whether the tokens that follow may change the text of this one."""
+        """Return whether the following tokens may change the text of this one."""
         return False
 
 
@@ -92,12 +92,12 @@ class VocabularyTokenizer(Tokenizer):
 
     Args:
         tokenizer: A `tokenizers.Tokenizer`. Instead of its own post-processing, BOS and EOS are put around each text.
-        bos_token: The token that begins each text, such as `<s>`. Default: that of the first known pair it has.
-        eos_token: The token that ends each text.
-        name: What errors call the tokenizer.
+        bos_token: The token that begins each text, such as `<s>`. Defaults to that of the first known pair it has.
+        eos_token: The token that ends each text. The default is chosen in the same way.
+        name: The name of the tokenizer in errors.
 
     Raises:
-        TokenizerError: The vocabulary has no such token.
+        TokenizerError: If the vocabulary has no such token.
     """
 
     def __init__(
@@ -111,15 +111,13 @@ class VocabularyTokenizer(Tokenizer):
         self.bos_token, self.eos_token = bos_token or known[0], eos_token or known[1]
         for option, token in ("bos_token", self.bos_token), ("eos_token", self.eos_token):
             if token not in vocabulary:
-                raise TokenizerError(
-                    f"{option}={token!r} must be a token of {name}: name one that it has with --{option}"
-                )
+                raise TokenizerError(f"{option}={token!r} must be a token of {name}: choose one with --{option}")
         self.bos, self.eos = vocabulary[self.bos_token], vocabulary[self.eos_token]
         self.num_tokens = max(vocabulary.values()) + 1  # ids may have gaps
 
     def encode(self, text: str) -> list[int]:
         """Return token ids: BOS, the text, EOS."""
-        # A caption that spells out EOS does not end there. Set here, because the library does not pickle it.
+        # A caption that spells out EOS must not end there. This is set here, because the library does not pickle it.
         self._tokenizer.encode_special_tokens = True
         return [self.bos, *self._tokenizer.encode(text, add_special_tokens=False).ids, self.eos]
 
@@ -130,7 +128,7 @@ class VocabularyTokenizer(Tokenizer):
         return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
     def _may_change(self, token: int) -> bool:
-        # Where bytes stand for unknown characters, a run of them is text only if all of it is valid UTF-8.
+        # Where bytes stand for unknown characters, a sequence of them is text only if all of it is valid UTF-8.
         return token >= 0 and (self._tokenizer.id_to_token(token) or "").startswith("<0x")
 
     def files(self) -> dict[str, bytes]:
@@ -143,7 +141,7 @@ def load_tokenizer(file_or_name: str | None, bos_token: str | None = None, eos_t
     """Return the tokenizer of a `tokenizer.json` file or of a repository on the hub, or the byte tokenizer for None.
 
     Raises:
-        TokenizerError: It cannot be read, or its BOS or EOS is unknown.
+        TokenizerError: If the tokenizer cannot be read, or its BOS or EOS is unknown.
     """
     if file_or_name is None:
         if bos_token or eos_token:
@@ -166,7 +164,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a model folder: that of its `tokenizer.json`, or the byte tokenizer if it has none.
 
     Raises:
-        TokenizerError: Its files are damaged.
+        TokenizerError: If its files are damaged.
     """
     path, special = folder / TOKENIZER, folder / SPECIAL_TOKENS
     if not path.is_file():
@@ -176,7 +174,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         values = json.loads(special.read_text())
         ends = [values[name] for name in ("bos_token", "eos_token")]
-        # Hugging Face libraries also write tokens as objects.
+        # Hugging Face libraries may write tokens as objects.
         ends = [end["content"] if isinstance(end, dict) else end for end in ends]
     except (ValueError, KeyError, TypeError) as error:
         raise TokenizerError(f"{special} does not name bos_token and eos_token: {error}") from error

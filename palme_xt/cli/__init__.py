@@ -1,6 +1,6 @@
 """The command line, `palme-xt COMMAND ...`: each command is a module here, and is imported when it is needed.
 
-`palme-xt --version` therefore does not wait seconds for torch.
+`palme-xt --version` therefore does not wait for the import of torch.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ COMMANDS = {
     "train": "train a captioner on your images, or on scenes of digits",
     "caption": "caption image files with a trained run",
     "source": "print the model as an x-transformers program",
-    "parity": "tell whether another x-transformers computes the same",
+    "parity": "check whether another x-transformers computes the same numbers",
 }
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `palme-xt` with the given arguments, or those of the process.
+    """Run `palme-xt` with the given arguments, which default to those of the process.
 
     Returns:
-        The exit status: that of the command, 130 after an interrupt, or 2 for anything that the user can correct, which
-        is explained in one line on stderr.
+        The exit status: that of the command, 130 after an interrupt, or 2 after an error that the user can correct,
+        which is explained in one line on stderr.
     """
     try:
         with warnings.catch_warnings():
-            # x-transformers up to 2.31.10 uses torch.jit.script, which torch 2.15 warns of.
+            # x-transformers up to 2.31.10 uses torch.jit.script, which torch 2.15 warns about.
             for category in FutureWarning, DeprecationWarning:
                 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=category)
             command, options = parse(sys.argv[1:] if argv is None else argv)
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(f"error: {error.name} is not installed: pip install -e '.[train]'")
     except (ValueError, TypeError, OSError) as error:
-        # Errors of this package explain themselves. One from elsewhere is a defect, and shows where it is from.
+        # Errors of this package explain themselves. Any other error is a defect, and shows its traceback.
         if not isinstance(error, OSError) and not _raised_here(error):
             raise
         complain(f"error: {error}", met=getattr(error, "met", False))
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Return the command that `argv` names, and its options.
+    """Return the command in `argv`, and its options.
 
     Raises:
         SystemExit: With status 0 after `--help`, `--version` or no argument at all, with status 2 after an error.
-        ValueError: If options do not go together.
+        ValueError: If options cannot be combined.
     """
     listed = "\n".join(f"  {name:9} {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -87,7 +87,7 @@ def _with_underscores(argument: str) -> str:
 def complain(message: str, *, met: bool = False) -> None:
     """Print one line on stderr.
 
-    Of many processes, the first one prints it if all have `met`, and otherwise the first one of each machine.
+    With several processes, only the first one prints the line if all have `met`, otherwise the first of each machine.
     """
     rank, first_here = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
     if rank == "0" or (first_here and not met):

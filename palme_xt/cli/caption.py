@@ -1,4 +1,4 @@
-"""Caption image files with a trained run, one line each, or draw where on an image it looked."""
+"""Caption image files with a trained run, one line each, or draw where in an image the model looked."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def parse(argv: list[str]) -> dict[str, Any]:
         description=__doc__,
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` made")
+    parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` wrote")
     parser.add_argument("image", metavar="IMAGE", nargs="+", help="image files that Pillow can read")
     parser.add_argument("--beams", type=int, default=1, help="width of a beam search (default: 1, no search)")
     parser.add_argument("--temperature", type=float, help="sample at this temperature (default: 0, do not sample)")
-    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens that sum to this probability")
+    parser.add_argument("--top_p", type=float, help="sample from the most likely tokens that sum to this probability")
     parser.add_argument("--seed", type=int, help="seed of the sampling (default: a new one each time)")
     parser.add_argument("--stream", action="store_true", help="print each caption as it is decoded")
     parser.add_argument(
-        "--attention", metavar="OUT.png", help="draw where on one IMAGE the decoder looked for each word"
+        "--attention", metavar="OUT.png", help="draw where in one IMAGE the decoder looked for each word"
     )
-    layer = "which cross-attention to draw, in the order in which they run (default: -1, the last)"
+    layer = "index of the cross-attention to draw, in the order of execution (default: -1, the last)"
     parser.add_argument("--layer", type=int, help=layer)
     return vars(parser.parse_args(argv))
 
@@ -61,7 +61,7 @@ def run(options: dict[str, Any]) -> int:
         for number, path in enumerate(paths):
             try:
                 images[number] = preprocessing.read(path)
-            except ImageError as error:  # the other images are captioned
+            except ImageError as error:  # caption the other images
                 complain(f"error: {error}")
                 unreadable += 1
         if options["stream"]:
@@ -82,9 +82,9 @@ def _draw_attention(
 ) -> int:
     out, paths = Path(options["attention"]), options["image"]
     if len(paths) != 1 or options["stream"]:
-        raise ValueError(f"--attention={out} draws one image, without --stream: found {len(paths)} images")
+        raise ValueError(f"--attention={out} needs exactly one image and no --stream: found {len(paths)} images")
     if out.suffix.lower() != ".png" or (out.exists() and out.samefile(paths[0])):
-        raise ValueError(f"--attention={out} must be a PNG file, and not the image itself: name another")
+        raise ValueError(f"--attention={out} must be a PNG file, and not the image itself: choose another")
     pixels = preprocessing.read_pixels(paths[0])
     img = preprocessing.normalise(pixels)[None]
     (ids,) = captioning.caption_ids(model, img, tokenizer, **how).tolist()
@@ -105,13 +105,13 @@ def _how_to_decode(options: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords of `PalmE.generate`, and seed the sampling."""
     beams, temperature, top_p, seed = (options[name] for name in ("beams", "temperature", "top_p", "seed"))
     if beams != 1 and (options["stream"] or temperature or top_p is not None or seed is not None):
-        raise ValueError(f"--beams={beams} goes with no other option: it does not sample, and ends with the best beam")
+        raise ValueError(f"--beams={beams} neither samples nor streams: leave the other decoding options out")
     how: dict[str, Any] = {} if beams == 1 else {"beams": beams}
     if temperature is not None:
         how["temperature"] = temperature
     if top_p is not None:
         if temperature == 0:
-            raise ValueError(f"--top-p={top_p} has no effect with --temperature=0, which does not sample: drop one")
+            raise ValueError(f"--top-p={top_p} has no effect with --temperature=0, which does not sample: leave it out")
         if not 0 < top_p <= 1:
             raise ValueError(f"--top-p={top_p} must be greater than 0 and at most 1")
         how |= {"temperature": 1.0} | how | {"filter_logits_fn": "top_p", "filter_kwargs": {"thres": top_p}}

@@ -1,6 +1,6 @@
-"""Tell whether a trained model computes the same under another release of x-transformers.
+"""Check whether a trained model computes the same numbers with another release of x-transformers.
 
-`record` writes a reference beside its weights. `check` exits with 0 if the installed release gives the same numbers.
+`record` writes a reference beside the weights. `check` exits with 0 if the installed release computes the same numbers.
 If not, it exits with 1 and names the first layer that differs.
 """
 
@@ -22,7 +22,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
         allow_abbrev=False,
     )
     parser.add_argument("action", choices=["record", "check"], help="write the reference, or compare with it")
-    parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` made")
+    parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` wrote")
     tolerance = "largest difference that `check` accepts, as a share of the largest value (default: %(default)s)"
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=tolerance)
     return vars(parser.parse_args(argv))
@@ -37,6 +37,6 @@ def run(options: dict[str, Any]) -> int:
         return 0
     verdict = check(folder, options["tolerance"])
     for name, installed in verdict.installed.items():
-        print(f"{name}: recorded with {verdict.recorded[name]}, installed is {installed}")
+        print(f"{name}: recorded with {verdict.recorded[name]}, installed {installed}")
     print(f"differs: {verdict.difference}" if verdict.difference else f"the same within {options['tolerance']:g}")
     return 1 if verdict.difference else 0

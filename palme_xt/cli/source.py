@@ -18,7 +18,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
     """Return the options in `argv`.
 
     Raises:
-        ValueError: If there are other options beside a run.
+        ValueError: If there are other options in addition to a run.
     """
     parser = ArgumentParser(
         prog="palme-xt source",
@@ -26,7 +26,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
         description=__doc__,
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", type=str, nargs="?", help="folder that `palme-xt train` made")
+    parser.add_argument("run", metavar="RUN", type=str, nargs="?", help="folder that `palme-xt train` wrote")
     parser.add_class_arguments(PalmEConfig)
     options: dict[str, Any] = parser.parse_args(argv).as_dict()
     if options["run"] is not None:

@@ -38,7 +38,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
     """Return the options in `argv`; the defaults of the model depend on them.
 
     Raises:
-        ValueError: If there are other options beside `--resume`, or the tokenizer cannot be read.
+        ValueError: If there are other options in addition to `--resume`, or the tokenizer cannot be read.
     """
     parser = ArgumentParser(
         prog="palme-xt train",
@@ -107,7 +107,7 @@ def _print_outcome(outcome: Outcome, folder: Path) -> None:
         print(f"{'right' if right else 'wrong':6} {predicted:{width}}  {true}")
     matches = f"held-out exact match: {evaluation.exact_match:.1%} of {len(rows)} images"
     print(f"{matches}; loss {evaluation.loss:.3f} nats per token")
-    print(f"{progress.step} steps; {progress.rows} training rows read, of which skipped: {_counted(progress.skipped)}")
+    print(f"{progress.step} steps; {progress.rows} training rows read; skipped: {_counted(progress.skipped)}")
     print(f"{len(rows)} held-out images; skipped: {_counted(evaluation.skipped)}")
     quoted = shlex.quote(str(folder))
     print(f"run folder: {folder}")

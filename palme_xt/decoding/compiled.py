@@ -1,4 +1,4 @@
-"""One step of decoding from upstream's key-value cache, as one compiled graph for any length."""
+"""One decoding step with upstream's key-value cache, as one compiled graph for any length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import LayerIntermediates
 
 KeyValues = tuple[Tensor, ...]
-Inputs = Mapping[str, Tensor | None]  # what the network takes beside tokens and cache: context, context_mask, ...
+Inputs = Mapping[str, Tensor | None]  # the other inputs of the network: context, context_mask, ...
 
 
 def _step(
@@ -34,10 +34,10 @@ def _matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, list[KeyValues]]]:
     if not one_row_on_cpu:
         return torch.compile(_step, fullgraph=True, dynamic=True)
-    from torch._inductor.custom_graph_pass import CustomGraphPass  # here, because it takes a while to import
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # imported here, because it takes a while
 
     class MatrixVector(CustomGraphPass):
-        """Read each weight at the bandwidth of the memory. MKL's product with one row reaches half of it."""
+        """Read each weight at the full memory bandwidth. MKL's product with one row reaches half of it."""
 
         def __call__(self, graph: torch.fx.Graph) -> None:
             for node in graph.find_nodes(op="call_function", target=torch._C._nn.linear):
@@ -48,7 +48,7 @@ def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, list[KeyValue
         def uuid(self) -> str:
             return "palme_xt matrix-vector product 1"
 
-    # Otherwise the normalised row that is multiplied would be computed again for each row of the weight.
+    # Otherwise, the normalised input row would be computed again for each row of the weight.
     realize = dict.fromkeys(("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold"), 1)
     options: dict[str, Any] = {"pre_grad_custom_pass": MatrixVector(), **realize}
     return torch.compile(_step, fullgraph=True, dynamic=True, options=options)
@@ -57,9 +57,9 @@ def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, list[KeyValue
 def compiled_step(
     net: Any, tokens: Tensor, cache: LayerIntermediates, inputs: Inputs
 ) -> tuple[Tensor, LayerIntermediates]:
-    """Return what `net` gives for the next `tokens (b, 1)` after `cache`: their logits `(b, v)` and the longer cache.
+    """Run `net` on the next `tokens (b, 1)` after `cache`, and return their logits `(b, v)` and the longer cache.
 
-    The graph is compiled at the first call for a network, and once more where a batch of one follows a larger one.
+    The graph is compiled at the first call for a network, and once more if a batch of one follows a larger one.
     """
     kinds = tuple(layer.layer_type for layer in cache.attn_intermediates)
     cached = [tuple(map(_as_returned, layer.cached_kv)) for layer in cache.attn_intermediates]
@@ -74,5 +74,5 @@ def compiled_step(
 
 
 def _as_returned(kv: Tensor) -> Tensor:
-    # A graph is made for given strides, and for views or for none: the prompt's would need a graph of their own.
+    # A graph is specific to the strides, and to views or no views: the tensors of the prompt would need their own.
     return kv if kv._base is None and kv.is_contiguous() else kv.clone(memory_format=torch.contiguous_format)

@@ -19,8 +19,8 @@ from palme_xt.decoding.compiled import compiled_step
 from palme_xt.decoding.request import Request, SamplingRequest, SearchRequest
 from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
 
-# x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, and in a looped network, a cached step computes other
-# logits than the whole text does, or crashes. The whole text is read at each step then.
+# x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, and in a looped network, a cached step crashes or
+# computes different logits than reading the whole text does. In these cases, each step reads the whole text.
 WRONG_WITH_CACHE = (
     "shift_tokens",
     "orthog_residual",
@@ -31,18 +31,18 @@ WRONG_WITH_CACHE = (
 
 
 def can_cache(net: Any, config: PalmEConfig) -> bool:
-    """Whether a cached step of `net` computes what reading the whole text computes."""
-    # xPos scales by the distance from the middle of the text, which memory keys have none of.
+    """Return whether a cached step of `net` computes the same as reading the whole text."""
+    # xPos scales keys by their distance from the middle of the text, which is undefined for memory keys.
     wrong_with_xpos = config.rotary_xpos and config.decoder_kwargs.get("attn_num_mem_kv")
     wrong = wrong_with_xpos or any(config.decoder_kwargs.get(name) for name in WRONG_WITH_CACHE)
-    # A decoder adopted from upstream may crash with its cache, and may have overrides that nobody knows of.
+    # A decoder adopted from upstream may crash with its cache, and may have overrides that the config does not show.
     adopted = not isinstance(net.attn_layers, CachedDecoder)
     return bool(net.can_cache_kv) and not (wrong or adopted or net.looped)
 
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluate models without gradients. Afterwards every module is in the mode that it was in, whatever happened."""
+    """Put models in eval mode and disable gradients. On exit, every module is back in its previous mode."""
     was_training = [module for model in models for module in model.modules() if module.training]
     try:
         for model in models:
@@ -55,13 +55,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 class Texts:
-    """A batch of texts that grow by one token a step, read by upstream's network from its cache where possible.
+    """A batch of texts that grow by one token per step, decoded by upstream's network with its cache where possible.
 
     Args:
         net: An `x_transformers.TransformerWrapper` in eval mode.
-        request: What was asked for, checked: its prompts are where the texts begin.
+        request: A checked request. The texts begin with its prompts.
         context: `(b, p, d)`, or None for a network that does not cross-attend.
-        pad_value: The id that stands before shorter prompts.
+        pad_value: The id that pads shorter prompts on the left.
     """
 
     def __init__(self, net: Any, request: Request, context: Tensor | None, pad_value: int) -> None:
@@ -77,7 +77,7 @@ class Texts:
     def next_logits(self) -> Tensor:
         """Return the logits `(b, v)` of the next token of each text."""
         cached = self.cache is not None
-        # A length of 1 is a constant to the compiler: its graph would serve that one step.
+        # The compiler treats a length of 1 as a constant: its graph would serve that one step only.
         if cached and self.compile and self.cache.cache_length > 1:
             logits, self.cache = compiled_step(self.net, self.ids[:, -1:], self.cache, self.inputs)
             return logits
@@ -93,14 +93,14 @@ class Texts:
         return logits[:, -1]  # type: ignore[no-any-return]
 
     def append(self, tokens: Tensor) -> None:
-        """Append one of `tokens (b,)` to each text."""
+        """Append `tokens (b,)`, one to each text."""
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
 
     def select(self, rows: Tensor, *, same_samples: bool = False) -> None:
-        """Keep these `rows`, in this order. A row may be kept several times.
+        """Keep the texts at the indices `rows`, in this order. A text may be kept several times.
 
-        With `same_samples`, each row belongs to the same sample as the one whose place it takes, so that the context
-        and its cached keys stay as they are.
+        With `same_samples`, each text belongs to the same sample as the one that it replaces, so that the context and
+        its cached keys stay as they are.
         """
         self.ids = self.ids[rows]
         if not same_samples:
@@ -112,7 +112,7 @@ class Texts:
 
 
 def sample(texts: Texts, request: SamplingRequest, pad_value: int) -> Iterator[Tensor]:
-    """Decode token by token. Texts that have ended leave the batch, and cost nothing more.
+    """Decode token by token. Texts that have ended leave the batch and cause no further computation.
 
     Yields:
         The tokens `(b,)` of each step, at most `seq_len` times, with `pad_value` for texts that have ended.
@@ -157,12 +157,12 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
 
     The score of a text is the sum of its tokens' log probabilities, divided by its length to the power
     `length_penalty`. The length is that of the new tokens, EOS included (as in Hugging Face's generate; Wu et al. 2016,
-    arXiv:1609.08144, section 7, has a variant). A sample is done, and costs nothing more, once no unfinished text can
-    reach a better score than the finished ones.
+    arXiv:1609.08144, section 7, has a variant). A sample is done, and causes no further computation, once no unfinished
+    text can reach a better score than the finished ones.
 
     Returns:
-        Token ids `(k, b, seq_len)`, best first, with `pad_value` after EOS, and their scores `(k, b)`, float32. Where a
-        sample has fewer than k texts at all, the rest is padding with the score -inf.
+        Token ids `(k, b, seq_len)`, best first, with `pad_value` after EOS, and their scores `(k, b)`, float32. If a
+        sample has fewer than k texts, the rest is padding with the score -inf.
 
     Raises:
         ValueError: If the logits are nan.
@@ -170,10 +170,10 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     beams, seq_len, eos_token = request.beams, request.seq_len, request.eos_token
     batch, prompt_len = texts.ids.shape
     device = texts.ids.device
-    # The best finished texts of each sample, best first, with the score -inf where there is none.
+    # The best finished texts of each sample, best first, with the score -inf for missing ones.
     finished = torch.full((batch, beams, seq_len), pad_value, device=device)
     finished_scores = torch.full((batch, beams), -torch.inf, device=device)
-    going = torch.arange(batch, device=device)  # which sample each of those still in `texts` is
+    going = torch.arange(batch, device=device)  # indices of the samples that are still in `texts`
     scores = torch.zeros(batch, 1, device=device)  # (b, width) of the unfinished beams, best first
     for length in range(1, seq_len + 1):
         logits = texts.next_logits()
@@ -182,7 +182,7 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
         width, vocabulary = scores.shape[1], logits.shape[-1]
         log_probs = rearrange(logits.float().log_softmax(dim=-1), "(b w) v -> b w v", w=width)
         totals = rearrange(scores[..., None] + log_probs, "b w v -> b (w v)")
-        # Twice as many as there are beams: if all the best end here, as many others continue.
+        # Take twice as many candidates as beams: if all of the best ones end here, enough others continue.
         scores, candidates = totals.topk(min(2 * beams, totals.shape[1]), dim=1)
         parents, tokens = candidates // vocabulary, candidates % vocabulary
 
@@ -200,7 +200,7 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
             break
 
         scores, best = scores.masked_fill(ends, -torch.inf).topk(min(beams, scores.shape[1]), dim=1)
-        # From here on, a sum of log probabilities only falls, and the length that divides it only grows.
+        # From here on, the sum of log probabilities can only fall, and the length that divides it can only grow.
         longest = seq_len if request.length_penalty > 0 else length + 1
         reachable = scores[:, 0] / longest**request.length_penalty
         stays = (reachable > finished_scores[going].amin(dim=1)).nonzero()[:, 0]
@@ -216,6 +216,6 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
 
 
 def _refuse_nan(logits: Tensor) -> None:
-    # Decoding nan would silently give token 0.
+    # Decoding from nan would silently return token 0.
     if logits.isnan().any():
-        raise ValueError("the logits are nan: img, context or the model's weights hold nan or inf; look for them there")
+        raise ValueError("the logits are nan: check img, context and the model's weights for nan and inf")

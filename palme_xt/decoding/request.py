@@ -1,4 +1,4 @@
-"""What `generate`, `stream` and `beam_search` are asked for: their arguments, written once and checked once."""
+"""The arguments of `generate`, `stream` and `beam_search`, written once and checked once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def takes_arguments_of(
 
 @dataclass(eq=False)
 class Request:
-    """The arguments that all ways of decoding share. `PalmE.generate` documents them."""
+    """The arguments that all decoding methods share. `PalmE.generate` documents them."""
 
     img: Tensor | None
     prompts: Tensor | list[Tensor]
@@ -64,12 +64,12 @@ class Request:
     context_mask: Tensor | None = None
 
     def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
-        """Reject what a model cannot do, and bring the prompts into the form `(b, t)` with `prompt_lens (b,)` or None.
+        """Reject what the model cannot do, and bring prompts into the form `(b, t)` with `prompt_lens (b,)` or None.
 
         Args:
-            config: Of the model.
-            batch: How many images there are, or None if the model does not look at any.
-            can_cache: Whether the model's cached steps are right. If not, `cache_kv` becomes False.
+            config: The config of the model.
+            batch: Number of images, or None if the model does not look at any.
+            can_cache: Whether the model's cached steps are correct. If not, `cache_kv` becomes False.
         """
         self.prompts, self.prompt_lens = check_prompts(self.prompts, self.prompt_lens, batch, config)
         self._check_lengths(self.prompts.shape[1], config)
@@ -88,7 +88,7 @@ class Request:
         self.cache_kv = self.cache_kv and can_cache
 
     def _check_lengths(self, prompt_len: int, config: PalmEConfig) -> None:
-        check_positive_int("seq_len", self.seq_len, "how many new tokens to decode at most")
+        check_positive_int("seq_len", self.seq_len, "it is the maximum number of new tokens")
         beyond = prompt_len + self.seq_len > config.max_seq_len
         if beyond and (config.use_abs_pos_emb or self.restrict_to_max_seq_len):
             remedy = ": shorten one, or pass restrict_to_max_seq_len=False to extrapolate"
@@ -109,7 +109,7 @@ class SamplingRequest(Request):
     _filter: FilterLogits = field(init=False)
 
     def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
-        """As `Request.check`."""
+        """Check the request as `Request.check` does, and the arguments of sampling."""
         super().check(config, batch, can_cache)
         _check_number("temperature", self.temperature, 0, "0 (greedy) or more, and finite")
         name = self.filter_logits_fn
@@ -126,7 +126,7 @@ class SamplingRequest(Request):
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         filtered = self._filter(logits.float(), **self.filter_kwargs or {})
-        # The largest becomes 0 first: divided by a tiny temperature, it would become inf, and the softmax nan.
+        # Shift the largest logit to 0 first: divided by a tiny temperature, it would become inf, and the softmax nan.
         below = filtered - filtered.amax(dim=-1, keepdim=True)
         probabilities = (below / max(self.temperature, torch.finfo(below.dtype).tiny)).softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
@@ -140,10 +140,10 @@ class SearchRequest(Request):
     length_penalty: float = 0.0
 
     def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
-        """As `Request.check`."""
+        """Check the request as `Request.check` does, and the arguments of the search."""
         super().check(config, batch, can_cache)
         check_positive_int("beams", self.beams, "1 decodes without a search")
-        _check_number("length_penalty", self.length_penalty, -math.inf, "finite: 0 to 2 is usual")
+        _check_number("length_penalty", self.length_penalty, -math.inf, "finite: use 0 to 2, for example")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -153,10 +153,10 @@ class GenerationRequest(SamplingRequest, SearchRequest):
     beams: int = 1
 
     def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
-        """As `Request.check`. Also reject what has no effect, with beams or without."""
+        """Check the request as `Request.check` does, and reject arguments without effect."""
         super().check(config, batch, can_cache)
         if self.beams == 1 and self.length_penalty != 0:
-            rule = "has no effect with beams=1: pass beams=4, say, or leave it out"
+            rule = "has no effect with beams=1: pass beams=4, for example, or leave it out"
             raise ValueError(f"length_penalty={self.length_penalty} {rule}")
         filters = self.filter_kwargs or self._filter is not FILTER_LOGITS_FN["top_k"]
         if self.beams > 1 and (filters or self.temperature not in (0, 1) or self.generator is not None):
@@ -172,9 +172,9 @@ def _check_number(name: str, value: Any, least: float, rule: str) -> None:
 
 
 def _check_left_padding(config: PalmEConfig) -> None:
-    """Reject prompts of different lengths where x-transformers (up to 2.31.10) does not mask what pads them."""
+    """Reject prompts of different lengths where x-transformers (up to 2.31.10) does not mask their padding."""
     for part, name in ("transformer", "num_memory_tokens"), ("decoder", "attn_num_mem_kv"):
         value = getattr(config, f"{part}_kwargs").get(name)
         if value:
-            why = "x-transformers does not mask the padding of shorter ones then; decode each length in its own call"
-            raise ValueError(f"prompts must be of one length with {part}_kwargs[{name!r}]={value}: {why}")
+            why = "x-transformers would not mask the padding of shorter ones; decode each length in its own call"
+            raise ValueError(f"prompts must have the same length with {part}_kwargs[{name!r}]={value}: {why}")

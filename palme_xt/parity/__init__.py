@@ -1,4 +1,4 @@
-"""Parity: whether two models compute the same numbers, and whether one model still computes the same as before."""
+"""Check whether two models compute the same numbers, and whether one model still computes the same as before."""
 
 from palme_xt.parity.comparison import Report, compare
 

@@ -31,7 +31,7 @@ Outputs = dict[str, Tensor]
 
 
 class Wired(nn.Module):
-    """An encoder and a decoder, named as in `PalmE`: the functions below take either."""
+    """An encoder and a decoder, named as in `PalmE`. The functions below take either class."""
 
     encoder: Any
     decoder: Any
@@ -43,7 +43,7 @@ class Wired(nn.Module):
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `compare`: true if the models agree in everything that was checked. It prints as a table.
+    """The result of `compare`, which is true if the models agree in everything that was checked. It prints as a table.
 
     Attributes:
         differences: For each check, in order, a description of the first difference, or None if there is none.
@@ -74,21 +74,21 @@ def compare(
     tolerance: float = 0.0,
     checks: Iterable[str] = CHECKS,
 ) -> Report:
-    """Compare two models on the same inputs, the second one with the weights of the first.
+    """Compare two models on the same inputs and with the weights of the first.
 
-    The models run in eval mode. Afterwards both have their own weights and modes again, and no gradients are kept.
+    The models run in eval mode. Afterwards, both have their own weights and modes again, and no gradients are kept.
 
     Args:
         first: A `PalmE`, another module that holds a `ViTransformerWrapper` and an `AutoregressiveWrapper`, or a pair
             of these two.
-        second: As `first`.
+        second: A model in one of the same forms.
         img: `(b, c, h, w)`. Defaults to random images that fit `first`.
         text: `(b, n)`. Defaults to random tokens that fit `first`.
-        tolerance: Largest absolute difference between two numbers that is accepted. The default, 0, is bitwise.
-        checks: Which of `CHECKS` to run. If parameters differ in name or shape, nothing else is compared.
+        tolerance: Largest accepted absolute difference between two numbers. The default, 0, is bitwise.
+        checks: The `CHECKS` to run. If parameters differ in name or shape, nothing else is compared.
 
     Raises:
-        TypeError: If an argument is not such a model.
+        TypeError: If `first` or `second` is not such a model.
         ValueError: If a check is unknown, or the tolerance is negative.
     """
     checks = tuple(checks)
@@ -112,7 +112,7 @@ def compare(
 
 
 def draw_inputs(model: Wired | PalmE, b: int = 2, n: int = 12) -> tuple[Tensor, Tensor]:
-    """Return random images and texts that fit a model. They are the same for every call."""
+    """Return random images and texts that fit a model. They are the same in every call."""
     config = describe(model.encoder, model.decoder)
     generator = torch.Generator().manual_seed(0)
     weight = model.encoder.pos_embedding
@@ -122,15 +122,15 @@ def draw_inputs(model: Wired | PalmE, b: int = 2, n: int = 12) -> tuple[Tensor, 
 
 
 def forward(model: Wired | PalmE, img: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Return loss and logits as a hand-wired model computes them."""
+    """Return the loss and the logits as a hand-wired model computes them."""
     loss, (logits, _) = model.decoder(text, context=_context(model, img), return_outputs=True)
     return loss, logits
 
 
 def layer_outputs(model: Wired | PalmE, img: Tensor, text: Tensor) -> Outputs:
-    """Return the output of each module, in the order in which they finish: the innermost first.
+    """Return the output of each module, in the order in which they finish, innermost first.
 
-    Names are those in a state dict of `PalmE`, followed by the number of the call if a module is called again.
+    Names are those in a state dict of `PalmE`, followed by the number of the call if a module is called repeatedly.
     """
     names = {module: name for name, module in model.named_modules()}
     outputs: Outputs = {}
@@ -149,7 +149,7 @@ def layer_outputs(model: Wired | PalmE, img: Tensor, text: Tensor) -> Outputs:
 
 
 def cached_logits(model: Wired | PalmE, img: Tensor, text: Tensor) -> Outputs:
-    """Return the logits after each token. Each step reads one more token, with the cache of the steps before."""
+    """Return the logits after each token. Each step reads one more token, with the cache of the previous steps."""
     decoder, cache, outputs = model.decoder, None, {}
     text = text.masked_fill(text == decoder.ignore_index, decoder.pad_value)
     context = _context(model, img)
@@ -166,7 +166,7 @@ def cached_logits(model: Wired | PalmE, img: Tensor, text: Tensor) -> Outputs:
 def first_difference(ours: Outputs, theirs: Outputs, tolerance: float) -> str | None:
     """Describe the first output that differs by more than `tolerance`, or return None if there is none.
 
-    A name on one side only is skipped: the other side computes the output of that module without calling it.
+    A name that only one side has is skipped: the other side computes the output of that module without calling it.
     """
     for name, expected in ours.items():
         if name not in theirs:
@@ -189,7 +189,7 @@ def describe_crash(error: Exception) -> str:
 
 
 def _wired(model: nn.Module | Pair) -> Wired:
-    """Return the encoder and the decoder of a model, of which it must hold one each."""
+    """Return the encoder and the decoder of a model, which must hold exactly one of each."""
     kinds = ViTransformerWrapper, AutoregressiveWrapper
     if isinstance(model, tuple | list):
         if len(model) == 2 and all(map(isinstance, model, kinds)):
@@ -225,7 +225,7 @@ def _differ(
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 results.append(outputs(model, img, text))
-        except Exception as error:  # whatever upstream raises is a result
+        except Exception as error:  # any error of upstream is a result
             return f"{which} crashes: {describe_crash(error)}"
     return first_difference(results[0], results[1], tolerance)
 

@@ -1,4 +1,4 @@
-"""Check whether a trained model still computes the same numbers with the x-transformers that is installed now."""
+"""Check whether a trained model still computes the same numbers with the installed x-transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from palme_xt.parity import comparison
 from palme_xt.storage.folder import WEIGHTS, FolderError, load, one_line, write_files
 
 PARITY = "parity.safetensors"
-TOLERANCE = 1e-4  # of the largest value; other kernels for the same arithmetic differ by about 1e-6
+TOLERANCE = 1e-4  # of the largest value; different kernels for the same arithmetic differ by about 1e-6
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Verdict:
     """The result of `check`.
 
     Attributes:
-        recorded: Versions with which the reference was recorded, by package.
-        installed: Versions that are installed now.
+        recorded: The versions with which the reference was recorded, by package.
+        installed: The versions that are installed now.
         difference: A description of the first difference, or None if there is none.
     """
 
@@ -38,7 +38,7 @@ class Verdict:
 
 
 def record(folder: str | os.PathLike[str]) -> None:
-    """Write `parity.safetensors` into a model folder: inputs, what the model computes from them now, and versions.
+    """Write `parity.safetensors` to a model folder: inputs, what the model computes from them now, and versions.
 
     Raises:
         FolderError: If `folder` is not a model folder or cannot be written, or if its model computes nan or inf.
@@ -47,7 +47,7 @@ def record(folder: str | os.PathLike[str]) -> None:
     img, text = comparison.draw_inputs(model, b=1)
     reference = {"img": img, "text": text} | numbers(model, img, text)
     if bad := [name for name, tensor in reference.items() if not tensor.isfinite().all()]:
-        raise FolderError(f"{folder} computes nan or inf from {bad[0]} on: nothing can be compared with that")
+        raise FolderError(f"{folder} computes nan or inf from {bad[0]} on: these cannot be compared")
     tensors = {name: tensor.contiguous() for name, tensor in reference.items()}
     order = {f"order.{place:06}": name for place, name in enumerate(tensors)}  # safetensors sorts names
     metadata = installed_versions() | order | {"weights": _digest(folder)}
@@ -55,11 +55,11 @@ def record(folder: str | os.PathLike[str]) -> None:
 
 
 def check(folder: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdict:
-    """Compute again what `record` has written, from the same weights and inputs.
+    """Compute again what `record` wrote, from the same weights and inputs, and compare.
 
     Args:
         folder: A model folder with a recorded reference.
-        tolerance: Largest difference that is accepted, as a share of the largest value of the tensor.
+        tolerance: Largest accepted difference, as a share of the largest value of the tensor.
 
     Raises:
         FolderError: If `folder` is not a model folder, has no reference, or has other weights now.
@@ -73,7 +73,7 @@ def check(folder: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdi
         raise FolderError(f"{Path(folder) / WEIGHTS} has changed since `palme-xt parity record`: record it again")
     try:
         found = numbers(model, img, text)
-    except Exception as error:  # whatever upstream raises is a result
+    except Exception as error:  # any error of upstream is a result
         difference: str | None = f"the model crashes: {comparison.describe_crash(error)}"
     else:
         largest = {name: tensor.abs().max().item() or 1.0 for name, tensor in reference.items()}
@@ -86,7 +86,7 @@ def check(folder: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdi
 
 
 def numbers(model: PalmE, img: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """Return fingerprints of all layers in the order in which they finish, then logits, loss and cached logits."""
+    """Return fingerprints of all layers, in the order in which they finish, then logits, loss and cached logits."""
     with evaluating(model):
         layers = {name: fingerprint(layer) for name, layer in comparison.layer_outputs(model, img, text).items()}
         loss, logits = comparison.forward(model, img, text)
@@ -95,7 +95,7 @@ def numbers(model: PalmE, img: Tensor, text: Tensor) -> dict[str, Tensor]:
 
 
 def fingerprint(output: Tensor) -> Tensor:
-    """Return eight differently weighted sums of a tensor: almost any change to it changes some of them."""
+    """Return eight differently weighted sums of a tensor. Almost any change to it changes some of them."""
     values = output.double().flatten()
     place = torch.arange(len(values), dtype=torch.float64)
     waves = torch.stack([torch.cos(place * step + step) for step in (0.0, 0.1, 0.37, 0.73, 1.13, 1.71, 2.23, 2.9)])
@@ -109,7 +109,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def _read_reference(path: Path) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, str]]:
-    """Return what `record` has written: img, text, other tensors in their order, versions and digest of the weights."""
+    """Return what `record` wrote: img, text, the other tensors in order, the versions, and the weights' digest."""
     if not path.is_file():
         raise FolderError(f"{path.parent} has no {PARITY}: write one with `palme-xt parity record {path.parent}`")
     try:

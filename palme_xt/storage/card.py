@@ -1,4 +1,4 @@
-"""A model card: the README.md of a model folder, which the hub displays and indexes."""
+"""Write a model card: the README.md of a model folder, which the hub displays and indexes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ model = PalmE.from_pretrained("{name}")  # this repository, or a folder with its
 
 _IMAGES = """A vision-language model: a ViT encoder turns an image of {size} x {size} pixels into patch embeddings, and
 a causal text decoder cross-attends to them."""
-_TEXT = "A text-only decoder: it is built with `cross_attend=False` and takes no images."
+_TEXT = "A text-only decoder, built with `cross_attend=False`, that takes no images."
 _CAPTION = """To caption image files, download this repository to FOLDER and run:
 
 ```bash
@@ -101,7 +101,7 @@ def _task(config: PalmEConfig) -> str:
 def _results(config: PalmEConfig, data: object, metrics: Mapping[str, Any]) -> list[EvalResult]:
     """Return the metrics for the metadata, which requires a data set for each of them."""
     name = _one_line(data)
-    # The hub makes a link of the type, and rejects one that cannot be the name of a data set there.
+    # The hub turns the type into a link, and rejects a type that cannot be the name of a data set there.
     on_the_hub = re.fullmatch(r"hf:((?:[\w-][\w.-]*/)?[\w-][\w.-]*)(?::.*)?", name, re.ASCII)
     return [
         EvalResult(_task(config), on_the_hub[1] if on_the_hub else "custom", name, metric, value)
@@ -116,7 +116,7 @@ def _table(title: str, values: Mapping[str, Any]) -> str:
 
 
 def _escaped(value: object) -> str:
-    """Return text that a table shows as it is: on one line, with Markdown's special characters escaped."""
+    """Return a value as text for a table: on one line, with Markdown's special characters escaped."""
     return re.sub(r"([\\`*|<\[])", r"\\\1", _one_line(value))
 
 

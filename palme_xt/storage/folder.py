@@ -1,7 +1,7 @@
-"""A model folder: what the hub stores, and what each training run leaves behind.
+"""A model folder, as the hub stores it and as each training run writes it.
 
-config.json        the model's arguments, all of them, and optionally under "training" how it was trained
-model.safetensors  the weights; pickles are refused, because reading a pickle can run code
+config.json        all of the model's arguments, and optionally how it was trained, under "training"
+model.safetensors  the weights; pickles are rejected, because reading a pickle can run code
 COMPANIONS         files that captioning or the hub reads; each of them is optional
 """
 
@@ -38,7 +38,7 @@ Model = TypeVar("Model", bound=PalmE)
 
 
 class FolderError(ValueError):
-    """A folder, or a repository of the hub, cannot be read or written as a model."""
+    """Raised if a folder, or a repository on the hub, cannot be read or written as a model."""
 
 
 def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> PalmE:
@@ -51,7 +51,7 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
 
 
 def load_as(kind: type[Model], folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
-    """Return the model in `folder` as `load` does, as an instance of a subclass of `PalmE`."""
+    """Return the model in `folder`, as `load` does, as an instance of a subclass of `PalmE`."""
     config = read_config(folder)
     with _reading_arguments(folder):
         model = cast(Model, kind.from_config(config))
@@ -60,10 +60,10 @@ def load_as(kind: type[Model], folder: str | os.PathLike[str], device: str | tor
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Fill a model with the weights in `folder`, cast to the dtypes and moved to the devices of its own tensors.
+    """Load the weights in `folder` into a model, cast to the dtypes and moved to the devices of its own tensors.
 
     Raises:
-        FolderError: If the weights are missing, damaged, or those of another model. The model is left as it was.
+        FolderError: If the weights are missing, damaged, or those of another model. The model is unchanged.
     """
     path = _find(folder, WEIGHTS)
     try:
@@ -71,19 +71,19 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     except (SafetensorError, OSError) as error:
         raise FolderError(
             f"{path} holds no safetensors weights that can be read ({one_line(error)}): download or save it again; "
-            "other formats are refused, because reading a pickle can run code"
+            "other formats are not read, because reading a pickle can run code"
         ) from error
     expected = model.state_dict()
     wrong = []
     if missing := [name for name in expected if name not in found]:
         wrong.append(f"{len(missing)} of {len(expected)} tensors are missing, {missing[0]} first")
     if foreign := [name for name in found if name not in expected]:
-        wrong.append(f"{len(foreign)} are not of this model, {foreign[0]} first")
+        wrong.append(f"{len(foreign)} do not belong to this model, {foreign[0]} first")
     if others := [name for name in expected if name in found and found[name].shape != expected[name].shape]:
         shapes = f"{tuple(found[others[0]].shape)}, must have {tuple(expected[others[0]].shape)}"
         wrong.append(f"{len(others)} have another shape, {others[0]} first: it has {shapes}")
     if wrong:
-        why = f"{'; '.join(wrong)}: {CONFIG} and {WEIGHTS} must be of the same model"
+        why = f"{'; '.join(wrong)}: {CONFIG} and {WEIGHTS} must belong to the same model"
         raise FolderError(f"{path} does not hold this model's weights: {why}")
     model.load_state_dict(found)
 
@@ -92,7 +92,7 @@ def read_config(folder: str | os.PathLike[str]) -> PalmEConfig:
     """Return the arguments in `config.json`, none of which may be missing.
 
     Raises:
-        FolderError: As `read_json`, and if an argument is missing, unknown or wrong.
+        FolderError: As in `read_json`, and if an argument is missing, unknown or invalid.
     """
     values = read_json(folder)
     values.pop(TRAINING, None)
@@ -100,12 +100,12 @@ def read_config(folder: str | os.PathLike[str]) -> PalmEConfig:
     missing = [name for name in names if name not in values]
     with _reading_arguments(folder):
         if missing and set(values) <= set(names):
-            raise ValueError(f"{', '.join(missing)} missing; a default could build another model than the saved one")
+            raise ValueError(f"{', '.join(missing)} missing; defaults could build a different model than the saved one")
         return PalmEConfig.from_dict(values)
 
 
 def read_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the content of `config.json`, "training" included.
+    """Return the content of `config.json`, including "training".
 
     Raises:
         FolderError: If the folder or the file is missing, or the file does not hold a JSON object.
@@ -139,12 +139,12 @@ def save(
     training: Mapping[str, Any] | None = None,
     companions: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Write a model folder, which is made if it is missing. Other files in the folder stay.
+    """Write a model folder, which is created if it does not exist. Other files in the folder are kept.
 
     Args:
-        model: Its arguments and its weights are written. Tensors that share memory are written one by one.
-        folder: Where to write. After an error it is as it was; see `palme_xt.storage.atomic.replace_files`.
-        training: How the model was trained, in JSON types.
+        model: The model whose arguments and weights are written. Tensors that share memory are written separately.
+        folder: Where to write. After an error it is unchanged; see `palme_xt.storage.atomic.replace_files`.
+        training: How the model was trained, as JSON types.
         companions: The content of `COMPANIONS`, by name.
 
     Raises:
@@ -153,10 +153,10 @@ def save(
     """
     for name in companions:
         if name not in COMPANIONS:
-            raise FolderError(f"companions[{name!r}] would not be read again: use {', '.join(COMPANIONS)}")
+            raise FolderError(f"companions[{name!r}] must be one of {', '.join(COMPANIONS)}: no other file is read")
     values = model.config.to_dict() | ({} if training is None else {TRAINING: dict(training)})
     contents = {**companions, CONFIG: json.dumps(values, indent=2).encode() + b"\n"}
-    # Copied, because safetensors rejects tensors that share memory, and on the CPU, where it needs a copy anyway.
+    # Copy to the CPU, because safetensors rejects tensors that share memory, and needs them on the CPU anyway.
     weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
     writers: dict[str, Callable[[Path], object]]
     writers = {name: methodcaller("write_bytes", content) for name, content in contents.items()}
@@ -165,7 +165,7 @@ def save(
 
 
 def write_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files as `replace_files` does, into a folder that is made if it is missing.
+    """Write files as `replace_files` does, into a folder that is created if it does not exist.
 
     Raises:
         FolderError: If the folder cannot be written.
@@ -181,7 +181,7 @@ def check_files(where: object, names: Collection[str], required: Collection[str]
     """Reject a folder or a repository by the names of its files, without opening any.
 
     Raises:
-        FolderError: If a file of `required` is missing. Weights in a pickle do not replace `model.safetensors`.
+        FolderError: If a `required` file is missing. Weights in a pickle do not replace `model.safetensors`.
     """
     for name in required:
         if name in names:
@@ -190,7 +190,7 @@ def check_files(where: object, names: Collection[str], required: Collection[str]
         if name == WEIGHTS and pickles:
             raise FolderError(
                 f"{where} has its weights in {pickles[0]}, a pickle, and reading one can run code: only {WEIGHTS} is "
-                "read; convert the pickle where you trust it"
+                "read; convert the pickle if you trust it"
             )
         raise FolderError(f"{where} is not a run folder: it has no {name}; `palme-xt train` makes one")
 
@@ -215,7 +215,7 @@ def _find(folder: str | os.PathLike[str], name: str) -> Path:
 
 @contextlib.contextmanager
 def _reading_arguments(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Report any error as one of `config.json`."""
+    """Report any error as an error in `config.json`."""
     try:
         yield
     except (OSError, ValueError, TypeError, RecursionError) as error:

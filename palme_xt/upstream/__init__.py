@@ -1,4 +1,4 @@
-"""Subclasses of x-transformers' modules, each for a defect of its releases. Importing it warns of unsupported ones."""
+"""Subclasses that fix defects of x-transformers' modules. Importing this package warns about unsupported releases."""
 
 from palme_xt.upstream.versions import warn_if_unsupported
 

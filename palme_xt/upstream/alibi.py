@@ -23,9 +23,9 @@ class AlibiPositionalBias(upstream.AlibiPositionalBias):
 
     def forward(self, i: int, j: int) -> Tensor:
         """Return the bias `(total_heads, i, j)` of the last i of j positions as queries and all j as keys."""
-        # x-transformers 1.30 to 2.31.10 keeps the longest bias in a buffer that grows in forward: one more compilation
-        # for each length, and different buffers on the ranks of a data-parallel run. The operations here are the same,
-        # except that heads without a bias have slope 0 instead of being added by a copy.
+        # x-transformers 1.30 to 2.31.10 keeps the longest bias in a buffer that grows in forward, which causes one more
+        # compilation for each length, and different buffers on the ranks of a data-parallel run. The operations here
+        # are the same, except that heads without a bias have slope 0 instead of being added by a copy.
         query = torch.arange(j - i, j, device=self.slopes.device)
         key = torch.arange(j, device=self.slopes.device)
         slopes = F.pad(self.slopes, (0, 0, 0, 0, 0, self.total_heads - self.heads))
@@ -33,14 +33,14 @@ class AlibiPositionalBias(upstream.AlibiPositionalBias):
         return bias.to(self._dtype)
 
     def causal(self, i: int, j: int) -> Tensor:
-        """Return the same, with later keys masked by the value that upstream's flash attention uses."""
+        """Return the bias of `forward`, with later keys masked by the value that upstream's flash attention uses."""
         bias: Tensor = self(i, j)
         later = torch.arange(j, device=bias.device) > torch.arange(j - i, j, device=bias.device)[:, None]
         return bias.masked_fill_(later, -torch.finfo(bias.dtype).max // 2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # x-transformers 1.30 to 2.31.10: no state dict has the slopes, so that they hold garbage after `to_empty`, and
-        # bfloat16 rounds them. They depend on the head count alone: compute them again, in float32 at least.
+        # x-transformers 1.30 to 2.31.10: no state dict has the slopes, so they hold garbage after `to_empty`, and
+        # bfloat16 rounds them. They depend only on the number of heads: compute them again, in float32 at least.
         super()._apply(fn, recurse)
         self._dtype = self.slopes.dtype
         precise = torch.promote_types(self._dtype, torch.float32)

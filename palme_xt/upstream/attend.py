@@ -1,4 +1,4 @@
-"""Upstream's attention core, which accepts a bias that is causal already, and pickles."""
+"""Upstream's attention core, changed so that it accepts a bias that is already causal, and can be pickled."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DEFAULT_BACKENDS = {SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, 
 
 
 class Attend(upstream.Attend):
-    """`x_transformers.attend.Attend`, whose flash attention heeds `causal=False`, and pickles.
+    """`x_transformers.attend.Attend`, whose flash attention respects `causal=False`, and which can be pickled.
 
     Args:
-        attend: The module that it replaces. It takes over all of its state.
+        attend: The module to replace, whose whole state is taken over.
     """
 
     sdp_context_manager: Any
@@ -28,7 +28,7 @@ class Attend(upstream.Attend):
         nn.Module.__init__(self)
         self.__dict__.update(attend.__dict__)
         # x-transformers 1.42 to 2.31.10 enters `sdpa_kernel` in every flash attention, to allow the three backends that
-        # torch allows anyway, through a partial that does not pickle. Backends that the user chose are kept.
+        # torch allows anyway, through a partial that cannot be pickled. Backends that the user chose are kept.
         if self.flash and set(self.sdp_context_manager.args[0]) == DEFAULT_BACKENDS:
             self.sdp_context_manager = contextlib.nullcontext
 
@@ -48,12 +48,12 @@ class Attend(upstream.Attend):
         if not self.flash or causal is not False or special:
             return super().forward(q, k, v, mask=mask, attn_bias=attn_bias, causal=causal, **kwargs)
         # x-transformers 2.26 to 2.31.10: Attend.forward does not pass `causal` on to flash attention, which then copies
-        # a bias for each row of the batch to mask it.
+        # a bias for each sample of the batch to mask it.
         k, v = (repeat(t, "b h n d -> b (r h) n d", r=q.shape[1] // t.shape[1]) for t in (k, v))
         if mask is not None:
             return self.flash_attn(q, k, v, mask=mask, attn_bias=attn_bias, causal=False)
         # x-transformers 2.26 to 2.31.10: `flash_attn` compares the numbers of queries and keys even where nothing is
-        # causal, so that a graph exported with more text tokens than image patches refuses a shorter text.
+        # causal, so that a graph exported with more text tokens than image patches rejects a shorter text.
         if self.scale is not None:
             q = q * (self.scale / q.shape[-1] ** -0.5)
         bias = None if attn_bias is None else attn_bias.expand(*q.shape[:2], -1, -1)
@@ -65,7 +65,7 @@ class Attend(upstream.Attend):
 
 
 def replace_attends(layers: nn.Module) -> None:
-    """Replace the attention core of each attention in `layers` by `Attend`."""
+    """Replace the attention core of each attention in `layers` with `Attend`."""
     for attention in layers.modules():
         if isinstance(attention, Attention):
             attention.attend = Attend(attention.attend)

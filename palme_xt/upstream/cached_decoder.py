@@ -1,4 +1,4 @@
-"""The workaround that `source.py` prints into programs as well, which is why its lines have at most 88 columns."""
+"""The workaround that `source.py` also prints into programs, which is why its lines have at most 88 columns."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ class Decoder(x_transformers.Decoder):
 
     x-transformers 1.42.7 to 2.31.10: computing rotary positions in forward rebinds
     `pos`, which sends ALiBi down its path for custom positions: an (n, n) bias for the
-    one query of a cached step. Handing in the same rotary embedding leaves `pos` alone.
+    one query of a cached step. Passing in the same rotary embedding leaves `pos` alone.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

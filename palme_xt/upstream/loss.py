@@ -10,14 +10,14 @@ import x_transformers
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-LOGITS_IN_CACHE = 2**23  # numbers, 32 MB in float32: fewer are as fast in one piece
+LOGITS_IN_CACHE = 2**23  # numbers, 32 MB in float32: chunks are no faster for fewer
 CHUNK = 512  # tokens
 
 
 class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
     """`x_transformers.AutoregressiveWrapper`, whose loss takes less time and memory.
 
-    Upstream's own code computes everything that it adds to the cross entropy, and any call with `return_outputs=True`.
+    Upstream's own code handles any call with `return_outputs=True`, and any loss that adds terms to the cross entropy.
     """
 
     def forward(
@@ -35,7 +35,7 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
         if lens is not None:
             x = x.masked_fill(torch.arange(x.shape[1], device=x.device) >= lens[:, None], self.ignore_index)
         # x-transformers 2.29 to 2.31.10 computes the log softmax in several passes over copies of the logits. Earlier
-        # releases copied them to leave out the last token. Here, that token has a target that does not count.
+        # releases copied them to leave out the last token. Here, the target of that token is ignored instead.
         targets = F.pad(x[:, 1:], (0, 1), value=self.ignore_index).flatten()
         x = torch.where(x == self.ignore_index, self.pad_value, x)
         if not self._in_chunks(x):
@@ -51,12 +51,12 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
         )
 
     def _in_chunks(self, x: Tensor) -> bool:
-        """Whether torch (2.13 and later) can compute the loss chunk by chunk here, and it pays."""
+        """Return whether torch (2.13 and later) can compute the loss in chunks here, and whether that is worth it."""
         to_logits = self.net.to_logits
         return (
             hasattr(F, "linear_cross_entropy")
             and not torch.compiler.is_exporting()
-            # In a graph for any length, an unknown answer counts as no: asking would cost one graph per answer.
+            # In a graph for any length, an unknown size counts as small: a guard on it would cost one more graph.
             and statically_known_true(x.numel() * self.net.num_tokens > LOGITS_IN_CACHE)
             and type(to_logits) is nn.Linear
             and type(to_logits.weight) is nn.Parameter

@@ -1,4 +1,4 @@
-"""Upstream's modules with the workarounds. Each workaround goes when `tests/upstream/test_modules.py` says it can."""
+"""Upstream's modules with the workarounds. `tests/upstream/test_modules.py` says when each of them can be removed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASKS = ("mask", "attn_mask", "self_attn_kv_mask", "mem_masks", "seq_start_pos",
 
 
 class Encoder(x_transformers.Encoder):
-    """`x_transformers.Encoder`, whose modules pickle."""
+    """`x_transformers.Encoder`, whose modules can be pickled."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -26,9 +26,9 @@ class Encoder(x_transformers.Encoder):
 
 
 class Decoder(CachedDecoder):
-    """`x_transformers.Decoder`, which decodes with a cache in every configuration, pickles, and keeps no ALiBi state.
+    """`x_transformers.Decoder`, which decodes with a cache in every configuration, pickles, and has no ALiBi state.
 
-    Arguments, parameters, buffers and outputs are upstream's.
+    Arguments, parameters, buffers and outputs are those of upstream.
 
     Attributes:
         alibi: The ALiBi bias, computed once for all layers. `rel_pos`, which upstream computes in each layer, is None.
@@ -57,7 +57,7 @@ class Decoder(CachedDecoder):
         """Return what upstream returns, for `x (b, n, d)` and the same keywords.
 
         Raises:
-            ValueError: If `attn_bias` is given beside ALiBi, which upstream refuses as well.
+            ValueError: If `attn_bias` is given with ALiBi, which upstream rejects as well.
         """
         if self.alibi is not None:
             if kwargs.get("attn_bias") is not None:
@@ -67,7 +67,7 @@ class Decoder(CachedDecoder):
 
     def _alibi_arguments(self, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         # x-transformers 1.30 to 2.31.10 computes the bias in each layer, and masks a copy of it for each sample.
-        # Padding must be masked for each sample anyway. Without padding, one causal bias serves all samples.
+        # Padding has to be masked for each sample. Without padding, one causal bias serves all samples.
         arguments: dict[str, Any] = {}
         if kwargs.get("pos") is not None:
             bias = self.alibi.forward_custom_pos(kwargs["pos"])
@@ -86,12 +86,12 @@ class Decoder(CachedDecoder):
 
 
 class TransformerWrapper(x_transformers.TransformerWrapper):
-    """`x_transformers.TransformerWrapper`, whose copies with tied embeddings use their own embedding, and pickle."""
+    """`x_transformers.TransformerWrapper`, whose copies with tied embeddings use their own, and can be pickled."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # x-transformers 1.30 to 2.31.10: `to_logits` is then a lambda that refers to this very instance, even in a
-        # deepcopy of it. A bound method is copied and pickled together with its instance.
+        # x-transformers 1.30 to 2.31.10: with tied embeddings, `to_logits` is a lambda that refers to this instance,
+        # even in a deepcopy of it. A bound method is copied and pickled together with its instance.
         if kwargs.get("tie_embedding") and not kwargs.get("return_only_embed"):
             self.to_logits = self._tied_logits
 

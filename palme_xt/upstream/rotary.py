@@ -13,7 +13,7 @@ class RotaryEmbedding(upstream.RotaryEmbedding):
     """`x_transformers.x_transformers.RotaryEmbedding`, whose buffers stay float32 at least.
 
     Args:
-        rotary: The module that it replaces. It takes over all of its state.
+        rotary: The module to replace, whose whole state is taken over.
     """
 
     def __init__(self, rotary: upstream.RotaryEmbedding) -> None:
@@ -21,7 +21,7 @@ class RotaryEmbedding(upstream.RotaryEmbedding):
         self.__dict__.update(rotary.__dict__)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # x-transformers 1.30 to 2.31.10: `.to(bfloat16)` leaves 129 distinct angles for the positions 500 to 999.
+        # x-transformers 1.30 to 2.31.10: `.to(bfloat16)` leaves only 129 distinct angles for positions 500 to 999.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, precise in before.items():

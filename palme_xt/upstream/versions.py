@@ -15,7 +15,7 @@ def warn_if_unsupported() -> None:
     release = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
     if not MINIMUM <= release < BELOW:
         warnings.warn(
-            f"x-transformers {installed} is installed, and palme_xt supports 2.26 to 2.x: other releases may compute "
-            "other numbers from the same weights, without an error; pip install 'x-transformers>=2.26,<3'",
+            f"x-transformers {installed} is installed, but palme_xt supports 2.26 to 2.x: other releases may compute "
+            "different numbers from the same weights without an error; pip install 'x-transformers>=2.26,<3'",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Captioned pictures in a temporary folder, as a user has them: some of them broken."""
+"""Captioned images in a folder, as a user has them, some of them broken."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = [
 
 
 def picture(number: int) -> tuple[Image.Image, str]:
-    """A coloured shape on noise, and its caption; captions are of quite different lengths."""
+    """Return a coloured shape on noise, and its caption. Captions have very different lengths."""
     noise = np.random.default_rng(number)
     pixels = noise.integers(0, 60, (20, 24, 3), dtype=np.uint8)
     colour, shape = list(COLOURS)[number % 3], SHAPES[number // 3 % 3]
@@ -29,14 +29,14 @@ def picture(number: int) -> tuple[Image.Image, str]:
 
 
 def content(number: int) -> bytes:
-    """The picture as a PNG file."""
+    """Return an image as a PNG file."""
     file = io.BytesIO()
     picture(number)[0].save(file, "PNG")
     return file.getvalue()
 
 
 def write_folder(folder: Path, count: int) -> Path:
-    """A new folder in the imagefolder convention."""
+    """Write a new folder in the imagefolder format."""
     folder.mkdir()
     rows = []
     for number in range(count):
@@ -47,7 +47,7 @@ def write_folder(folder: Path, count: int) -> Path:
 
 
 def spoil(folder: Path) -> dict[str, int]:
-    """Break five rows of a folder; how many of which kind."""
+    """Break five rows of a folder, and return how many of each kind."""
     lines = (folder / "metadata.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     (folder / rows[0]["file_name"]).unlink()

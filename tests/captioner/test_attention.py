@@ -1,4 +1,4 @@
-"""Attention maps against upstream's own attention, with and without flash attention; which tokens wrote which word."""
+"""Compare attention maps with upstream's own attention, and check which tokens wrote which word."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.models import batch, logits, small
 
 
 def twin(model: PalmE, **arguments: Any) -> PalmE:
-    """The same weights without flash attention."""
+    """Return a model with the same weights, without flash attention."""
     other = small(attn_flash=False, **arguments)
     other.load_state_dict(model.state_dict())
     return other.eval()
 
 
 def upstreams(model: PalmE, img: Tensor, text: Tensor, layer: int) -> Tensor:
-    """What upstream itself returns without flash attention: `(b, n - 1, keys)`."""
+    """Return upstream's own attention without flash attention, `(b, n - 1, keys)`."""
     with torch.no_grad():
         _, intermediates = model.decoder.net(text[:, :-1], context=model.encode(img), return_intermediates=True)
     crosses = [each for each in intermediates.attn_intermediates if each.layer_type == "c"]
@@ -71,7 +71,7 @@ def test_maps_are_upstreams_attention(arguments: dict[str, Any]) -> None:
         torch.testing.assert_close(cross_attention_maps(other, img, text, layer), maps, atol=1e-4, rtol=0)
         assert (maps.flatten(2) - upstreams(other, img, text, (layer + 1) % 2)[..., -4:]).abs().max() > 0.05
         assert (maps.flatten(2) - upstreams(other, img.flip(0), text, layer)[..., -4:]).abs().max() > 0.01
-        assert (maps - maps.mT).abs().max() > 0.05  # rows are not columns
+        assert (maps - maps.mT).abs().max() > 0.05  # rows and columns are not swapped
 
 
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
@@ -243,9 +243,9 @@ def test_what_cannot_be_mapped(model: PalmE, arguments: Any, error: type[Excepti
         (["  a\tb  c "], [("a", [0]), ("b", [0]), ("c", [0])]),
         (["x", "", "é"], [("xé", [0, 1, 2])]),
         (["", "", "", "\U0001f600", "!"], [("\U0001f600!", [0, 1, 2, 3, 4])]),
-        (["a", "", "\u00a0", "b"], [("a", [0]), ("b", [3])]),  # a space of two bytes
+        (["a", "", "\u00a0", "b"], [("a", [0]), ("b", [3])]),  # a space that takes two bytes
         (["a", "", "", "\u3000b"], [("a", [0]), ("b", [1, 2, 3])]),
-        (["a", "b", ""], [("ab", [0, 1])]),  # cut within a character
+        (["a", "b", ""], [("ab", [0, 1])]),  # cut in the middle of a character
     ],
 )
 def test_words(pieces: list[str], expected: list[tuple[str, list[int]]]) -> None:
@@ -271,5 +271,5 @@ def test_from_bytes_to_the_maps_of_words() -> None:
     pieces = ["z", "w", "", "ö", "l", "f", " ", "o", "b", "e", "n"]
     found = words(pieces)
     assert found == [("zwölf", [0, 1, 2, 3, 4, 5]), ("oben", [7, 8, 9, 10])]
-    assert len(maps) == len(pieces) + 1  # and EOS
+    assert len(maps) == len(pieces) + 1  # one more, for EOS
     torch.testing.assert_close(word_maps(maps, found), torch.stack([maps[:6].mean(dim=0), maps[7:11].mean(dim=0)]))

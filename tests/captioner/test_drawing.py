@@ -1,4 +1,4 @@
-"""Drawings: they are there, they show what they must where they must, and they take any text."""
+"""Drawings are written, show the right content in the right place, and accept any text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ANY_TEXT = ["", "$x^2", "$$", "\\frac", "表情 \U0001f600", "\x00\n\t", "W" * 2
 
 
 def read(path: Path) -> np.ndarray[Any, Any]:
-    """A PNG as `(h, w, 3)`, 0..255; nothing else is beside it."""
+    """Return a PNG file as `(h, w, 3)`, 0..255, and assert that it is alone in its folder."""
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -45,13 +45,13 @@ def read(path: Path) -> np.ndarray[Any, Any]:
 
 
 def count(drawing: np.ndarray[Any, Any], color: str) -> int:
-    """How many pixels have this colour."""
+    """Return the number of pixels of this colour."""
     rgb = [int(color[place : place + 2], 16) for place in (1, 3, 5)]
     return int((np.abs(drawing - rgb).max(axis=-1) <= 3).sum())
 
 
 def panel(drawing: np.ndarray[Any, Any], column: int, *, above: float = 0, gap: float = GAP) -> np.ndarray[Any, Any]:
-    """The pixels of a panel of the first row, without its frame."""
+    """Return the pixels of a panel in the first row, without its frame."""
     left, top, side = (round(DPI * inches) for inches in (MARGIN + column * (SIDE + gap), TITLE + above, SIDE))
     return drawing[top + 2 : top + side - 2, left + 2 : left + side - 2]
 
@@ -186,7 +186,7 @@ def test_heat_is_where_the_map_is_hot(tmp_path: Path) -> None:
         others = np.delete(brightness, brightness.argmax())
         assert brightness.max() > 1.5 * np.median(others)
         red, _, blue = cells[cell]
-        assert red > 2 * blue  # heat has a colour, the image under it is grey
+        assert red > 2 * blue  # the heat is coloured, and the image under it is grey
 
 
 def test_the_image_shows_through(tmp_path: Path) -> None:

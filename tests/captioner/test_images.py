@@ -1,4 +1,4 @@
-"""Images to pixels: as other programs compute them, and a one-line error for each that cannot be read."""
+"""Images are preprocessed as other programs do it, and each that cannot be read gives a one-line error."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def noise(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Imag
 
 
 def smooth(size: tuple[int, int], channels: int) -> Image.Image:
-    """Waves, another one in each channel."""
+    """Return an image of waves, different in each channel."""
     width, height = size
     y, x = np.mgrid[:height, :width] / max(size)
     waves = [127 + 100 * np.sin(5 * x * (channel + 1) + 4 * y + channel) for channel in range(channels)]
@@ -58,14 +58,14 @@ def smooth(size: tuple[int, int], channels: int) -> Image.Image:
 
 
 def png(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The content of an image file."""
+    """Return the content of an image file."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def as_tensor(image: Image.Image) -> Tensor:
-    """The pixels of an image, `(c, h, w)`, as they are."""
+    """Return the pixels of an image, `(c, h, w)`, unchanged."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
@@ -78,7 +78,7 @@ def inputs(preprocessing: Preprocessing, image: Image.Image) -> Tensor:
 @pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_inputs_are_bit_by_bit_those_of_transformers(make: Make, mode: str) -> None:
     transformers = pytest.importorskip("transformers")
-    # The one that resizes with Pillow; transformers 4 has no other of this kind.
+    # This processor resizes with Pillow. It is the only one of its kind in transformers 4.
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     for image_size in 16, 24:
         preprocessing = make(replace(RGB, image_size=image_size))
@@ -137,7 +137,7 @@ def test_pixels_are_the_middle_or_everything() -> None:
     assert Preprocessing.plain(RGB).pixels(upright)[:, 0, 8].tolist() == [0, 0, 255]
 
 
-STORED = {  # how an image is stored that is to be shown upright
+STORED = {  # how an upright image is stored, by orientation
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -163,7 +163,7 @@ def test_images_are_turned_as_their_camera_was(orientation: int) -> None:
 
 
 def see_through() -> tuple[Image.Image, Tensor, Tensor]:
-    """An image of 16 by 16; its colours, and its opacity: nothing above, half of it in the middle, all below."""
+    """Return a 16x16 image, its colours and its opacity: none at the top, half in the middle, full below."""
     image = noise((16, 16))
     alpha = np.repeat(np.array([[0], [128], [255], [255]], dtype=np.uint8), 4, axis=0).repeat(16, axis=1)
     image.putalpha(Image.fromarray(alpha))
@@ -184,9 +184,9 @@ def test_what_is_transparent_is_white() -> None:
     assert (pixels[:, :4] == 255).all()
     assert torch.equal(pixels[:, 8:], colours[:, 8:].double())
     opaque = Preprocessing.like_clip(RGB).read_pixels(png(image.convert("RGB")))
-    assert torch.equal(opaque, colours)  # hidden, but there
+    assert torch.equal(opaque, colours)  # hidden, but present
 
-    # ITU-R 601: what is grey in Pillow
+    # ITU-R 601, Pillow's definition of grey
     weights = torch.tensor([299, 587, 114], dtype=torch.float64)[:, None, None] / 1000
     grey = Preprocessing.like_clip(GREY).read_pixels(png(image)).double()
     assert grey.shape == (1, 16, 16)
@@ -244,7 +244,7 @@ def test_images_are_normalised_with_mean_and_deviation(make: Make, config: PalmE
     expected = pixels.double() / 255
     img = preprocessing.normalise(pixels)
     assert torch.equal(img, torch.stack([inputs(preprocessing, image) for image in images]))
-    assert torch.equal(img, preprocessing.normalise(pixels.float() / 255))  # images that are drawn on the fly
+    assert torch.equal(img, preprocessing.normalise(pixels.float() / 255))  # float images, such as composed scenes
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     for found, wanted in (img, expected), (img[1], expected[1]):
         torch.testing.assert_close((found * std + mean).double(), wanted, atol=1e-6, rtol=0)
@@ -399,7 +399,7 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert main(["caption", str(run), str(path)]) == 0
     assert capsys.readouterr().out.startswith(f"{path}: ")
 
-    # More than twice Pillow's limit: refused.
+    # More than twice Pillow's limit is an error.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 30 // 2 - 1)
     message = r"cannot be read: DecompressionBombError: Image size \(720 pixels\) exceeds limit of 718 pixels, .*"
     with pytest.raises(ImageError, match=f"^row 7 {message}$"):
@@ -409,7 +409,7 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert captured.out == ""
     assert re.fullmatch(rf"palme-xt: error: {re.escape(str(path))} {message}\n", captured.err)
 
-    # More than the limit: Pillow warns, and reads; refused where warnings are errors.
+    # Above the limit, Pillow warns and reads the image, which is an error if warnings are errors.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 30 - 1)
     with pytest.warns(Image.DecompressionBombWarning, match=r"Image size \(720 pixels\) exceeds limit of 719 pixels"):
         assert torch.equal(preprocessing.read(path), inputs(preprocessing, noise((24, 30))))

@@ -1,4 +1,4 @@
-"""Vocabularies of the `tokenizers` library, and bytes: what goes in comes out, at once and piece by piece."""
+"""Vocabularies of the `tokenizers` library, and bytes, restore each text, at once and piece by piece."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LIKELY_BROKEN = st.lists(st.integers(0, 255), max_size=12).map(bytes)
 
 
 def byte_level(specials: tuple[str, ...] = ("<|endoftext|>",)) -> Vocabulary:
-    """As GPT-2's."""
+    """Return a byte-level tokenizer such as GPT-2's."""
     vocabulary = Vocabulary(models.BPE())
     vocabulary.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     vocabulary.decoder = decoders.ByteLevel()
@@ -65,7 +65,7 @@ def byte_level(specials: tuple[str, ...] = ("<|endoftext|>",)) -> Vocabulary:
 
 
 def word_piece() -> Vocabulary:
-    """As BERT's."""
+    """Return a WordPiece tokenizer such as BERT's."""
     vocabulary = Vocabulary(models.WordPiece(unk_token="[UNK]"))
     vocabulary.normalizer = normalizers.BertNormalizer()
     vocabulary.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -77,7 +77,7 @@ def word_piece() -> Vocabulary:
 
 
 def unigram() -> Vocabulary:
-    """As those of SentencePiece."""
+    """Return a tokenizer such as those of SentencePiece."""
     vocabulary = Vocabulary(models.Unigram())
     vocabulary.pre_tokenizer = pre_tokenizers.Metaspace()
     vocabulary.decoder = decoders.Metaspace()
@@ -88,7 +88,7 @@ def unigram() -> Vocabulary:
 
 
 def byte_fallback() -> Vocabulary:
-    """As Llama 2's: characters, and bytes for all others."""
+    """Return a tokenizer such as Llama 2's: characters, and bytes for all others."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁theca"]
     vocab = {name: number for number, name in enumerate(names)}
     vocabulary = Vocabulary(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
@@ -110,7 +110,7 @@ KINDS: dict[str, tuple[Callable[[], Vocabulary], str, str]] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A `tokenizer.json` of each kind, which has its own mind about ends, length and padding."""
+    """Return a `tokenizer.json` of each kind, which has its own settings for ends, length and padding."""
     folder = tmp_path_factory.mktemp("vocabularies")
     found = {}
     for name, (make, bos, eos) in KINDS.items():
@@ -129,7 +129,7 @@ BYTE_LEVEL = VocabularyTokenizer(byte_level())
 
 
 def joined(tokenizer: AnyTokenizer, ids: list[int]) -> str:
-    """What is streamed of one text, to the end of it."""
+    """Return what is streamed for one text, including its end."""
     piece = tokenizer.pieces()
     return "".join(map(piece, ids)) + piece(tokenizer.eos)
 
@@ -146,7 +146,7 @@ def test_encoding_puts_ends_around_what_the_library_encodes(kind: str, text: str
     expected = library.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode(text) == [library.token_to_id(bos), *expected, library.token_to_id(eos)]
     assert tokenizer.encode(text) != with_its_own
-    assert (len(expected) > 5) == (text != "")  # longer than the truncation of the file
+    assert (len(expected) > 5) == (text != "")  # longer than the truncation that the file sets
     assert (tokenizer.bos, tokenizer.eos) == (library.token_to_id(bos), library.token_to_id(eos))
     assert tokenizer.num_tokens == len(library.get_vocab())
     assert load_tokenizer(str(files[kind].parent)).encode(text) == tokenizer.encode(text)
@@ -184,12 +184,12 @@ def test_every_text_comes_back(tokenizer: AnyTokenizer, text: str) -> None:
     assert ids[-1] == tokenizer.eos
     assert tokenizer.decode(ids[1:]) == text
     assert tokenizer.decode([*tokenizer.encode("x")[1:-1], *ids[1:]]) == "x" + text
-    # One that ends in U+FFFD cannot be told from one that ends in half a character before its end is there.
+    # Before EOS, a text that ends in U+FFFD cannot be told from one that ends in half a character.
     if not text.endswith("\ufffd"):
         assert joined(tokenizer, ids[1:-1]) == text
 
 
-# Not of unigram: the model of the library itself takes an end that is spelled out for a piece of text.
+# Except for unigram: the library's model itself reads an end that is spelled out as text.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "unigram"])
 def test_ends_that_are_spelled_out_in_a_text_are_text(kind: str, files: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(str(files[kind]))
@@ -210,7 +210,7 @@ def test_ids_may_have_gaps(tmp_path: Path) -> None:
 def test_pieces_are_characters_as_soon_as_they_are_whole() -> None:
     for tokenizer in ByteTokenizer(), BYTE_LEVEL:
         ids = tokenizer.encode("€🦊é")[1:-1]
-        assert len(ids) == 3 + 4 + 2  # no merges of these
+        assert len(ids) == 3 + 4 + 2  # none of these characters are merged
         piece = tokenizer.pieces()
         assert list(map(piece, ids)) == ["", "", "€", "", "", "", "🦊", "", "é"]
         assert piece(tokenizer.eos) == ""
@@ -225,7 +225,7 @@ def test_pieces_join_to_the_text(kind: str, text: str, files: dict[str, Path]) -
     piece = tokenizer.pieces()
     pieces = list(map(piece, ids))
     assert "".join(pieces) == tokenizer.decode(ids)
-    assert piece(tokenizer.eos) == ""  # ended already
+    assert piece(tokenizer.eos) == ""  # already ended
     assert joined(tokenizer, ids[:-1]) == tokenizer.decode(ids)
     assert joined(tokenizer, [*ids[:-1], *tokenizer.encode("cat")[1:]]) != tokenizer.decode(ids)
     if text:
@@ -239,7 +239,7 @@ def test_pieces_of_broken_bytes(data: bytes) -> None:
     expected = data.decode(errors="replace")
     assert joined(tokenizer, ids) == joined(tokenizer, [*ids, tokenizer.eos]) == tokenizer.decode(ids) == expected
     assert joined(tokenizer, [65, *ids]) == "A" + expected
-    assert joined(tokenizer, [tokenizer.bos, *ids, -1, 300]) == expected  # no bytes
+    assert joined(tokenizer, [tokenizer.bos, *ids, -1, 300]) == expected  # not bytes
 
 
 def test_what_is_left_over_comes_with_the_end() -> None:
@@ -337,7 +337,7 @@ def test_named_ends_are_kept(as_object: bool, files: dict[str, Path], tmp_path: 
     assert tokenizer.eos == half.eos != usual.eos
     assert half.bos == usual.bos
     written = tokenizer.files()
-    if as_object:  # as Hugging Face libraries write tokens, and what else they write
+    if as_object:  # as Hugging Face libraries write tokens, with other keys
         ends = json.loads(written[SPECIAL_TOKENS])
         objects = {name: {"content": end, "lstrip": False, "__type": "AddedToken"} for name, end in ends.items()}
         written[SPECIAL_TOKENS] = json.dumps(objects | {"model_max_length": 512}).encode()
@@ -360,7 +360,7 @@ def test_usual_ends_are_found(bos: str, eos: str) -> None:
     del names[eos]
     with pytest.raises(
         TokenizerError,
-        match=r"^bos_token=None must be a token of tokenizer\.json: name one that it has with --bos_token$",
+        match=r"^bos_token=None must be a token of tokenizer\.json: choose one with --bos_token$",
     ):
         VocabularyTokenizer(Vocabulary(models.WordLevel(names, unk_token="[UNK]")))
 
@@ -390,7 +390,7 @@ def test_files_that_are_none(files: dict[str, Path], tmp_path: Path) -> None:
 def test_ends_that_are_none(files: dict[str, Path], tmp_path: Path) -> None:
     byte_level(()).save(str(tmp_path / TOKENIZER))
     name = re.escape(str(tmp_path / TOKENIZER))
-    missing = f"^bos_token=None must be a token of {name}: name one that it has with --bos_token$"
+    missing = f"^bos_token=None must be a token of {name}: choose one with --bos_token$"
     with pytest.raises(TokenizerError, match=missing):
         load_tokenizer(str(tmp_path / TOKENIZER))
     with pytest.raises(TokenizerError, match=f"^eos_token=None must be a token of {name}: .* with --eos_token$"):
@@ -398,7 +398,7 @@ def test_ends_that_are_none(files: dict[str, Path], tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path / TOKENIZER), "a", "b").num_tokens > 256
 
     path = str(files["unigram"])
-    with pytest.raises(TokenizerError, match=r"^bos_token='\[CLS\]' must be a token of \S+: name one that it"):
+    with pytest.raises(TokenizerError, match=r"^bos_token='\[CLS\]' must be a token of \S+: choose one with"):
         load_tokenizer(path, bos_token="[CLS]")
     with pytest.raises(TokenizerError, match=r"^eos_token='<end>' must be a token of \S+: .* --eos_token$"):
         load_tokenizer(path, eos_token="<end>")
@@ -448,7 +448,7 @@ def test_names_of_ends_that_are_not_text(bos_token: object, shown: str, files: d
 )
 def test_streamed_captions_are_those_that_are_not_streamed(kind: str, files: dict[str, Path]) -> None:
     tokenizer = load_tokenizer(None if kind == "bytes" else str(files[kind]))
-    model = small(num_tokens=tokenizer.num_tokens + 5)  # says ids that the vocabulary does not know, too
+    model = small(num_tokens=tokenizer.num_tokens + 5)  # also generates ids that the vocabulary does not have
     img, _ = batch(model, b=3)
 
     def how(seed: int) -> dict[str, Any]:
@@ -557,6 +557,8 @@ def test_captions_are_as_long_as_their_tokens(files: dict[str, Path], tmp_path: 
     for row in read(in_bytes, min(length.values())):
         assert isinstance(row, Defect)
         assert row.reason == "caption longer than the model"
-        assert re.fullmatch(rf"the caption of \S+ has \d\d tokens, max_seq_len={min(length.values())}", row.detail)
+        assert re.fullmatch(
+            rf"the caption of \S+ has \d\d tokens, more than max_seq_len={min(length.values())}", row.detail
+        )
     for row in read(words, min(length.values()) - 1):
         assert isinstance(row, Defect)

@@ -1,4 +1,4 @@
-"""Beam search against a brute-force one, and against the enumeration of all texts."""
+"""Compare beam search with a brute-force one, and with the enumeration of all texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOWEST = float("-inf")
 
 
 def log_probs(model: PalmE, img: Tensor | None, texts: list[list[int]]) -> Tensor:
-    """`(n, v)` log probabilities of the token after each of n texts of one length, for one image."""
+    """Return the log probabilities `(n, v)` of the token after each of n texts of the same length, for one image."""
     context = None if img is None else model.encode(img).expand(len(texts), -1, -1)
     values: Tensor = model.decoder.net(torch.tensor(texts), context=context)
     return values[:, -1].log_softmax(dim=-1)
@@ -28,7 +28,7 @@ def log_probs(model: PalmE, img: Tensor | None, texts: list[list[int]]) -> Tenso
 def brute_force(
     model: PalmE, img: Tensor | None, prompt: list[int], seq_len: int, beams: int
 ) -> list[tuple[list[int], float]]:
-    """A beam search without EOS as in a textbook: extend all beams by all tokens, sort, keep the best."""
+    """Run a textbook beam search without EOS: extend all beams by all tokens, sort, and keep the best."""
     alive = [(list(prompt), 0.0)]
     for _ in range(seq_len):
         scores = log_probs(model, img, [text for text, _ in alive])
@@ -45,7 +45,7 @@ def brute_force(
 def exhaustive(
     model: PalmE, img: Tensor, prompt: list[int], seq_len: int, eos_token: int | None, length_penalty: float
 ) -> list[tuple[list[int], float]]:
-    """Every text there is, with its score, best first; texts end at EOS, or at seq_len tokens."""
+    """Return all possible texts with their scores, best first. Texts end at EOS or after seq_len tokens."""
     found = []
     alive = [(list(prompt), 0.0)]
     for length in range(1, seq_len + 1):
@@ -161,7 +161,7 @@ def test_beams_of_several_images_and_beyond_max_seq_len() -> None:
     [
         ({"beams": 0}, ValueError, "beams=0 must be a positive int: 1 decodes without a search"),
         ({"beams": 2.0}, TypeError, "beams=2.0 must be a positive int, not float"),
-        ({"length_penalty": 1.0}, ValueError, "length_penalty=1.0 has no effect with beams=1: pass beams=4, say"),
+        ({"length_penalty": 1.0}, ValueError, "length_penalty=1.0 has no effect with beams=1: pass beams=4"),
         ({"beams": 2, "length_penalty": "long"}, TypeError, "length_penalty='long' must be a number, not str"),
         ({"beams": 2, "length_penalty": float("inf")}, ValueError, "length_penalty=inf must be finite"),
         (

@@ -1,4 +1,4 @@
-"""Compiled and exported: few graphs for many lengths, and the numbers of the eager model."""
+"""Compiled and exported models need few graphs for many lengths, and compute the same as the eager model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from palme_xt import PalmE
 from palme_xt.decoding import compiled as compiled_step
 from tests.models import batch, small
 
-LENGTHS = (2, 5, 9, 4, 3, 17, 30, 6, 4, 12)  # on both sides of the 4 patches
+LENGTHS = (2, 5, 9, 4, 3, 17, 30, 6, 4, 12)  # shorter and longer than the 4 patches
 
 
 def loss_and_gradients(model: Any, module: PalmE, img: Tensor, text: Tensor) -> list[Tensor]:
@@ -118,7 +118,7 @@ def test_what_cannot_be_compiled() -> None:
 
 
 class Logits(nn.Module):
-    """What one exports to decode elsewhere."""
+    """The part of a model that is exported for decoding elsewhere."""
 
     def __init__(self, model: PalmE) -> None:
         super().__init__()

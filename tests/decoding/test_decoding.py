@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling: batched, cached, with EOS, streamed; and what is left behind afterwards."""
+"""Greedy decoding and sampling, batched, cached, with EOS and streamed, and the state that they leave behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GREEDY: dict[str, Any] = {"temperature": 0.0}
 def reference(
     model: PalmE, img: Tensor | None, prompt: Tensor, seq_len: int, eos_token: int | None = None
 ) -> list[int]:
-    """Greedy decoding of one sample, the slow and plain way: the whole text through the network for every token."""
+    """Decode one sample greedily in the slow and simple way: run the network on the whole text for every token."""
     context = model.encode(img) if img is not None and model.config.cross_attend else None
     text = prompt
     for _ in range(seq_len):
@@ -91,7 +91,7 @@ UNCACHED: list[dict[str, Any]] = [
 def test_where_the_cache_would_be_wrong_it_is_not_used(arguments: dict[str, Any]) -> None:
     (part, overrides), *_ = arguments.items()
     if not set(upstream_keywords(part.removesuffix("_kwargs"))) >= set(overrides):
-        return  # this release of upstream does not have it
+        return  # this upstream release does not have the override
     model = small(attn_flash=False, **arguments)
     img, text = batch(model, b=1, n=4)
     context = model.encode(img)
@@ -108,7 +108,7 @@ def test_where_the_cache_would_be_wrong_it_is_not_used(arguments: dict[str, Any]
 def test_where_padding_would_be_read_prompts_must_be_of_one_length(arguments: dict[str, Any]) -> None:
     model = small(**arguments)
     img, text = batch(model, b=2, n=4)
-    with pytest.raises(ValueError, match=r"prompts must be of one length with .*=2: x-transformers does not mask"):
+    with pytest.raises(ValueError, match=r"prompts must have the same length with .*=2: x-transformers would not mask"):
         model.generate(img, [text[0], text[1, :2]], 3, **GREEDY)
     assert torch.equal(model.generate(img, list(text), 3, **GREEDY), model.generate(img, text, 3, **GREEDY))
 
@@ -324,7 +324,7 @@ def test_an_abandoned_stream_leaves_the_model_as_it_was() -> None:
     stream = model.stream(img, text, 9, **GREEDY)
     for _ in range(2):
         next(stream)
-        assert modes(model) == before  # still suspended, and already as it was
+        assert modes(model) == before  # still suspended, but already restored
         assert torch.is_grad_enabled()
         model(img, text).backward()
     expected = model.generate(img, text, 9, **GREEDY)
@@ -382,7 +382,7 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(IMG, TEXT, 3, context=MODEL.encode(IMG)), ValueError, "both img and context are given"),
     (lambda f: f(IMG.byte(), TEXT, 3), TypeError, "img has dtype torch.uint8, must be floating point"),
     (lambda f: f(None, TEXT, 3, context=torch.ones(2, 4, 5)), ValueError, "must be (b, p, encoder_dim=24)"),
-    (lambda f: f(IMG, TEXT[:1], 3), ValueError, "prompts are 1, images 2, must be as many: pass one prompt (t,)"),
+    (lambda f: f(IMG, TEXT[:1], 3), ValueError, "prompts has batch size 1, must have 2, the number of images: pass"),
     (lambda f: f(IMG, TEXT.float(), 3), TypeError, "prompts has dtype torch.float32, must be an integer dtype"),
     (lambda f: f(IMG, TEXT[:, :0], 3), ValueError, "prompts has shape (2, 0), must not be empty"),
     (lambda f: f(IMG, "a dog", 3), TypeError, "prompts is a str, must be a torch.Tensor"),
@@ -390,13 +390,13 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(IMG, [TEXT[0], TEXT], 3), ValueError, "prompts[1] is (2, 4), must be a 1-d tensor (t,)"),
     (lambda f: f(IMG, [TEXT[0], TEXT[1, :0]], 3), ValueError, "prompts[1] has shape (1, 0), must not be empty"),
     (lambda f: f(IMG, [TEXT[0], TEXT[1].float()], 3), TypeError, "prompts[1] has dtype torch.float32"),
-    (lambda f: f(IMG, list(TEXT), 3, prompt_lens=torch.ones(2)), ValueError, "prompt_lens goes with prompts (b, t)"),
+    (lambda f: f(IMG, list(TEXT), 3, prompt_lens=torch.ones(2)), ValueError, "prompt_lens is only for prompts (b, t)"),
     (lambda f: f(IMG, TEXT, 3, prompt_lens=[1, 2]), TypeError, "prompt_lens=[1, 2] must be a tensor of ints (b,)"),
     (lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([0, 2])), ValueError, "prompt_lens=[0, 2] must be 2 lengths"),
     (lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([1, 5])), ValueError, "must be 2 lengths within 1..4"),
     (lambda f: f(IMG, TEXT + 30, 3), ValueError, "must have ids within 0..num_tokens-1=31: check the tokenizer"),
     (lambda f: f(IMG, TEXT - 100, 3), ValueError, "must have ids within 0..num_tokens-1=31: check the tokenizer"),
-    (lambda f: f(IMG, TEXT, 0), ValueError, "seq_len=0 must be a positive int: how many new tokens"),
+    (lambda f: f(IMG, TEXT, 0), ValueError, "seq_len=0 must be a positive int: it is the maximum number of new tokens"),
     (lambda f: f(IMG, TEXT, 2.0), TypeError, "seq_len=2.0 must be a positive int, not float"),
     (lambda f: f(IMG, TEXT, 3, eos_token=32), ValueError, "eos_token=32 must be a token id within 0..num_tokens-1=31"),
     (lambda f: f(IMG, TEXT, 3, eos_token=True), TypeError, "eos_token=True must be a token id, not bool: or pass None"),
@@ -405,7 +405,7 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(IMG, TEXT, 3, temperature="hot"), TypeError, "temperature='hot' must be a number, not str"),
     (lambda f: f(IMG, TEXT, 3, filter_logits_fn="topp"), ValueError, "did you mean 'top_p'?"),
     (lambda f: f(IMG, TEXT, 3, filter_logits_fn=3), TypeError, "filter_logits_fn=3 must be a name or a function"),
-    (lambda f: list(f(IMG * torch.nan, TEXT, 3)), ValueError, "the logits are nan: img, context or the model's"),
+    (lambda f: list(f(IMG * torch.nan, TEXT, 3)), ValueError, "the logits are nan: check img, context and the model's"),
 ]
 
 
@@ -421,7 +421,7 @@ def test_bad_requests(method: str, call: Callable[[Any], Any], error: type[Excep
 @pytest.mark.parametrize("name", ["context", "context_mask"])
 def test_a_text_only_model_decodes_without_a_context(name: str) -> None:
     model = small(cross_attend=False)
-    with pytest.raises(ValueError, match=f"{name} is for models that cross-attend"):
+    with pytest.raises(ValueError, match=f"{name} is only for models that cross-attend"):
         model.generate(None, TEXT, 3, **dict[str, Any]({name: torch.ones(2, 4)}))
 
 
@@ -438,7 +438,7 @@ def test_upstream_still_counts_an_eos_of_the_prompt_and_stays_in_eval_mode() -> 
     context = model.encode(img)
     text[:, 0] = 5
     tokens = model.decoder.generate(text, 8, context=context, eos_token=5, temperature=0.0)
-    assert tokens.shape == (2, 1)  # one token, and it is padding
+    assert tokens.shape == (2, 1)  # one token, which is padding
     assert (tokens == 0).all()
     with pytest.raises(AssertionError):
         model.decoder.generate(text, 8, temperature=0.0)

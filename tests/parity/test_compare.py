@@ -53,7 +53,7 @@ def test_the_first_different_parameter_is_named() -> None:
 
 
 class Doubled(nn.Module):
-    """A replacement for a layer which gives twice its output."""
+    """A replacement for a layer that returns twice its output."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The drift guard, and this project's own goldens: the numbers of x-transformers 2.31.10, with what is installed."""
+"""The drift check, and this project's goldens: x-transformers 2.31.10 against the installed release."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_same_release_computes_the_same(folder: Path, capsys: pytest.Capture
 def test_a_release_that_scales_twice_is_caught_at_its_first_layer(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # What x-transformers 2.17.1 to 2.25.4 did: queries and keys are multiplied by the scale of qk-norm as well.
+    # As in x-transformers 2.17.1 to 2.25.4: also multiply queries and keys by the scale of qk-norm.
     original = Attend.forward
 
     def scaled_twice(self: Attend, q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ def test_bad_requests(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("installed", ["1.44.8", "2.25.5", "3.0.0"])
 def test_an_unsupported_release_causes_a_warning(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(palme_xt.upstream.versions, "version", lambda name: installed)
-    message = rf"x-transformers {installed} is installed, and palme_xt supports 2\.26 to 2\.x: .*pip install"
+    message = rf"x-transformers {installed} is installed, but palme_xt supports 2\.26 to 2\.x: .*pip install"
     with pytest.warns(UserWarning, match=message):
         palme_xt.upstream.versions.warn_if_unsupported()
 
@@ -154,7 +154,7 @@ def test_importing_warns_once() -> None:
         [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code], capture_output=True, text=True
     )
     assert done.returncode == 0
-    assert done.stderr.count("x-transformers 2.20.1 is installed, and palme_xt supports 2.26 to 2.x") == 1
+    assert done.stderr.count("x-transformers 2.20.1 is installed, but palme_xt supports 2.26 to 2.x") == 1
 
 
 def test_the_range_is_that_of_the_package() -> None:

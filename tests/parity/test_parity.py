@@ -1,4 +1,4 @@
-"""PalmE and the hand-wired upstream composition are the same model: same parameters, same numbers."""
+"""PalmE and the hand-wired upstream composition are the same model, with the same parameters and numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from palme_xt.strategies import batches, configs
 
 
 def same_weights(config: PalmEConfig, seed: int = 0) -> tuple[PalmE, HandWired]:
-    """Both models with the same random weights, none of them at an initial value that hides where it is used."""
+    """Return both models with the same random weights, none at an initial value that would hide its effect."""
     torch.manual_seed(seed)
     palme, hand_wired = PalmE.from_config(config), HandWired(config)
     with torch.no_grad():
@@ -24,7 +24,7 @@ def same_weights(config: PalmEConfig, seed: int = 0) -> tuple[PalmE, HandWired]:
 
 
 def numbers(model: nn.Module, img: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """Loss, logits and the gradient of every parameter that has one."""
+    """Return loss, logits and the gradient of every parameter that has one."""
     loss, (logits, _) = model(img, text, return_outputs=True)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""Models, and what travels with them, for the tests of model folders and of the hub."""
+"""Models and their companions, for the tests of model folders and of the hub."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tests.storage.folders import TRAINING
 
 
 def metadata(card: ModelCard) -> Any:
-    """Return what its YAML says; the library's types do not know its fields."""
+    """Return the card's metadata, untyped, because the library's types do not have its fields."""
     return card.data
 
 

@@ -1,4 +1,4 @@
-"""A model folder is written whole and read bit by bit; a damaged or foreign one is refused in one line."""
+"""A model folder is written atomically and read bit by bit; a damaged or foreign one gives a one-line error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.storage.folders import OTHER_FILES, TRAINING, same
 
 
 def refused(folder: Path, message: str) -> None:
-    """Assert that each way to load gives this error, on one line."""
+    """Assert that each way to load raises this error, on one line."""
     for read in load, PalmE.from_pretrained, lambda folder: Run(folder).load():
         with pytest.raises(FolderError) as error:
             read(folder)
@@ -93,7 +93,7 @@ def test_what_a_killed_save_has_left_is_removed(folder: Path) -> None:
 
 
 def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
-    """Return damage that changes, or replaces, the content of `config.json`."""
+    """Return a function that changes or replaces the content of `config.json`."""
 
     def damage(folder: Path) -> None:
         values = json.loads((folder / CONFIG).read_text())
@@ -104,7 +104,7 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
-    """Return damage that changes the tensors."""
+    """Return a function that changes the tensors."""
 
     def damage(folder: Path) -> None:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
@@ -115,7 +115,7 @@ def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
 
 
 def content(name: str, data: bytes) -> Callable[[Path], Any]:
-    """Return damage that replaces a file."""
+    """Return a function that replaces a file."""
     return lambda folder: (folder / name).write_bytes(data)
 
 
@@ -128,9 +128,9 @@ ARGUMENTS = r"\S+config.json does not hold a model's arguments: "
 OF_THIS_MODEL = r"\S+model.safetensors does not hold this model's weights: "
 UNREADABLE = (
     r"\S+model.safetensors holds no safetensors weights that can be read \({}\): download or save it again; other "
-    "formats are refused, because reading a pickle can run code"
+    "formats are not read, because reading a pickle can run code"
 )
-SAME = ": config.json and model.safetensors must be of the same model"
+SAME = ": config.json and model.safetensors must belong to the same model"
 EMBEDDING = "decoder.net.token_emb.emb.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (
@@ -155,13 +155,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing": (
         edit(lambda values: (values.pop("qk_norm"), values.pop("patch_size"), None)[-1]),
-        ARGUMENTS + "patch_size, qk_norm missing; a default could build another model than the saved one",
+        ARGUMENTS + "patch_size, qk_norm missing; defaults could build a different model than the saved one",
     ),
     "value": (edit(lambda values: values.update(image_size=9)), ARGUMENTS + "image_size=9 must be divisible .*"),
     "type": (edit(lambda values: values.update(qk_norm=1)), ARGUMENTS + "qk_norm=1 must be True or False, not int"),
     "upstream": (
         edit(lambda values: values.update(vit_kwargs={"emb_dropout": 1.5})),
-        ARGUMENTS + "x-transformers .* refuses .*",
+        ARGUMENTS + "x-transformers .* rejects .*",
     ),
     "truncated": (
         lambda folder: os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 9),
@@ -183,12 +183,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "foreign tensors": (
         weights(lambda tensors: tensors.update(a=torch.ones(1), b=torch.ones(1))),
-        OF_THIS_MODEL + "2 are not of this model, a first" + SAME,
+        OF_THIS_MODEL + "2 do not belong to this model, a first" + SAME,
     ),
     "another": (
         lambda folder: safetensors.torch.save_file({"bias": torch.ones(2)}, folder / WEIGHTS),
         OF_THIS_MODEL
-        + r"(\d+) of \1 tensors are missing, encoder\.\S+ first; 1 are not of this model, bias first"
+        + r"(\d+) of \1 tensors are missing, encoder\.\S+ first; 1 do not belong to this model, bias first"
         + SAME,
     ),
     "shape": (
@@ -218,7 +218,7 @@ def test_refused_weights_leave_the_model_as_it_was(folder: Path) -> None:
 
 
 class Malicious:
-    """An object which makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

@@ -1,4 +1,4 @@
-"""What a computation allocates."""
+"""Measure what a computation allocates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Storages(TorchDispatchMode):
-    """Keeps all that operations return, so that no two of them share memory by chance."""
+    """Keep everything that operations return, so that no two results share memory by chance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,6 +21,6 @@ class Storages(TorchDispatchMode):
         return out
 
     def sizes(self) -> list[int]:
-        """How many numbers each of the distinct storages holds; views of one, expanded ones too, count once."""
+        """Return the size of each distinct storage, in elements. Views of one, including expanded ones, count once."""
         found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // t.element_size() for t in self.kept}
         return list(found.values())

@@ -1,4 +1,4 @@
-"""The loss alone: upstream's number and gradients, with less work."""
+"""The loss alone has upstream's value and gradients, with less work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_chunks = pytest.mark.skipif(
 
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let also these small models compute their loss in chunks."""
+    """Let these small models also compute their loss in chunks."""
     monkeypatch.setattr(loss, "LOGITS_IN_CACHE", 0)
     monkeypatch.setattr(loss, "CHUNK", 4)
 
@@ -34,7 +34,7 @@ def wired(model: PalmE) -> HandWired:
 
 
 def numbers(model: nn.Module, img: Tensor, text: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-    """The loss, and the gradient of every parameter that has one."""
+    """Return the loss, and the gradient of every parameter that has one."""
     model.zero_grad()
     value = model(img, text, **kwargs)
     value.backward()
@@ -42,7 +42,7 @@ def numbers(model: nn.Module, img: Tensor, text: Tensor, **kwargs: Any) -> dict[
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Within 1e-6 of the loss, and within 1e-5 of the largest value of each gradient."""
+    """Assert equality within 1e-6 of the loss, and within 1e-5 of the largest value of each gradient."""
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         tolerance = 1e-6 if name == "loss" else 1e-5
@@ -119,7 +119,7 @@ def test_a_loss_in_chunks_is_as_differentiable_as_others() -> None:
 
 def test_upstream_still_goes_over_the_logits_several_times() -> None:
     model = small(num_tokens=4096, max_seq_len=64)
-    img, text = batch(model, n=40)  # so that the logits are larger than the weight that they come from
+    img, text = batch(model, n=40)  # so that the logits are larger than their weight
     counts = []
     for contestant in model, wired(model):
         with Storages() as storages:
@@ -132,7 +132,7 @@ def test_upstream_still_goes_over_the_logits_several_times() -> None:
 @needs_chunks
 @pytest.mark.slow
 def test_chunks_are_compiled_in_one_graph_for_one_length_and_left_out_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "LOGITS_IN_CACHE", 400)  # fewer than any of these texts has
+    monkeypatch.setattr(loss, "LOGITS_IN_CACHE", 400)  # fewer than the logits of any of these texts
     torch._dynamo.reset()
     model = small()
     graphs = []

@@ -1,5 +1,8 @@
-"""Each workaround: what it mends, and that upstream still needs it. A test of the latter that fails is good news:
-delete the workaround, and raise the lower bound of x-transformers if older releases still need it."""
+"""Check what each workaround fixes, and that upstream still needs it.
+
+A test of the latter that fails is good news: delete the workaround, and raise the lower bound of x-transformers if
+older releases still need it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ FLAGS = ("alibi_pos_bias", "rotary_xpos", "attn_flash", "qk_norm", "use_abs_pos_
 
 
 def cached_logits(model: PalmE, img: Tensor, text: Tensor, first: int = 1) -> Tensor:
-    """The logits of all but the last token: `first` tokens at once, then one at a time with the cache."""
+    """Return the logits of all but the last token: `first` tokens at once, then one at a time with the cache."""
     context = model.encode(img)
     values, cache = model.decoder.net(text[:, :first], context=context, return_intermediates=True)
     steps = [values]
@@ -46,7 +49,7 @@ def test_cached_logits_are_those_of_the_whole_text(values: tuple[bool, ...]) -> 
         torch.testing.assert_close(cached_logits(model, img, text, first), expected, rtol=1e-4, atol=1e-4)
     other = text.clone()
     other[:, 0] = (other[:, 0] + 1) % 32
-    assert (cached_logits(model, img, other) - expected).abs().max() > 1e-2  # the cache holds what was read
+    assert (cached_logits(model, img, other) - expected).abs().max() > 1e-2  # the cache determines the logits
 
 
 @pytest.mark.parametrize("arguments", [{}, {"decoder_kwargs": {"attn_num_mem_kv": 2}}])
@@ -112,7 +115,7 @@ def test_alibi_is_bitwise_upstreams(heads: int, total_heads: int) -> None:
     for i, j in (1, 1), (1, 7), (5, 5), (3, 9), (64, 64):
         theirs = x_transformers.x_transformers.AlibiPositionalBias(heads, total_heads)
         assert torch.equal(ours(i, j), theirs(i, j))
-        # and upstream's for custom positions, which it has for the whole text only
+        # and upstream's bias for custom positions, which it supports only for the whole text
         assert torch.equal(ours(j, j), theirs.forward_custom_pos(torch.arange(j)))
 
 
@@ -190,7 +193,7 @@ def test_upstream_still_drops_absolute_positions_silently() -> None:
 
 
 def largest_tensor(model: Any, img: Tensor, text: Tensor) -> int:
-    """How many numbers the largest new tensor of a forward holds."""
+    """Return the number of elements in the largest new tensor of a forward."""
     with Storages() as storages, torch.no_grad():
         model(img, text)
     sizes: list[int] = storages.sizes()
@@ -288,7 +291,7 @@ def test_exported_attention_takes_fewer_queries_than_keys_and_upstreams_still_do
 
 
 def error_in_bfloat16(model: Any, img: Tensor, text: Tensor) -> Tensor:
-    """The error of the logits of each token in bfloat16, relative to the logits."""
+    """Return the relative error of each token's logits in bfloat16."""
     with torch.no_grad():
         exact = logits(model, img, text)
         low = logits(model.to(torch.bfloat16), img.to(torch.bfloat16), text).float()

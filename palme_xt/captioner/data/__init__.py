@@ -1,1 +1,1 @@
-"""Captioned images, from wherever they are to batches."""
+"""Read captioned images, and collate them into batches."""

@@ -1,4 +1,4 @@
-"""Examples to batches: the same global batches for any number of processes, workers and interruptions."""
+"""Collate examples into batches, the same global batches for any number of processes, workers and interruptions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from palme_xt.config import PalmEConfig
 
 @dataclass(frozen=True)
 class Example:
-    """An image `(c, h, w)`, uint8 or float32 in 0..1; its caption, and the token ids of that with BOS and EOS."""
+    """An image `(c, h, w)`, uint8 or float32 in 0..1, its caption, and the caption's token ids with BOS and EOS."""
 
     img: Tensor
     caption: str
@@ -31,46 +31,47 @@ class Example:
 
 @dataclass(frozen=True)
 class Defect:
-    """A row that cannot be learned from: the kind of defect in a few words, and what exactly is wrong."""
+    """Why a row is unusable: the kind of defect in a few words, and the details."""
 
     reason: str
     detail: str
 
 
 class DataError(ValueError):
-    """Data that cannot be loaded, or with `strict` a row that cannot be learned from."""
+    """Raised if data cannot be loaded, or, with `strict`, if a row is unusable."""
 
 
 class Source(Protocol):
-    """An endless sequence of numbered rows, epoch after epoch, whose order is reproducible.
+    """An endless sequence of numbered rows, epoch after epoch, in a reproducible order.
 
     Attributes:
-        rows_per_epoch: Number of rows in an epoch; infinite as long as the first epoch has not ended.
+        rows_per_epoch: Number of rows in an epoch; infinite until the first epoch has ended.
     """
 
     rows_per_epoch: float = math.inf
 
     def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, which never decrease from one call to the next."""
+        """Return the rows with these numbers, which must not decrease from one call to the next."""
 
     def fingerprint(self) -> str:
-        """Return a digest that a resumed run compares, or '' if there is none."""
+        """Return a digest of the data, which a resumed run compares, or '' if there is none."""
         return ""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process computes at once.
+    """The rows that one process computes at once.
 
     Attributes:
         img: Images `(b, c, h, w)`, uint8 or float32 in 0..1, not normalised. A batch without usable rows has one blank
             image, which does not count.
         text: Token ids `(b, n)`, int64, with `ignore_index` after EOS.
         targets: Number of tokens to predict; 0 without usable rows.
-        captions, names: Those of the images.
-        defects: The rows that were left out.
+        captions: The captions of the images.
+        names: The names of the images.
+        defects: The defects of the rows that were left out.
         rows: Number of rows that were read for the first time.
-        new_defects: Number of those, the first of `defects`, that were left out.
+        new_defects: Number of defects among these rows; they come first in `defects`.
     """
 
     img: Tensor
@@ -84,10 +85,10 @@ class Batch:
 
 
 class _Batches(Dataset["Batch | DataError"]):
-    """The batches of a source by index.
+    """The batches of a source, by index.
 
-    Rows that cannot be learned from are left out, not replaced: which rows a batch holds depends on its index alone, so
-    that no process and no resumed run has to read what came before.
+    Unusable rows are left out, not replaced: the rows of a batch depend only on its index, so that no process and no
+    resumed run has to read the rows before them.
     """
 
     def __init__(self, source: Source, numbers: Callable[[int], range], config: PalmEConfig) -> None:
@@ -97,7 +98,7 @@ class _Batches(Dataset["Batch | DataError"]):
         try:
             return self._batch(self.numbers(index))
         except DataError as error:
-            return error  # raised in a worker, it would arrive as a traceback
+            return error  # returned, because an error raised in a worker would arrive as a traceback
 
     def _batch(self, numbers: range) -> Batch:
         rows = self.source.read(numbers)
@@ -123,8 +124,8 @@ class Share:
     """The rows of each global batch that one process computes, as `count` micro-batches one after another.
 
     Args:
-        batch_size: Rows of a global batch; divisible by `processes * count`.
-        count: Micro-batches over which gradients are accumulated.
+        batch_size: Number of rows in a global batch; divisible by `processes * count`.
+        count: Number of micro-batches over which gradients are accumulated.
         process: Index of this process.
         processes: Number of processes.
     """
@@ -135,7 +136,7 @@ class Share:
     processes: int = 1
 
     def __call__(self, index: int) -> range:
-        """Return the rows of the micro-batch of this process that has this index, counted over all steps."""
+        """Return the numbers of the rows in a micro-batch of this process, whose index counts over all steps."""
         step, part = divmod(index, self.count)
         size = self.batch_size // (self.processes * self.count)
         start = ((step * self.processes + self.process) * self.count + part) * size
@@ -145,20 +146,20 @@ class Share:
 def load_batches(
     source: Source, indices: range, numbers: Callable[[int], range], config: PalmEConfig, num_workers: int
 ) -> Generator[Batch, None, None]:
-    """Yield batches in order, read ahead by `num_workers` processes, or by this one for 0.
+    """Yield batches in order. They are read ahead by `num_workers` processes, or by this process if that is 0.
 
-    Close the generator when an error leaves it unfinished: until then its workers ignore the SIGTERM with which Python
+    Close the generator if an error leaves it unfinished: until then, its workers ignore the SIGTERM with which Python
     ends them.
 
     Args:
         source: The rows.
         indices: The indices of the batches.
-        numbers: Returns the numbers of the rows of a batch, given its index.
-        config: Has the shape of a blank image, and `ignore_index`.
+        numbers: A function that returns the numbers of the rows in a batch, given its index.
+        config: The config of the model, for the shape of a blank image and `ignore_index`.
         num_workers: Number of processes that read ahead.
 
     Raises:
-        DataError: As `Source.read`.
+        DataError: If the source cannot be read.
     """
     done = multiprocessing.RawValue("b", False)
     loader = DataLoader(
@@ -166,7 +167,7 @@ def load_batches(
         batch_size=None,
         sampler=indices,
         num_workers=min(num_workers, len(indices)),
-        generator=torch.Generator(),  # for the seeds of workers: by default they come from the one of dropout
+        generator=torch.Generator(),  # for the seeds of workers, which by default come from the generator of dropout
         worker_init_fn=partial(_start_worker, done),
     )
     try:
@@ -181,4 +182,4 @@ def load_batches(
 def _start_worker(done: Any, worker: int) -> None:
     ignore_interrupts_until(done)
     if hasattr(os, "nice"):
-        os.nice(10)  # where cores are few, workers read while the computation leaves them free
+        os.nice(10)  # with few cores, workers only use those that the computation leaves free

@@ -1,4 +1,4 @@
-"""Captioned scenes of real handwritten digits: the default data of `palme-xt train`.
+"""Compose captioned scenes of real handwritten digits, the default data of `palme-xt train`.
 
 The digits are the 1,797 scans of 8x8 pixels that scikit-learn ships (`load_digits`; E. Alpaydin and C. Kaynak,
 "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998, doi:10.24432/C50P49). A scene holds
@@ -55,7 +55,7 @@ def compose(
         count: Number of scenes.
         image_size: Height and width in pixels.
         channels: Number of channels, which are all equal.
-        jitter: How far each digit is moved, rotated (radians), scaled and sheared at most, as a share of its size.
+        jitter: Largest movement, rotation (in radians), scaling and shearing of each digit, as a share of its size.
         generator: The source of all randomness.
 
     Returns:
@@ -87,7 +87,7 @@ def _draw(pixels: Tensor, size: int, jitter: float, generator: torch.Generator) 
 
 
 class Scenes(Source):
-    """Endless scenes: a scene and its caption depend on `seed`, `block` and their number alone.
+    """An endless sequence of scenes. A scene and its caption depend only on `seed`, `block` and their number.
 
     Args:
         scans: The digits to choose from.
@@ -98,7 +98,7 @@ class Scenes(Source):
         jitter: As in `compose`.
 
     Raises:
-        ValueError: The images of the model are too small for digits, or its texts too short for the longest caption.
+        ValueError: If the model's images are too small for digits, or its texts too short for the longest caption.
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class Scenes(Source):
         self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
 
     def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read`."""
+        """Return the rows with these numbers, as `Source.read` does."""
         block, first = divmod(numbers.start, self.block)
         if self._drawn[0] != block:
-            # One block, one generator: numpy mixes the two numbers into a seed that hardly any other pair has.
+            # Each block has its own generator: numpy mixes the two numbers into a seed that hardly any other pair has.
             mixed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0])
             self._drawn = block, *self._draw(generator=torch.Generator().manual_seed(mixed % 2**63))
         _, img, captions = self._drawn

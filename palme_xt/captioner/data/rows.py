@@ -1,4 +1,4 @@
-"""Captioned images from whatever the `datasets` library loads: folders, parquet, webdataset shards, the hub."""
+"""Read captioned images from anything that the `datasets` library loads: folders, parquet, webdataset, the hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Reader:
         text_column: The caption is in this column.
         preprocessing: How images are resized and cropped.
         tokenizer: The tokenizer of the captions.
-        max_seq_len: Number of tokens that a caption may have, including BOS and EOS.
+        max_seq_len: Maximum number of tokens in a caption, including BOS and EOS.
     """
 
     image_columns: tuple[str, ...]
@@ -49,7 +49,7 @@ class Reader:
         """Return a row as an example, or its defect.
 
         Raises:
-            DataError: The text column does not hold text, or the image column does not hold images.
+            DataError: If the text column does not hold text, or the image column does not hold images.
         """
         image = next((row[column] for column in self.image_columns if row[column] is not None), None)
         path, content = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
@@ -57,12 +57,12 @@ class Reader:
         caption = row[self.text_column]
         if not isinstance(caption, str | None):
             found = type(caption).__name__
-            raise DataError(f"text_column={self.text_column} holds {found}, must hold one text: name another column")
+            raise DataError(f"text_column={self.text_column} holds {found}, must hold one text: choose another column")
         if not caption or not caption.strip():
             return Defect("empty caption", f"{name} has no caption")
         ids = self.tokenizer.encode(caption)
         if len(ids) > self.max_seq_len:
-            detail = f"the caption of {name} has {len(ids)} tokens, max_seq_len={self.max_seq_len}"
+            detail = f"the caption of {name} has {len(ids)} tokens, more than max_seq_len={self.max_seq_len}"
             return Defect("caption longer than the model", detail)
         try:
             img = self.preprocessing.read_pixels(self._file(content or path, name), name)
@@ -76,7 +76,7 @@ class Reader:
             raise MissingImageError(f"{name} has no image")
         if not isinstance(image, str | bytes):
             columns, found = "/".join(self.image_columns), type(image).__name__
-            raise DataError(f"image_column={columns} holds {found}, must hold images: name another column")
+            raise DataError(f"image_column={columns} holds {found}, must hold images: choose another column")
         if isinstance(image, bytes) or "://" not in image:
             return image
         import fsspec
@@ -88,7 +88,7 @@ class Reader:
 class MapStyleSource(Source):
     """The rows of a `datasets.Dataset` or a list.
 
-    With a seed, rows are shuffled anew in each epoch, and examples are kept up to `KEPT_BYTES` of images.
+    With a seed, rows are reshuffled in each epoch, and up to `KEPT_BYTES` of decoded images are kept in memory.
     """
 
     def __init__(self, rows: Any, reader: Reader, seed: int | None = None) -> None:
@@ -101,11 +101,11 @@ class MapStyleSource(Source):
         return len(self.rows)
 
     def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read`."""
+        """Return the rows with these numbers, as `Source.read` does."""
         return [self._row(self._place(number)) for number in numbers]
 
     def fingerprint(self) -> str:
-        """Return a digest of the number of rows and of their captions in order."""
+        """Return a digest of the number of rows and of their captions, in order."""
         column = self.reader.text_column
         digest = hashlib.sha256(f"{len(self.rows)}\n".encode())
         with reading("data cannot be read"):
@@ -128,12 +128,12 @@ class MapStyleSource(Source):
         epoch, place = divmod(number, len(self.rows))
         if self.seed is None:
             return place
-        # Another seed for each pair: seeds of torch's generators have 64 bits, and epochs are few.
+        # Each pair gets its own seed: seeds of torch's generators have 64 bits, and epochs are few.
         return int(_permutation(len(self.rows), (self.seed * 2**20 + epoch) % 2**63)[place])
 
 
 class StreamedSource(Source):
-    """The rows of a `datasets.IterableDataset`, shuffled within a buffer and anew in each epoch."""
+    """The rows of a `datasets.IterableDataset`, which are shuffled within a buffer and reshuffled in each epoch."""
 
     def __init__(self, stream: Any, reader: Reader) -> None:
         self.stream, self.reader = stream, reader
@@ -141,7 +141,7 @@ class StreamedSource(Source):
         self._number = 0
 
     def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read`; rows before them are read and discarded."""
+        """Return the rows with these numbers, as `Source.read` does. Rows before them are read and discarded."""
         if self._rows is None:
             self._rows = self._endless()
         rows = islice(self._rows, numbers.start - self._number, numbers.stop - self._number)
@@ -149,12 +149,12 @@ class StreamedSource(Source):
         return [self.reader(row, place) for place, row in rows]
 
     def _endless(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        # datasets 5.2 keeps the epoch in memory that reader processes share: each sets that of its own copy.
+        # datasets 5.2 keeps the epoch in memory that reader processes share, so each process sets it in its own copy.
         stream = copy.deepcopy(self.stream)
         for epoch in count():
             stream.set_epoch(epoch)
-            # Not `iter(stream)`, which gives each worker of a DataLoader other rows: here all read the same rows, and
-            # each keeps those with its own numbers.
+            # `iter(stream)` would give each worker of a DataLoader different rows. Here, all of them read the same
+            # rows, and each keeps those with its own numbers.
             rows = stream.iter(batch_size=1)
             for place in count():
                 with reading(f"data cannot be read after {place} rows of the stream"):
@@ -163,7 +163,7 @@ class StreamedSource(Source):
                     break
                 yield place, {name: value[0] for name, value in row.items()}
             if not place:
-                raise DataError("held_out takes all rows of the stream, must leave some: give a smaller --held_out")
+                raise DataError("held_out takes all rows of the stream, must leave some: pass a smaller --held_out")
             self.rows_per_epoch = place
 
 
@@ -172,10 +172,10 @@ def load_data(
 ) -> tuple[Source, MapStyleSource]:
     """Return the rows to train on and the held-out rows, which are disjoint unless the data have duplicates.
 
-    A held-out split is limited to `max_held_out` rows: a sample that is always the same, or the first of a stream.
+    A held-out split is limited to `max_held_out` rows: a sample that is always the same, or the first rows of a stream.
 
     Raises:
-        DataError: The data cannot be loaded, or do not have the columns or splits that were asked for.
+        DataError: If the data cannot be loaded, or do not have the requested columns or splits.
     """
     train, held_out = _train_and_held_out(open_splits(data.data, data.streaming), data, max_held_out)
     images, text = _columns(data, train)
@@ -184,7 +184,7 @@ def load_data(
     with reading(f"data={data.data} cannot be read"):
         evaluated = MapStyleSource(list(held_out.take(max_held_out)) if data.streaming else held_out, reader)
     if not len(evaluated):
-        raise DataError(f"data={data.data} has no held-out rows: name another split or number with --held_out")
+        raise DataError(f"data={data.data} has no held-out rows: choose another split or number with --held_out")
     if data.streaming:
         train = train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer)
         return StreamedSource(train, reader), evaluated
@@ -213,11 +213,11 @@ def _train_and_held_out(splits: Mapping[str, Any], data: Data, max_held_out: int
 
 
 def _held_out_rows(wanted: str, rows: int | None, splits: Mapping[str, Any]) -> int:
-    """Return how many of `rows` rows, None for a stream, the option `held_out` asks for."""
+    """Return how many of `rows` rows (None for a stream) the option `held_out` requests."""
     try:
         number = float(wanted)
     except ValueError:
-        others = f"a split other than the trained one ({', '.join(splits)})"
+        others = f"a split other than the training split ({', '.join(splits)})"
         raise DataError(f"held_out={wanted} must be {others}, a share below 1, or a number of rows") from None
     share, whole = 0 < number < 1, number >= 1 and number.is_integer()
     if rows is None and not whole:
@@ -236,22 +236,22 @@ def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], str]:
     usual = [name for name in IMAGE_COLUMNS if name in (typed or features)]
     images = [data.image_column] if data.image_column else usual or typed or [""]
     if len(images) > 1 and not usual:
-        raise DataError(f"data={data.data} has the image columns {', '.join(typed)}: name one with --image_column")
+        raise DataError(f"data={data.data} has the image columns {', '.join(typed)}: choose one with --image_column")
     text = data.text_column or next((name for name in TEXT_COLUMNS if name in features), "")
     for option, column in ("image_column", images[0]), ("text_column", text):
         if column not in features:
-            raise DataError(f"{option}={column!r} must be a column ({', '.join(features)}): name one with --{option}")
+            raise DataError(f"{option}={column!r} must be a column ({', '.join(features)}): choose one with --{option}")
     # Rows of webdataset shards need not all have the same kind of image.
     return tuple(images if "__key__" in features else images[:1]), text
 
 
 def _undecoded(rows: Any, images: tuple[str, ...], text: str, data: Data) -> Any:
-    """Return only the columns needed, and images as paths or bytes, so that broken ones are found as in captioning."""
+    """Return only the needed columns, with images as paths or bytes, so that broken ones are found as in captioning."""
     from datasets import Image
 
     columns = columns_of(rows, data.data)
     if missing := {*images, text} - set(columns):
-        raise DataError(f"data={data.data} has held-out rows without {', '.join(sorted(missing))}: name another split")
+        raise DataError(f"data={data.data} has held-out rows without {', '.join(sorted(missing))}: use another split")
     rows = rows.select_columns([name for name in columns if name in {*images, text, "__key__"}])
     for name in images:
         if isinstance(columns[name], Image):
@@ -259,6 +259,6 @@ def _undecoded(rows: Any, images: tuple[str, ...], text: str, data: Data) -> Any
     return rows
 
 
-@lru_cache(maxsize=1)  # rows of an epoch are read one after another
+@lru_cache(maxsize=1)  # all rows of an epoch use the same permutation
 def _permutation(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Open what `--data` names with the part of the `datasets` library that reads it."""
+"""Open the data of `--data` with the part of the `datasets` library that reads them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def open_splits(name: str, streaming: bool) -> Mapping[str, Any]:
     """Return the splits of a data set, each a `datasets.Dataset`, or a `datasets.IterableDataset` if streamed.
 
     Args:
-        name: As `palme_xt.captioner.options.Data.data`.
-        streaming: Do not prepare all rows first.
+        name: The value of `palme_xt.captioner.options.Data.data`.
+        streaming: Whether to read the rows one by one, instead of preparing all of them first.
 
     Raises:
-        DataError: The data do not exist, cannot be loaded, or have no captions or no rows.
+        DataError: If the data do not exist, cannot be loaded, or have no captions or no rows.
     """
     saved = name and any((Path(name) / file).is_file() for file in SAVED)
     with reading(f"data={name} cannot be loaded"):
@@ -38,10 +38,10 @@ def open_splits(name: str, streaming: bool) -> Mapping[str, Any]:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn whatever is raised while `datasets` reads into an error of one line that begins with `what`.
+    """Turn any error while `datasets` reads into a one-line error that begins with `what`.
 
     Raises:
-        DataError: Anything was raised.
+        DataError: If any error was raised.
     """
     try:
         yield
@@ -53,10 +53,10 @@ def reading(what: str) -> Iterator[None]:
 
 
 def columns_of(rows: Any, name: str) -> dict[str, Any]:
-    """Return the columns of a split of the data `name` with their types, or for a stream without types, its first row.
+    """Return the columns of a split of the data `name` with their types, or the first row of a stream without types.
 
     Raises:
-        DataError: That row cannot be read.
+        DataError: If that row cannot be read.
     """
     with reading(f"data={name} cannot be read"):
         return dict(rows.features or next(iter(rows.take(1)), {}))
@@ -85,22 +85,22 @@ def _load(name: str, streaming: bool) -> Mapping[str, Any]:
 
 
 def _arguments(name: str) -> dict[str, Any]:
-    """Return the arguments of `load_dataset` for data of this name; brackets in paths are escaped, as in patterns."""
+    """Return the arguments of `load_dataset` for data of this name, with escaped brackets in paths."""
     path = Path(name)
     if name.startswith("hf:"):
         repository, _, configuration = name[3:].partition(":")
         if not repository:
-            raise DataError(f"data={name} must name a data set: give hf:NAME or hf:NAME:CONFIG")
+            raise DataError(f"data={name} must name a data set: pass hf:NAME or hf:NAME:CONFIG")
         return {"path": repository, "name": configuration or None}
     if name and path.is_dir():
         folder = {"path": "imagefolder", "data_dir": glob.escape(name)}
         if any((path / file).is_file() for file in METADATA):
-            # All in one split: `datasets` would make another from an image named test.png.
+            # Load all files as one split: `datasets` would make another split from an image named test.png.
             return folder | {"data_files": {"train": "**"}}
         return folder if any(file.name in METADATA for file in path.rglob("metadata.*")) else {"path": name}
     files = [name] if path.is_file() else sorted(glob.glob(name, recursive=True))
     if not files:
-        raise DataError(f"data={name!r} does not exist: give a folder, a file, a quoted pattern, or hf:NAME of the hub")
+        raise DataError(f"data={name!r} does not exist: pass a folder, a file, a quoted pattern, or hf:NAME on the hub")
     if path.suffix not in BUILDERS:
         raise DataError(f"data={name} must end in {' or '.join(BUILDERS)}, or be a folder of images")
     return {"path": BUILDERS[path.suffix], "data_files": {"train": [glob.escape(file) for file in files]}}
@@ -109,7 +109,7 @@ def _arguments(name: str) -> dict[str, Any]:
 def _features_of_shards(arguments: Mapping[str, Any]) -> Any:
     """Return the columns of webdataset shards and all usual image columns, or None if these are not such shards.
 
-    By themselves, `datasets` give all rows the columns of the first ones.
+    Otherwise, `datasets` would give all rows the columns of the first ones.
     """
     from datasets import Features, Image, Value, load_dataset
 

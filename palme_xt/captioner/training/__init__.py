@@ -1,1 +1,1 @@
-"""The training run: its loop, its processes, its folder."""
+"""The loop, the processes and the folder of a training run."""

@@ -1,4 +1,4 @@
-"""The state of a training run, saved to one safetensors file so that resuming continues bit by bit."""
+"""Save the state of a training run to one safetensors file, so that a resumed run is bitwise equal."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ METADATA = "state"
 
 @dataclass
 class Progress:
-    """How far a training run is.
+    """The progress of a training run.
 
     Attributes:
-        step: Optimizer steps done; the position in the data follows from it.
-        rows: Rows read for the first time, in this process.
-        skipped: How many of these rows were skipped, by reason.
+        step: Number of optimizer steps done, which determines the position in the data.
+        rows: Number of rows read for the first time, by this process.
+        skipped: Number of these rows that were skipped, by reason.
     """
 
     step: int = 0
@@ -45,12 +45,12 @@ class State:
     """Everything that changes in the course of a training run.
 
     Attributes:
-        accelerator: The accelerator that prepared model and optimizer.
-        model: The model, perhaps wrapped or sharded.
-        optimizer: The optimizer of its weights.
-        schedule: The schedule of the learning rate.
-        progress: How far the run is.
-        random_states: The states of this process's generators when `progress.step` steps were done.
+        accelerator: The accelerator that prepared the model and the optimizer.
+        model: The model, which may be wrapped or sharded.
+        optimizer: The optimizer of the model's weights.
+        schedule: The learning rate schedule.
+        progress: The progress of the run.
+        random_states: The states of this process's generators after `progress.step` steps.
     """
 
     accelerator: Accelerator
@@ -84,22 +84,22 @@ def set_random_state(states: dict[str, Tensor]) -> None:
 
 
 def total_progress(progress: Progress) -> Progress:
-    """Return the progress of all processes, each of which counts the rows that it reads; call it in all of them."""
+    """Return the total progress of all processes, each of which counts its own rows. Call it in all processes."""
     gathered: list[Progress] = gather_object([progress])
     skipped = sum((each.skipped for each in gathered), Counter[str]())
     return Progress(progress.step, sum(each.rows for each in gathered), skipped)
 
 
 def full_weights(model: nn.Module) -> dict[str, Any]:
-    """Return the weights, unsharded, in all processes; call it in all of them."""
+    """Return the unsharded weights in all processes. Call it in all processes."""
     return state_dict.get_model_state_dict(model, options=state_dict.StateDictOptions(full_state_dict=True))
 
 
 def save(run: Run, state: State) -> None:
-    """Replace the checkpoint of `run` by `state`; call it in all processes.
+    """Replace the checkpoint of `run` with `state`. Call it in all processes.
 
     Raises:
-        RunError: The checkpoint cannot be written; the previous one is unchanged.
+        RunError: If the checkpoint cannot be written. The previous one is unchanged.
     """
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = cast(Any, state_dict.get_state_dict(state.model, state.optimizer, options=options))
@@ -112,18 +112,18 @@ def save(run: Run, state: State) -> None:
     metadata = {"format": FORMAT, "progress": vars(progress), "schedule": schedule, "param_groups": groups}
     with Errors().shared():
         if state.accelerator.is_main_process:
-            # One entry, because safetensors writes several in any order: the same state is the same file.
+            # Write one entry, because safetensors writes several in any order, and equal states must give equal files.
             run.write_tensors(CHECKPOINT, tensors, {METADATA: json.dumps(metadata)})
 
 
 def load(run: Run, state: State) -> None:
-    """Set `state`, and the generators of all processes, to the checkpoint of `run`; call it in all of them.
+    """Set `state`, and the generators of all processes, to the checkpoint of `run`. Call it in all processes.
 
-    Without a checkpoint, because the run ended before its first one, nothing changes. Only the first process reads the
-    file. There are random states for as many processes as there were; any further process keeps its own.
+    If the run ended before its first checkpoint, nothing changes. Only the first process reads the file. The checkpoint
+    has random states for as many processes as wrote it; any further process keeps its own.
 
     Raises:
-        RunError: The file is damaged, or belongs to another model.
+        RunError: If the file is damaged, or belongs to another model.
     """
     main, path = state.accelerator.is_main_process, run.folder / CHECKPOINT
     metadata, tensors, moments = None, dict[str, Tensor](), dict[str, dict[str, Tensor]]()
@@ -141,9 +141,9 @@ def load(run: Run, state: State) -> None:
     options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
     try:
         state_dict.set_model_state_dict(state.model, _below("model", tensors), options=options)
-        options.strict = False  # parameters without gradient have no state
+        options.strict = False  # parameters without a gradient have no state
         state_dict.set_optimizer_state_dict(state.model, state.optimizer, optimizer, options=options)
-        # torch 2.9 to 2.13 creates a state, as after one step, also for parameters that had no gradient yet.
+        # torch 2.9 to 2.13 also creates a state, as after one step, for parameters that have not had a gradient yet.
         for name, weight in state.model.named_parameters():
             if name.removeprefix("module.") not in trained:
                 state.optimizer.state.pop(weight, None)
@@ -152,9 +152,9 @@ def load(run: Run, state: State) -> None:
         raise RunError(f"{path} does not belong to this model: {str(error).splitlines()[0]}") from error
     if own := _below(f"{state.accelerator.process_index}", random_states):
         set_random_state(own)
-    done = metadata["progress"]  # which has a "metrics_size", too, if it is from before version 0.2
+    done = metadata["progress"]  # before version 0.2, it also has a "metrics_size"
     state.progress.step = done["step"]
-    if main:  # counts on from the total, the others from 0
+    if main:  # the first process counts on from the total, the others from 0
         state.progress.rows, state.progress.skipped = done["rows"], Counter(done["skipped"])
 
 

@@ -1,4 +1,4 @@
-"""The processes of a training run: how they start, how they share their errors, and how they shut down."""
+"""Start the processes of a training run, share their errors, and shut them down."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from palme_xt.config import PalmEConfig
 
 
 class TrainingError(ValueError):
-    """Raised when training cannot start, or cannot continue."""
+    """Raised if training cannot start or cannot continue."""
 
 
 @contextlib.contextmanager
 def shutdown_on_exit(accelerator: Accelerator) -> Iterator[None]:
     """Shut down trackers and processes on exit, whether there was an error or not.
 
-    The model must be freed before the group of processes is destroyed. In torch 2.9 to 2.13, `DistributedDataParallel`
-    keeps a destroyed group alive; if both are freed together, the threads of gloo are joined without releasing the
+    The model must be freed before the process group is destroyed. In torch 2.9 to 2.13, `DistributedDataParallel` keeps
+    a destroyed group alive; if both are freed together, the threads of gloo are joined without releasing the
     interpreter's lock, which they may need, or they outlive the interpreter and abort the process
     (github.com/pytorch/pytorch/pull/179291).
     """
@@ -45,25 +45,25 @@ def make_accelerator(training: Training, logs: Path, config: PalmEConfig) -> Acc
     """Return the accelerator of this process, according to `accelerate launch` and the arguments.
 
     Args:
-        training: Its precision and its tracker.
+        training: The options, for the precision and the tracker.
         logs: The folder of the tracker.
-        config: The model that is to be trained.
+        config: The model to train.
 
     Raises:
-        TrainingError: The tracker is not installed, or training would fail later or go wrong silently.
+        TrainingError: If the tracker is not installed, or training would fail later or go wrong silently.
     """
     precision, log_with = training.mixed_precision, training.log_with
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`log_with=")  # an error below
+            warnings.filterwarnings("ignore", message="`log_with=")  # raised as an error below
             accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=logs)
     except ValueError as error:
-        raise TrainingError(f"accelerate refuses: {error}") from error
+        raise TrainingError(f"accelerate rejects the options: {error}") from error
     if problem := next(_problems(accelerator, training, config), None):
         raise TrainingError(problem)
     if accelerator.distributed_type == DistributedType.FSDP:
-        # accelerate 1.15: sharding by way of the meta device, which `accelerate launch` asks for, crashes at persistent
-        # buffers, which rotary positions have.
+        # accelerate 1.15: sharding by way of the meta device, which `accelerate launch` requests, crashes with
+        # persistent buffers, such as those of rotary positions.
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     return accelerator
 
@@ -75,13 +75,13 @@ def _problems(accelerator: Accelerator, training: Training, config: PalmEConfig)
         package = "tensorboard, for example" if training.log_with == "all" else training.log_with
         yield f"log_with={training.log_with} is not installed: pip install {package}"
     if (count := accelerator.gradient_accumulation_steps) != 1:
-        yield f"--gradient_accumulation_steps {count} {launch} has no effect: give it to palme-xt train"
+        yield f"--gradient_accumulation_steps {count} {launch} has no effect: pass it to palme-xt train"
     if (backend := accelerator.state.dynamo_plugin.backend) != DynamoBackend.NO:
         yield f"--dynamo_backend {backend.value.lower()} {launch} must be no: compiled models cannot be resumed"
     if accelerator.mixed_precision not in PRECISIONS:
         yield f"--mixed_precision {accelerator.mixed_precision} {launch} must be one of {PRECISIONS}"
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        yield f"{kind} is not supported: launch data-parallel or FSDP2 processes"
+        yield f"{kind} is not supported: use data-parallel or FSDP2 processes"
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         yield "--use_fsdp must come with --fsdp_version 2: the first version is not supported"
     if kind != DistributedType.FSDP and os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -92,13 +92,13 @@ def _problems(accelerator: Accelerator, training: Training, config: PalmEConfig)
 
 
 def start_trackers(accelerator: Accelerator, options: Mapping[str, Any], step: int) -> None:
-    """Start the trackers of a run at `step`; TensorBoard forgets the later steps, which will be done again."""
+    """Start the trackers of a run at `step`. TensorBoard drops later steps, which will be repeated."""
     values = {name: value for name, value in options.items() if value is not None}
     accelerator.init_trackers("palme_xt", values, {"tensorboard": {"purge_step": step + 1} if step else {}})
 
 
 class Errors:
-    """Errors of users that end all processes, because one that ends alone leaves the others waiting."""
+    """User errors that end all processes, because a process that ends alone would leave the others waiting."""
 
     def __init__(self) -> None:
         self.own: Exception | None = None
@@ -112,7 +112,7 @@ class Errors:
             self.own = self.own or error
 
     def meet(self) -> None:
-        """Raise the first error that any process holds; call it in all of them."""
+        """Raise the first error that any process holds. Call it in all processes."""
         found: list[Exception] = [error for error in gather_object([self.own]) if error is not None]
         if found:
             error = self.own or found[0]
@@ -121,7 +121,7 @@ class Errors:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Raise an error of any process in all of them, at the end of the block; enter it in all of them."""
+        """Raise an error of any process in all of them, at the end of the block. Enter it in all processes."""
         with self.held():
             yield
         self.meet()

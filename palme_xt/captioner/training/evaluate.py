@@ -29,10 +29,10 @@ class Evaluation:
     """The result of an evaluation on held-out images.
 
     Attributes:
-        true: The captions of the data.
+        true: The captions in the data.
         predicted: The captions that the model generated.
         loss: The mean loss of the true captions, in nats per token.
-        skipped: How many rows could not be evaluated, by reason.
+        skipped: Number of rows that could not be evaluated, by reason.
     """
 
     true: list[str]
@@ -48,16 +48,16 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(task: Task, accelerator: Accelerator, model: PalmE, batch_size: int) -> Evaluation:
-    """Evaluate held-out images, shared among all processes; call it in all of them.
+    """Evaluate held-out images, shared among all processes. Call it in all processes.
 
     Args:
-        task: The held-out rows, and how they are read.
+        task: The task, for the held-out rows and how to read them.
         accelerator: The accelerator of the processes.
         model: A model that each process can run on its own.
-        batch_size: How many images each process computes at once; no more than 128 in any case.
+        batch_size: Number of images that each process computes at once, limited to 128.
 
     Raises:
-        DataError: No row can be evaluated, or one cannot although the data are `strict`.
+        DataError: If no row can be evaluated, or, with `strict`, if any row cannot.
     """
     size, count = min(batch_size, LARGEST_BATCH), task.held_out_images
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -71,19 +71,19 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, batch_size: int
             if batch.targets:
                 img = task.preprocessing.normalise(batch.img.to(accelerator.device))
                 loss = model(img, batch.text.to(accelerator.device)).item() * batch.targets
-                # A model that computes nan cannot decode; the loss reports it.
+                # A model that computes nan cannot decode. The loss reports it.
                 predicted = caption(model, img, task.tokenizer) if math.isfinite(loss) else batch.captions
             reasons = [defect.reason for defect in batch.defects]
             parts.append((number, loss, batch.targets, batch.captions, predicted, reasons))
     _, losses, targets, true, generated, defects = zip(*sorted(gather_object(parts)), strict=True)
     if not sum(targets):
-        raise DataError("no held-out row is usable: name another split or number with --held_out")
+        raise DataError("no held-out row is usable: choose another split or number with --held_out")
     skipped = Counter(chain(*defects))
     return Evaluation([*chain(*true)], [*chain(*generated)], sum(losses) / sum(targets), dict(skipped))
 
 
 def unsharded(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
-    """Return `model`, or if it is sharded, a copy with these weights that each process can run on its own."""
+    """Return `model`, or, if it is sharded, a copy with these weights that each process can run on its own."""
     if not isinstance(model, FSDPModule):
         return model
     with torch.random.fork_rng(devices=[]):
@@ -93,11 +93,11 @@ def unsharded(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
 
 
 def check_rows(batches: Sequence[Batch], strict: bool) -> None:
-    """Reject rows that cannot be used, if `strict`.
+    """Reject unusable rows if `strict`.
 
     Raises:
-        DataError: There is such a row.
+        DataError: If there is such a row.
     """
     defect = next((defect for batch in batches for defect in batch.defects), None)
     if strict and defect is not None:
-        raise DataError(f"{defect.reason}: {defect.detail}; without --strict such rows are skipped and counted")
+        raise DataError(f"{defect.reason}: {defect.detail}; without --strict, such rows are skipped and counted")

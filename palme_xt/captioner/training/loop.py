@@ -1,4 +1,4 @@
-"""Train a captioner, on as many processes as `accelerate launch` starts, and show what it has learned."""
+"""Train a captioner, in as many processes as `accelerate launch` starts, and show what it has learned."""
 
 from __future__ import annotations
 
@@ -55,11 +55,13 @@ def train(
     seconds later, ends the process at once.
 
     Raises:
-        ValueError: The model cannot learn these data.
-        DataError: The data cannot be loaded, differ from those that the run started with, or have a row that cannot be
-            used although `data.strict`.
-        RunError: The run folder cannot be written, or another process trains the run; the last checkpoint is unchanged.
-        TrainingError: The loss is not finite, and the last checkpoint is from before; or these processes cannot train.
+        ValueError: If the model cannot learn these data.
+        DataError: If the data cannot be loaded, differ from those that the run started with, or have an unusable row
+            with `data.strict`.
+        RunError: If the run folder cannot be written, or another process is training the run. The last checkpoint is
+            unchanged.
+        TrainingError: If the loss is not finite, in which case the last checkpoint is an earlier one, or if training
+            cannot run in these processes.
     """
     accelerator = distributed.make_accelerator(training, run.folder / "logs", config)
     with distributed.shutdown_on_exit(accelerator):
@@ -76,7 +78,7 @@ def train(
 
 
 class _Trainer:
-    """A training run in progress: `task` is what stays the same, `state` what changes."""
+    """A training run in progress: `task` holds what stays the same, `state` what changes."""
 
     def __init__(self, accelerator: Accelerator, task: Task, share: Share, run: Run, resume: bool) -> None:
         self.accelerator, self.task, self.share, self.run = accelerator, task, share, run
@@ -92,7 +94,7 @@ class _Trainer:
         self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not self.main)
 
     def train(self) -> Outcome:
-        """Do the steps that are left; evaluate and save the model in between and at the end."""
+        """Run the remaining steps, and evaluate and save the model in between and at the end."""
         task, state, progress, training = self.task, self.state, self.state.progress, self.task.training
         count, stop = training.gradient_accumulation_steps, False
         left = range(progress.step * count, training.steps * count)
@@ -104,7 +106,7 @@ class _Trainer:
                 state.random_states = checkpoint.random_state()  # to resume from before this step
                 loss = compute_gradients(task, state, self.run, micro_batches, targets) if targets else math.nan
                 if targets and (stop or progress.step % training.save_every == 0):
-                    # The weights from before this step, now that their loss and gradient are known to be finite.
+                    # Save the weights from before this step, whose loss and gradient are now known to be finite.
                     checkpoint.save(self.run, state)
                 if stop:
                     break
@@ -122,13 +124,13 @@ class _Trainer:
         return Outcome(evaluation, checkpoint.total_progress(progress), stop)
 
     def read(self, batches: Iterator[Batch], stop: bool) -> tuple[list[Batch], int, bool]:
-        """Return the micro-batches of the next step, the targets of all processes, and whether any is to stop."""
+        """Return the micro-batches of the next step, the targets of all processes, and whether any has to stop."""
         micro_batches: list[Batch] = []
         with self.errors.held():
             micro_batches = list(islice(batches, self.share.count))
             check_rows(micro_batches, self.task.data.strict)
         own = [sum(batch.targets for batch in micro_batches), int(stop), int(self.errors.own is not None)]
-        # One reduction for all three, because the processes wait for one another in each.
+        # Use one reduction for all three, because the processes wait for one another in each.
         total = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device))
         targets, stops, failures = total.tolist()
         if failures:
@@ -139,7 +141,7 @@ class _Trainer:
         """Finish the step, and count its rows.
 
         Raises:
-            DataError: Too many rows in succession are unusable.
+            DataError: If too many rows in succession are unusable.
         """
         self.unusable_rows = 0 if targets else self.unusable_rows + self.share.batch_size
         if self.unusable_rows >= UNUSABLE_ROWS:
@@ -160,7 +162,7 @@ class _Trainer:
         """Log a step to `metrics.jsonl`, the trackers and the progress bar."""
         step, skipped = self.state.progress.step, self.state.progress.skipped.total()
         metrics = {"loss": loss, "images_per_second": images_per_second}
-        with self.errors.held():  # until the next step, in which the processes meet anyway
+        with self.errors.held():  # until the next step, where the processes meet anyway
             if self.main:
                 self.run.log(step=step, **metrics)
             self.accelerator.log(metrics | {"lr": self.state.schedule.get_last_lr()[0]}, step=step)
@@ -170,7 +172,11 @@ class _Trainer:
         self.bar.update()
 
     def evaluate(self, interrupted: bool = False) -> Evaluation:
-        """Evaluate the weights, and if their loss is finite, save them with a model card and log the result."""
+        """Evaluate the weights, save them with a model card, and log the result.
+
+        Raises:
+            TrainingError: If the held-out loss is not finite.
+        """
         accelerator, task, step = self.accelerator, self.task, self.state.progress.step
         weights = checkpoint.full_weights(self.state.model)
         model = unsharded(accelerator.unwrap_model(self.state.model), weights)
@@ -181,7 +187,7 @@ class _Trainer:
             if not math.isfinite(evaluation.loss):
                 raise distributed.TrainingError(
                     f"lr={task.training.lr} led to a held-out loss of {evaluation.loss} after step {step}: lower it; "
-                    f"{self.run.folder} keeps the weights from before"
+                    f"{self.run.folder} keeps the earlier weights"
                 )
             if self.main:
                 self.run.save(weights)

@@ -1,12 +1,12 @@
-"""A run folder: what training writes, what captioning reads, and what the hub stores.
+"""A run folder, as training writes it, captioning reads it, and the hub stores it.
 
-config.json               the model's arguments, and under "training" how it was trained
+config.json               the model's arguments, and how it was trained, under "training"
 model.safetensors         the weights of the last evaluation
 preprocessor_config.json  how images are resized, cropped and normalised
 tokenizer.json            the vocabulary, with tokenizer_config.json; both are missing if the model reads bytes
 README.md                 a model card
 checkpoint.safetensors    everything that resuming needs
-metrics.jsonl             a line for each step and each evaluation; `Run.metrics` reads it
+metrics.jsonl             a line for each step and each evaluation, read by `Run.metrics`
 samples.png               held-out images with their generated captions
 loss.png                  the loss curve
 parity.safetensors        the reference that `palme-xt parity record` writes
@@ -49,7 +49,7 @@ __all__ = ["CONFIG", "METRICS", "WEIGHTS", "Run", "RunError"]
 
 
 class RunError(ValueError):
-    """Raised for a folder that cannot be written, or read, as a run."""
+    """Raised if a folder cannot be written or read as a run."""
 
 
 class Run:
@@ -65,7 +65,7 @@ class Run:
         """Create the folder and write `companions`, then `config.json`, which makes it a run.
 
         Raises:
-            RunError: The folder is not empty, or cannot be created.
+            RunError: If the folder is not empty, or cannot be created.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class Run:
         except OSError as error:
             raise RunError(f"{self.folder} cannot be a run folder: {error.strerror}") from error
         if not empty:
-            raise RunError(f"{self.folder} is not empty: name another folder, or resume its run with --resume")
+            raise RunError(f"{self.folder} is not empty: choose another folder, or resume its run with --resume")
         for name, content in companions.items():
             self.write(name, content)
         self.write(CONFIG, json.dumps(config.to_dict() | {"training": dict(training)}, indent=2).encode() + b"\n")
@@ -82,7 +82,7 @@ class Run:
         """Keep other processes from training this run until `unlock`, or until this process ends in any way.
 
         Raises:
-            RunError: Another process trains it, or the folder cannot be written.
+            RunError: If another process is training it, or the folder cannot be written.
         """
         with self._writing(LOCK) as path:
             file = open(path, "wb")  # noqa: SIM115  # open until `unlock`
@@ -109,21 +109,21 @@ class Run:
         self.write_tensors(WEIGHTS, state_dict)
 
     def log(self, **metrics: Any) -> None:
-        """Append a line to `metrics.jsonl`. It begins with `step`; numbers that are not finite are written as strings.
+        """Append a line to `metrics.jsonl`, beginning with `step`. Numbers that are not finite are written as strings.
 
         Raises:
-            RunError: The line cannot be written.
+            RunError: If the line cannot be written.
         """
         line = json.dumps({name: _finite_or_string(value) for name, value in metrics.items()}) + "\n"
         with self._writing(METRICS) as path, open(path, "a") as file:
             file.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl`, each step once: a resumed run repeats those after its checkpoint."""
+        """Return the lines of `metrics.jsonl`, each step once, although a resumed run repeats steps."""
         path = self.folder / METRICS
         kept: list[dict[str, Any]] = []
         content = path.read_text() if path.exists() else ""
-        # After a crash in the middle of a line, the next one was appended to it.
+        # After a crash in the middle of a line, the next line was appended to it.
         for text in content.replace('{"step"', '\n{"step"').splitlines():
             try:
                 line = json.loads(text)
@@ -138,7 +138,7 @@ class Run:
         """Return the model's arguments.
 
         Raises:
-            FolderError: This is not a run folder, or its `config.json` does not hold a model's arguments.
+            FolderError: If this is not a run folder, or its `config.json` does not hold a model's arguments.
         """
         return model_folder.read_config(self.folder)
 
@@ -146,7 +146,7 @@ class Run:
         """Return how the model was trained, as passed to `create`.
 
         Raises:
-            FolderError: As for `config`.
+            FolderError: As in `config`.
         """
         return dict(model_folder.read_json(self.folder).get("training", {}))
 
@@ -154,15 +154,15 @@ class Run:
         """Return the trained model, in eval mode.
 
         Raises:
-            FolderError: This is not a run folder, or its files are damaged or do not belong together.
+            FolderError: If this is not a run folder, or its files are damaged or do not belong together.
         """
         return model_folder.load(self.folder, device)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file as a whole: a reader sees the previous file or the new one, never a part.
+        """Write a file atomically: a reader sees the previous file or the new one, never a part.
 
         Raises:
-            RunError: The file cannot be written; what was saved is unchanged.
+            RunError: If the file cannot be written. Saved files are unchanged.
         """
         with self._writing(name):
             replace_files(self.folder, {name: lambda path: path.write_bytes(content)})
@@ -181,7 +181,7 @@ class Run:
             yield self.folder / name
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise RunError(f"{self.folder / name} cannot be written: {reason}; what was saved is unchanged") from error
+            raise RunError(f"{self.folder / name} cannot be written: {reason}; saved files are unchanged") from error
 
 
 def _finite_or_string(value: Any) -> Any:
@@ -189,7 +189,7 @@ def _finite_or_string(value: Any) -> Any:
 
 
 def _position(line: Mapping[str, Any]) -> tuple[float, bool]:
-    """Return the place of a line among the others: each step is followed by its evaluation, if there is one.
+    """Return the position of a line in the order of steps, each of which is followed by its evaluation, if any.
 
     The evaluation after an interrupt comes last, so that the next line replaces it: an uninterrupted run has none.
     """

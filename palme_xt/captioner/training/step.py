@@ -1,4 +1,4 @@
-"""The initial state of a training run, and the gradients of one step."""
+"""Create the initial state of a training run, and compute the gradients of one step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def compute_gradients(task: Task, state: State, run: Run, micro_batches: Sequenc
     Call it in all processes. If the loss or the gradient is not finite, the names of the batch go to `metrics.jsonl`.
 
     Raises:
-        TrainingError: The loss or the gradient is not finite, or `DistributedDataParallel` would wait for gradients
+        TrainingError: If the loss or the gradient is not finite, or `DistributedDataParallel` would wait for gradients
             that never come.
     """
     accelerator, losses = state.accelerator, []
@@ -58,7 +58,7 @@ def compute_gradients(task: Task, state: State, run: Run, micro_batches: Sequenc
         with contextlib.nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(state.model):
             img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
             loss = state.model(task.preprocessing.normalise(img), text)
-            # Processes average their gradients; with these weights, the average is that of the mean over all targets.
+            # Processes average their gradients. With this weight, they get the gradient of the mean over all targets.
             accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
             losses.append(loss.detach() * (batch.targets / targets))
     _check_all_have_gradients(state.model)
@@ -74,7 +74,7 @@ def compute_gradients(task: Task, state: State, run: Run, micro_batches: Sequenc
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             raise TrainingError(
                 f"lr={task.training.lr} led to a {value} at step {step}, batch {', '.join(names[:NAMES_SHOWN])}{more}: "
-                f"lower it; {run.folder} keeps the last good weights, and all names in {METRICS}"
+                f"lower it; {run.folder} keeps the last good weights, and {METRICS} lists all names"
             )
     return mean
 

@@ -1,4 +1,4 @@
-"""The task of a training run, all that stays the same from its first step to its last: options, data, tokenizer."""
+"""The task of a training run: what stays the same from its first step to its last, such as options and data."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from palme_xt.tokens import NUM_TOKENS
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and how.
+    """The model, the data and the options of a training run.
 
     Attributes:
         config: The model's arguments.
         training: How to train.
-        data: Where the rows are from.
-        tokenizer: How captions become token ids.
-        preprocessing: How images become pixels.
+        data: Where the rows come from.
+        tokenizer: How captions are converted to token ids.
+        preprocessing: How images are converted to model inputs.
         rows: The rows to train on.
         held_out_rows: The rows to evaluate on.
-        held_out_images: How many of the held-out rows each evaluation reads.
+        held_out_images: Number of held-out rows that each evaluation reads.
     """
 
     config: PalmEConfig
@@ -47,11 +47,11 @@ class Task:
 
 
 def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer) -> Task:
-    """Open the data.
+    """Open the data, and return the task.
 
     Raises:
-        ValueError: The model cannot learn these data.
-        DataError: The data cannot be loaded.
+        ValueError: If the model cannot learn these data.
+        DataError: If the data cannot be loaded.
     """
     if config.num_tokens < tokenizer.num_tokens:
         rule = "for the tokenizer" if tokenizer.num_tokens != NUM_TOKENS else "to train on bytes: 256, BOS and EOS"
@@ -72,8 +72,8 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
     """Create the run folder, or check that it can be resumed with these data, and lock it.
 
     Raises:
-        DataError: The data differ from those that the run started with.
-        RunError: The folder cannot be written, or another process trains the run.
+        DataError: If the data differ from those that the run started with.
+        RunError: If the folder cannot be written, or another process is training the run.
     """
     before = run.training() if resume else {}
     now = {"rows_fingerprint": task.rows.fingerprint(), "held_out_fingerprint": task.held_out_rows.fingerprint()}

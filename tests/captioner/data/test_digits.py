@@ -1,4 +1,4 @@
-"""The data set: real scans, none both trained on and held out, captions that tell what is where."""
+"""The digits: real scans, none of them both trained on and held out, and captions that describe the scenes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_every_scan_is_on_exactly_one_side() -> None:
     pixels = torch.cat([train.pixels, held_out.pixels]).flatten(1)
     assert pixels.shape == (1797, 64)
     assert len(held_out.labels) == 359
-    assert len(pixels.unique(dim=0)) == 1797  # no scan is there twice, so none is on both sides
+    assert len(pixels.unique(dim=0)) == 1797  # no scan occurs twice, so none is on both sides
     everything = torch.from_numpy(load_digits().images).float().flatten(1) / 16
     assert torch.equal(pixels.unique(dim=0), everything.unique(dim=0))
     again, _ = load_scans()

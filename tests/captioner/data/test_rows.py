@@ -1,4 +1,4 @@
-"""The user's own images: every format, every defect, and each row exactly once, however the reading is shared."""
+"""The user's own images: every format, every defect, and each row exactly once, however reading is divided."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_every_format_gives_every_row_once(write: Any, streaming: bool, folder: 
     assert trained != sorted(trained)  # shuffled
     again = captions(source, range(COUNT - 6, 2 * (COUNT - 6)))
     assert sorted(again) == sorted(trained)
-    assert again != trained  # anew in each epoch
+    assert again != trained  # reshuffled in each epoch
     assert captions(load(data)[0], range(COUNT - 6)) == trained
     assert captions(load(data, seed=1)[0], range(COUNT - 6)) != trained
     assert captions(load(data, seed=1)[1], range(count)) == evaluated
@@ -162,7 +162,7 @@ def test_another_reader_of_a_stream_does_not_change_its_order(folder: Path, monk
 
     monkeypatch.setattr(IterableDataset, "iter", open_after_another_reader)
     assert captions(other, range(24)) == expected
-    assert captions(later, range(24, 48)) != expected  # an epoch has an order of its own
+    assert captions(later, range(24, 48)) != expected  # each epoch has its own order
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -180,7 +180,7 @@ def test_reading_goes_on_where_it_was(streaming: bool, folder: Path) -> None:
         assert torch.equal(batch.img, same.img)
         assert torch.equal(batch.text, same.text)
     assert whole[0].captions != rest[0].captions
-    assert [batch.rows for batch in whole] == [8, 8, 8, 0, 0, 0, 0]  # what the second epoch reads is not new
+    assert [batch.rows for batch in whole] == [8, 8, 8, 0, 0, 0, 0]  # rows of the second epoch are not new
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -209,7 +209,7 @@ def test_rows_that_cannot_be_learned_from_are_left_out_and_counted(streaming: bo
     assert details[2:] == [
         "002.png is not an image that Pillow can read",
         "003.png has no caption",
-        "004.png has 128 tokens, max_seq_len=80",
+        "004.png has 128 tokens, more than max_seq_len=80",
     ]
 
 
@@ -254,7 +254,7 @@ def test_held_out_rows(folder: Path) -> None:
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
-    images = [content(number) for number in range(9)]  # bare bytes, no image type
+    images = [content(number) for number in range(9)]  # bytes without an image type
     texts = [picture(number)[1] for number in range(9)]
     table = pa.table({"photo": images, "alt": texts, "text": texts[::-1], "size": list(range(9))})
     pa.parquet.write_table(table, tmp_path / "x.parquet")
@@ -266,7 +266,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         assert isinstance(row, Example)
         assert torch.equal(row.img, preprocessing.pixels(picture(int(row.caption.rpartition(" ")[2]))[0]))
     for column, message in (
-        ("size", "image_column=size holds int, must hold images: name another column"),
+        ("size", "image_column=size holds int, must hold images: choose another column"),
         ("alt", ""),
     ):
         source, _, _ = load(Data(data.data, held_out="1", image_column=column, text_column="alt"))
@@ -276,7 +276,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         else:
             assert captions(source, range(1)) == ["missing image"]
     source, _, _ = load(Data(data.data, held_out="1", image_column="photo", text_column="size"))
-    with pytest.raises(DataError, match="text_column=size holds int, must hold one text: name another column"):
+    with pytest.raises(DataError, match="text_column=size holds int, must hold one text: choose another column"):
         source.read(range(1))
 
 
@@ -285,27 +285,30 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     [
         (
             {"data": "{folder}/none"},
-            r"data='\S+/none' does not exist: give a folder, a file, a quoted pattern, or hf:NAME",
+            r"data='\S+/none' does not exist: pass a folder, a file, a quoted pattern, or hf:NAME",
         ),
         ({"data": "{folder}/000.png"}, r"data=\S+/000.png must end in .parquet or .tar, or be a folder of images"),
-        ({"data": ""}, r"data='' does not exist: give a folder, a file, a quoted pattern, or hf:NAME of the hub"),
-        ({"data": "hf:"}, "data=hf: must name a data set: give hf:NAME or hf:NAME:CONFIG"),
-        ({"data": "hf::small"}, "data=hf::small must name a data set: give hf:NAME or hf:NAME:CONFIG"),
+        ({"data": ""}, r"data='' does not exist: pass a folder, a file, a quoted pattern, or hf:NAME on the hub"),
+        ({"data": "hf:"}, "data=hf: must name a data set: pass hf:NAME or hf:NAME:CONFIG"),
+        ({"data": "hf::small"}, "data=hf::small must name a data set: pass hf:NAME or hf:NAME:CONFIG"),
         (
             {"image_column": "photo"},
-            r"image_column='photo' must be a column \(image, text\): name one with --image_column$",
+            r"image_column='photo' must be a column \(image, text\): choose one with --image_column$",
         ),
         (
             {"text_column": "alt"},
-            r"text_column='alt' must be a column \(image, text\): name one with --text_column$",
+            r"text_column='alt' must be a column \(image, text\): choose one with --text_column$",
         ),
-        ({"held_out": "half"}, r"held_out=half must be a split other than the trained one \(train\), a share below 1,"),
+        (
+            {"held_out": "half"},
+            r"held_out=half must be a split other than the training split \(train\), a share below 1,",
+        ),
         ({"held_out": "30"}, "held_out=30 must be more than 0 and leave some of the 30 rows to train on"),
         ({"held_out": "0"}, "held_out=0 must be more than 0 and leave some of the 30 rows to train on"),
         ({"held_out": "-3"}, "held_out=-3 must be more than 0 and leave some of the 30 rows to train on"),
         ({"held_out": "2.5"}, "held_out=2.5 must be more than 0 and leave some of the 30 rows to train on"),
         ({"held_out": "nan"}, "held_out=nan must be more than 0 and leave some of the 30 rows to train on"),
-        ({"held_out": "train"}, "held_out=train must be a split other than the trained one .*"),
+        ({"held_out": "train"}, "held_out=train must be a split other than the training split .*"),
         ({"held_out": "0.5", "streaming": True}, "held_out=0.5 of a stream must be a whole number of rows, or a split"),
         ({"held_out": "inf", "streaming": True}, "held_out=inf of a stream must be a whole number of rows, or a split"),
     ],
@@ -348,7 +351,7 @@ def test_folders_that_hold_no_captions(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data=\S+pictures cannot be loaded: .*"):
         load(Data(str(folder)))
     (folder / "metadata.jsonl").unlink()
-    (folder / "metadata.json").write_text("[]")  # which says nothing to `datasets`
+    (folder / "metadata.json").write_text("[]")  # `datasets` ignores this file
     for streaming in False, True:
         message = r"data=\S+pictures must have captions: add a metadata.jsonl with the columns file_name and text$"
         with pytest.raises(DataError, match=message):
@@ -416,7 +419,7 @@ def test_one_of_several_image_columns(tmp_path: Path) -> None:
         features = Features({name: Image() for name in names} | {"text": Value("string")})
         rows = {name: images[name] for name in names} | {"text": texts}
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{len(names)}.parquet")
-    with pytest.raises(DataError, match=r"data=\S+ has the image columns mask, photo: name one with --image_column"):
+    with pytest.raises(DataError, match=r"data=\S+ has the image columns mask, photo: choose one with --image_column"):
         load(Data(str(tmp_path / "2.parquet"), held_out="1"))
     (row,) = load(Data(str(tmp_path / "3.parquet"), held_out="1"))[0].read(range(1))
     assert isinstance(row, Example)
@@ -429,12 +432,12 @@ def test_a_list_of_captions_is_no_caption(tmp_path: Path) -> None:
     Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
     for streaming in False, True:
         source, _, _ = load(Data(str(tmp_path / "x.parquet"), held_out="1", streaming=streaming))
-        with pytest.raises(DataError, match=r"text_column=text holds list, must hold one text: name another column$"):
+        with pytest.raises(DataError, match=r"text_column=text holds list, must hold one text: choose another column$"):
             source.read(range(1))
 
 
 def damaged(kind: str, folder: Path) -> str:
-    """Data whose first rows are well, and the last are not."""
+    """Data whose first rows are intact and whose last rows are not."""
     members = []
     for number in range(20):
         text = b"\xff" if kind == "text" and number == 19 else picture(number)[1].encode()
@@ -524,14 +527,14 @@ def test_fingerprints_are_those_of_the_captions(streaming: bool, tmp_path: Path)
     others: list[list[str | None]] = [[*texts, "more"], texts[:-1], [*texts[:-1], "other"], [None, *texts[1:]]]
     others += [["None", *texts[1:]], texts[1::-1] + texts[2:], [f"{texts[0]}{texts[1]}", "", *texts[2:]]]
     seen = {found, *map(prints, others)}
-    # Of a stream, what is held out is the first rows, and all that is known.
+    # The held-out rows of a stream are its first rows, the only ones that are known.
     assert len(seen) == (5 if streaming else 8)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"held_out": "5"}, "held_out=5 has no effect with data=digits, whose scenes are drawn: leave it out"),
+        ({"held_out": "5"}, "held_out=5 has no effect with data=digits, whose scenes are composed: leave it out"),
         ({"image_column": "x"}, "image_column=x has no effect with data=digits, whose .*"),
         ({"text_column": "x"}, "text_column=x has no effect with data=digits, whose .*"),
         ({"streaming": True}, "streaming=True has no effect with data=digits, whose .*"),

@@ -1,6 +1,6 @@
 """Kill real training processes with SIGKILL at random moments, resume each, and compare the results bit by bit.
 
-A program of its own: `python -m tests.captioner.training.killing FOLDER DATA KILLS`.
+Run it as `python -m tests.captioner.training.killing FOLDER DATA KILLS`.
 It imports everything once and then forks each training process. The process of the tests must not fork them itself,
 because it has computed gradients.
 """
@@ -57,7 +57,7 @@ def finish(arguments: list[str]) -> float:
 
 
 def wait_for(path: Path, times: int, pid: int) -> None:
-    """Wait until the file has appeared so many times, or the process has ended."""
+    """Wait until the file has appeared the given number of times, or the process has ended."""
     for _ in range(times):
         while path.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
             pass
@@ -67,7 +67,7 @@ def wait_for(path: Path, times: int, pid: int) -> None:
 
 
 def end_of(run: Path) -> dict[str, Any]:
-    """Return everything that a run results in, except for its speed."""
+    """Return all results of a run, except for its speed."""
     metrics = Run(run).metrics()
     for line in metrics:
         line.pop("images_per_second", None)
@@ -110,7 +110,7 @@ def kill_and_resume(folder: Path, data: str, kills: int) -> None:
         died += kill(pid)
         while_writing += (run / UNFINISHED).exists()
         steps.add(len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0)
-        if number % 2:  # and once more
+        if number % 2:  # kill half of them again
             pid = start(["train", f"--resume={run}"])
             time.sleep(moments.uniform(0, 0.6 * duration))
             kill(pid)

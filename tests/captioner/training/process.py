@@ -1,4 +1,4 @@
-"""A training process on CPUs: `python -m tests.captioner.training.process {ddp|fsdp2} train ...`, as by torchrun."""
+"""Train on CPUs: `python -m tests.captioner.training.process {ddp|fsdp2} train ...`, as torchrun starts it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from palme_xt.cli import main
 def shard() -> None:
     """Let accelerate shard on CPUs.
 
-    `accelerate launch --use_fsdp` asks for it by environment variables, which accelerate 1.15 heeds on accelerators
-    only; its code and torch's run on gloo unchanged.
+    `accelerate launch --use_fsdp` requests it by environment variables, which accelerate 1.15 respects only on
+    accelerators. Its code and torch's run on gloo unchanged.
     """
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true",
@@ -49,7 +49,7 @@ def interrupt_the_second_at_step_3() -> None:
 
 
 def threads_of_gloo() -> list[str]:
-    """Return the names of gloo's threads: one that outlives the interpreter may abort or hang the process."""
+    """Return the names of gloo's threads. A thread that outlives the interpreter may abort or hang the process."""
     names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     return [name for name in names if "gloo" in name]
 
@@ -64,7 +64,7 @@ if __name__ == "__main__":
         interrupt_the_second_at_step_3()
         arguments = arguments[1:]
     code = main(arguments)
-    # After sharding they stay: torch 2.13 has caches that hold the group, and no public way to clear them.
+    # After sharding, the threads stay: torch 2.13 has caches that hold the group, and no public way to clear them.
     if how == "ddp" and (left := threads_of_gloo()):
         sys.exit(f"threads of gloo are left: {left}")
     sys.exit(code)

@@ -32,7 +32,7 @@ TRAIN = ["--steps=5", "--batch_size=8", "--save_every=2", "--eval_every=3", "--h
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of which some are broken, so that processes have batches of different sizes."""
+    """Return images of which some are broken, so that processes have batches of different sizes."""
     folder = write_folder(tmp_path_factory.mktemp("data") / "pictures", 31)
     spoil(folder)
     return folder
@@ -117,7 +117,7 @@ def test_two_processes_train_what_one_trains(
 def test_many_processes_resume_bitwise(how: str, folder: Path, tmp_path: Path) -> None:
     options = [f"--data={folder}", *TRAIN, "--streaming", "--decoder_kwargs.attn_dropout=0.2"]
     train(how, *options, f"--run={tmp_path / 'whole'}")
-    # A signal to only one of them: both stop after the same step.
+    # After a signal to one of them, both stop after the same step.
     codes, _, err = launch(how, "interrupted", "train", *options, f"--run={tmp_path / 'told'}")
     assert codes == [130, 130], err[-3000:]
     assert progress(tmp_path / "told")["step"] == 3
@@ -182,7 +182,7 @@ def test_sharding_that_accelerate_would_leave_out_silently(
         (
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
             "4",
-            "--gradient_accumulation_steps 4 of accelerate launch has no effect: give it to palme-xt train",
+            "--gradient_accumulation_steps 4 of accelerate launch has no effect: pass it to palme-xt train",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Runs that survive: whatever stops them, they resume to the same bits, or explain why they cannot."""
+"""Whatever stops a run, it resumes to a bitwise equal result, or explains why it cannot."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     monkeypatch.setattr(checkpoint, "set_random_state", lambda states: None)
     assert main(["train", f"--resume={tmp_path / 'other'}"]) == 0
     drew_otherwise = end_of(tmp_path / "other")["model.safetensors"] != whole["model.safetensors"]
-    assert drew_otherwise == ("--save_every=50" not in VARIANTS[variant])  # a run that starts anew needs only the seed
+    assert drew_otherwise == ("--save_every=50" not in VARIANTS[variant])  # a run that starts again needs only the seed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -128,7 +128,7 @@ def test_a_signal_ends_the_training_after_the_step(
     assert [line["step"] for line in Run(tmp_path / "told").metrics()] == [1, 2, 3, 3, 4, 5, 5]
     out = capsys.readouterr().out
     assert f"resume it: palme-xt train --resume {tmp_path / 'told'}" in out
-    assert "5 steps; 16 training rows read, of which skipped: none" in out
+    assert "5 steps; 16 training rows read; skipped: none" in out
     assert main(["train", f"--resume={tmp_path / 'told'}"]) == 0
     assert end_of(tmp_path / "told") == end_of(tmp_path / "whole")
     assert main(["train", f"--resume={tmp_path / 'told'}"]) == 0  # nothing is left to do
@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_the_same_data(
     fails(capsys, ["train", f"--resume={run}"], "data='data' does not exist: .*")
     assert main(["train", f"--resume={run}", f"--data={elsewhere}"]) == 0
     found, expected = end_of(run), end_of(tmp_path / "whole")
-    assert found.pop("README.md") != expected.pop("README.md")  # it says where the data are
+    assert found.pop("README.md") != expected.pop("README.md")  # it names the location of the data
     assert found == expected
 
     lines = (elsewhere / "metadata.jsonl").read_text().splitlines()
@@ -257,7 +257,7 @@ def test_runs_killed_at_20_random_moments_lose_nothing(folder: Path, tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["died"] >= 15  # some ended before
+    assert counts["died"] >= 15  # some ended before the signal
     assert counts["while_writing"] >= 2
     assert counts["moments"] >= 6
 
@@ -300,7 +300,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path) ->
     done = subprocess.run([*namespace, "sh", "-c", script, "sh", *train], capture_output=True, text=True)
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip("this user may not mount a small disk")
-    explain(done, rf"\S+{CHECKPOINT} cannot be written: .*No space left on device.*; what was saved is unchanged")
+    explain(done, rf"\S+{CHECKPOINT} cannot be written: .*No space left on device.*; saved files are unchanged")
     assert not (copy / UNFINISHED).exists()
     assert main(["train", f"--resume={copy}"]) == 0
     assert main(["train", f"--data={folder}", *SHORT, "--eval_every=90", f"--run={tmp_path / 'whole'}"]) == 0
@@ -322,11 +322,11 @@ def test_a_folder_that_becomes_read_only_leaves_the_last_checkpoint(
             run.chmod(0o500)
             _, err = process.communicate()
         done = subprocess.CompletedProcess(endless, process.returncode, "", err)
-        message = "cannot be written: .*Permission denied.*; what was saved is unchanged"
+        message = "cannot be written: .*Permission denied.*; saved files are unchanged"
         explain(done, rf"\S+{CHECKPOINT} {message}")
         (run / LOCK).unlink(missing_ok=True)
         again = subprocess.run([*palme_xt, "train", f"--resume={run}"], capture_output=True, text=True)
-        explain(again, rf"\S+{LOCK} cannot be written: Permission denied; what was saved is unchanged")
+        explain(again, rf"\S+{LOCK} cannot be written: Permission denied; saved files are unchanged")
     finally:
         run.chmod(0o700)
     step = step_of(run)
@@ -355,11 +355,11 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(
         capsys,
         [*train, f"--run={tmp_path / 'run'}"],
         r"lr=0.002 led to a loss of nan at step 5, batch \S+\.png, \S+\.png, \S+\.png, \S+\.png: lower it; \S+ keeps "
-        "the last good weights, and all names in metrics.jsonl",
+        "the last good weights, and metrics.jsonl lists all names",
     )
     last = Run(tmp_path / "run").metrics()[-1]
     assert (last["step"], last["loss"], len(last["batch"])) == (5, "nan", 4)
-    # The weights of step 3, because the loss of those of step 4 was not finite.
+    # The weights are those of step 3, because the loss of the weights of step 4 was not finite.
     found, good = (safetensors.torch.load_file(tmp_path / name / CHECKPOINT) for name in ("run", "good"))
     assert good.keys() == found.keys()
     assert [name for name, tensor in found.items() if not torch.equal(tensor, good[name])] == []
@@ -386,9 +386,9 @@ def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     resume = ["train", f"--resume={run}"]
     fails(capsys, ["train", "--resume=nowhere"], r"nowhere is not a run folder: there is no such folder; .*")
-    for steps in 9, 500:  # the default, too
+    for steps in 9, 500:  # also the default
         others = [f"--steps={steps}", "--lr=1", "--decoder_kwargs.ff_glu=true", "--data=x"]
-        message = r"--resume=\S+ goes with no other option but --data, found --steps --lr --decoder_kwargs: .*"
+        message = r"--resume=\S+ allows no other options except --data, found --steps --lr --decoder_kwargs: .*"
         fails(capsys, [*resume, *others], message)
     (run / CHECKPOINT).write_bytes(good[:-9])
     fails(capsys, resume, rf"\S+{CHECKPOINT} cannot be read as a checkpoint: .*")

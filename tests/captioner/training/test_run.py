@@ -63,7 +63,7 @@ def test_a_line_that_a_crash_cut_short_is_skipped(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     run = Run(tmp_path / "nowhere")
-    message = r"nowhere/{} cannot be written: No such file or directory; what was saved is unchanged"
+    message = r"nowhere/{} cannot be written: No such file or directory; saved files are unchanged"
     for name, write in {
         "README.md": lambda: run.write("README.md", b""),
         "model.safetensors": lambda: run.save(small().state_dict()),

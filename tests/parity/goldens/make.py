@@ -1,6 +1,6 @@
-"""Make the goldens, folders of small models with what they compute: `python -m tests.parity.goldens.make`.
+"""Make the goldens, folders of small models and what they compute: `python -m tests.parity.goldens.make`.
 
-Made with x-transformers 2.31.10 and torch 2.13.0. Make them again only if a number is meant to change, because
+They were made with x-transformers 2.31.10 and torch 2.13.0. Make them again only to change a number, because
 `tests/parity/test_drift.py` compares whatever is installed with these files.
 """
 
