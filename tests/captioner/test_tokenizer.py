@@ -436,7 +436,7 @@ def test_damaged_names_of_ends(content: str, message: str, files: dict[str, Path
 def test_names_of_ends_that_are_not_text(bos_token: object, shown: str, files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / TOKENIZER).write_bytes(files["unigram"].read_bytes())
     (tmp_path / SPECIAL_TOKENS).write_text(json.dumps({"bos_token": bos_token, "eos_token": "</s>"}))
-    with pytest.raises(TokenizerError, match=rf"^bos_token={re.escape(shown)} must be a token of \S+: name one "):
+    with pytest.raises(TokenizerError, match=rf"^bos_token={re.escape(shown)} must be a token of \S+: choose one "):
         read_tokenizer(tmp_path)
 
 
@@ -506,8 +506,8 @@ def test_a_run_has_its_tokenizer(
     [
         (["--num_tokens={fewer}"], r"num_tokens=\d+ must be at least {all} for the tokenizer"),
         (["--max_seq_len={fewer_words}"], r"max_seq_len=\d+ must be at least {words} for the longest caption"),
-        (["--eos_token=<end>"], r"eos_token='<end>' must be a token of \S+: name one .*"),
-        (["--bos-token=<end>"], r"bos_token='<end>' must be a token of \S+: name one .*"),
+        (["--eos_token=<end>"], r"eos_token='<end>' must be a token of \S+: choose one .*"),
+        (["--bos-token=<end>"], r"bos_token='<end>' must be a token of \S+: choose one .*"),
         (
             ["--tokenizer={folder}/none"],
             r"tokenizer=\S+none must be a file of the tokenizers library or a name on the hub: .+",
