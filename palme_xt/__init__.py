@@ -15,6 +15,9 @@ else:
 
         return {"PalmE": model.PalmE, "PalmEConfig": config.PalmEConfig}[name]
 
+    def __dir__():
+        return [*globals(), *__all__]  # for help() and completion, which would not find them
+
 
 __all__ = ["PalmE", "PalmEConfig"]
 __version__ = "0.2.0"

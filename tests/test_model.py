@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pydoc
+
 import pytest
 import torch
 import x_transformers
 
+import palme_xt
 from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE
 from tests.models import batch, logits, small
@@ -134,3 +137,8 @@ def test_a_subclass_is_built_from_a_config() -> None:
         pass
 
     assert type(Mine.from_config(small().config)) is Mine
+
+
+def test_help_and_completion_find_the_names_that_are_loaded_when_used() -> None:
+    assert set(palme_xt.__all__) <= set(dir(palme_xt))
+    assert "class PalmE(" in pydoc.plain(pydoc.render_doc(palme_xt))

@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import count, islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
@@ -208,7 +209,7 @@ def _train_and_held_out(splits: Mapping[str, Any], data: Data, max_held_out: int
     else:
         number = _held_out_rows(wanted or str(HELD_OUT_SHARE), len(train), splits)
         order = _permutation(len(train)).numpy()
-        held_out, train = train.select(order[:number]), train.select(sorted(order[number:]))
+        held_out, train = train.select(order[:number]), train.select(np.sort(order[number:]))
     return train, held_out
 
 
