@@ -144,12 +144,10 @@ class PalmEConfig:
         others = ("rotary_pos_emb", "rel_pos_bias", "polar_pos_emb")
         dropped = self.rotary_xpos or any(self.decoder_kwargs.get(name) for name in others)
         if self.use_abs_pos_emb and dropped and self.decoder_kwargs.get("disable_abs_pos_emb") is None:
-            warnings.warn(
-                f"use_abs_pos_emb=True has no effect with rotary_xpos={self.rotary_xpos}: x-transformers drops "
-                "absolute positions when the decoder has rotary or relative ones; to keep both, pass "
-                'decoder_kwargs={"disable_abs_pos_emb": False}',
-                stacklevel=4,
-            )
+            found = f"use_abs_pos_emb=True has no effect with rotary_xpos={self.rotary_xpos}"
+            why = "x-transformers drops absolute positions when the decoder has rotary or relative ones"
+            remedy = 'to keep both, pass decoder_kwargs={"disable_abs_pos_emb": False}'
+            warnings.warn(f"{found}: {why}; {remedy}", stacklevel=4)
 
     @property
     def channels(self) -> int:

@@ -190,6 +190,8 @@ def _stack_prompts(prompts: Any, config: PalmEConfig) -> tuple[Tensor, Tensor]:
             found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise ValueError(f"prompts[{number}] is {found}, must be a 1-d tensor (t,) of token ids")
         _check_token_ids(prompt[None], config, f"prompts[{number}]")
+    if len(devices := sorted({str(prompt.device) for prompt in prompts})) > 1:
+        raise ValueError(f"prompts are on {', '.join(devices)}, must be on one device: move them first")
     lens = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
     return pad_sequence([prompt.long() for prompt in prompts], batch_first=True, padding_value=config.pad_value), lens
 

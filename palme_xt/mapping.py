@@ -39,6 +39,16 @@ SET_BY_COMPOSITION = ("attn_layers", "net", "causal")
 _WRAPPERS = {"vit": ViTransformerWrapper, "transformer": TransformerWrapper, "autoregressive": AutoregressiveWrapper}
 _LAYERS = {"attn_": Attention, "cross_attn_": Attention, "ff_": FeedForward}
 
+# What `AttentionLayers.__init__` itself passes to every layer, as it does `output_proj_depth` (x-transformers 2.26.0 to
+# 2.31.10). A keyword that repeats one of these behind its prefix is an error in Python, or silently wrong.
+_SET_BY_ATTENTION_LAYERS = {
+    "attn_": "dim dim_context heads causal qkv_receive_diff_residuals learned_value_residual_mix rotate_num_heads",
+    "cross_attn_": "dim heads",
+    "ff_": "dim",
+}
+_BARE = {prefix + name: name for prefix, names in _SET_BY_ATTENTION_LAYERS.items() for name in names.split()}
+_BARE |= {f"{prefix}output_proj_depth": "output_proj_depth" for prefix in _LAYERS}
+
 
 @cache
 def upstream_keywords(part: str) -> dict[str, Any]:
@@ -47,13 +57,12 @@ def upstream_keywords(part: str) -> dict[str, Any]:
     if part not in _WRAPPERS:
         for prefix, layer in _LAYERS.items():
             keywords |= {prefix + name: default for name, default in _parameters(layer).items()}
-    return {name: default for name, default in keywords.items() if name not in SET_BY_COMPOSITION}
+    return {name: default for name, default in keywords.items() if name not in (*SET_BY_COMPOSITION, *_BARE)}
 
 
 def argument_behind(part: str, keyword: str) -> str | None:
-    """Return the argument that sets an upstream keyword. The argument for `heads` also sets `attn_heads`."""
-    bare = [keyword.removeprefix(prefix) for prefix in _LAYERS if keyword.startswith(prefix)]
-    return next((MAPPING[part][name] for name in (keyword, *bare) if name in MAPPING[part]), None)
+    """Return the argument that sets an upstream keyword. `attn_heads` is set by what sets `heads`."""
+    return MAPPING[part].get(_BARE.get(keyword, keyword))
 
 
 def _parameters(constructor: type) -> dict[str, Any]:

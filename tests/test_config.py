@@ -146,6 +146,10 @@ def test_a_broken_argument_is_named(broken: tuple[dict[str, Any], type[Exception
         ({"decoder_kwargs": {"attn_qk_norm": False}}, ValueError, "repeats the argument qk_norm=True: set qk_norm"),
         ({"decoder_kwargs": {"cross_attn_dim_context": 4}}, ValueError, "repeats the argument encoder_dim=512"),
         ({"decoder_kwargs": {"attn_heads": 4}}, ValueError, "repeats the argument decoder_heads=8"),
+        ({"decoder_kwargs": {"ff_dim": 4}}, ValueError, "repeats the argument decoder_dim=512"),
+        ({"decoder_kwargs": {"attn_dim_context": 16}}, ValueError, "is not a keyword of the installed x-transformers"),
+        ({"encoder_kwargs": {"ff_output_proj_depth": 2}}, ValueError, "is not a keyword of the installed x-trans"),
+        ({"decoder_kwargs": {"ff_depth": 2}}, ValueError, "is not a keyword of the installed x-transformers"),
         ({"vit_kwargs": {"patch_size": 16}}, ValueError, "repeats the argument patch_size=32"),
         ({"transformer_kwargs": {"num_tokens": 16}}, ValueError, "repeats the argument num_tokens=20000"),
         (

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from x_transformers.x_transformers import Attention
 
-from palme_xt.decoding import evaluating
+from palme_xt.decoding.loop import evaluating
 from palme_xt.inputs import check_batches, check_img, check_text
 from palme_xt.model import PalmE
 

@@ -93,7 +93,10 @@ class Preprocessing:
 
     def normalise(self, img: Tensor) -> Tensor:
         """Return model inputs, float32, from images `(..., c, h, w)`, uint8 or floating point in 0..1."""
-        return (unit_range(img) - self._column(self.mean, img)).div_(self._column(self.std, img))
+        mean, std = self._column(self.mean, img), self._column(self.std, img)
+        # In place, because every batch passes here.
+        img = img.float().div_(255).sub_(mean) if img.dtype == torch.uint8 else img.float() - mean
+        return img.div_(std)
 
     def _resized(self, image: Image.Image) -> Image.Image:
         size = self.image_size
@@ -209,5 +212,8 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
             raise ValueError(f"has {len(mean)} channels of {size} pixels, not {config.channels} of {config.image_size}")
         return Preprocessing(size, len(mean), bool(values["do_center_crop"]), mean, std)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}; restore the file that training wrote"
+        remedy = (
+            "restore the file that training wrote, or for a run of version 0.1, Preprocessing.plain(config).to_json()"
+        )
+        reason = f"{type(error).__name__}: {one_line(error)}; {remedy}"
         raise ImageError(f"{path} does not say how images of this model are preprocessed: {reason}") from error

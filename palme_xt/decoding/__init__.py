@@ -1,3 +1,1 @@
-"""Decoding with the key-value cache: greedy, sampled, streamed and by beam search."""
-
-from palme_xt.decoding.loop import evaluating as evaluating
+"""Decoding from the key-value cache: greedy, sampled, streamed and beam search."""

@@ -11,13 +11,12 @@ from torch import Tensor
 from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import LayerIntermediates
 
-KeyValues = tuple[Tensor, ...]
 Inputs = Mapping[str, Tensor | None]  # the other inputs of the network: context, context_mask, ...
 
 
 def _step(
-    net: Any, tokens: Tensor, kinds: tuple[str, ...], cached: list[KeyValues], inputs: Inputs
-) -> tuple[Tensor, list[KeyValues]]:
+    net: Any, tokens: Tensor, kinds: tuple[str, ...], cached: list[tuple[Tensor, ...]], inputs: Inputs
+) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
     layers = [Intermediates(cached_kv=kv, layer_type=kind) for kind, kv in zip(kinds, cached, strict=True)]
     length = cached[kinds.index("a")][0].shape[-2]
     cache = LayerIntermediates(attn_intermediates=layers, cache_length=length)
@@ -31,7 +30,7 @@ def _matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 @functools.cache
-def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, list[KeyValues]]]:
+def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, list[tuple[Tensor, ...]]]]:
     if not one_row_on_cpu:
         return torch.compile(_step, fullgraph=True, dynamic=True)
     from torch._inductor.custom_graph_pass import CustomGraphPass  # imported here, because it takes a while

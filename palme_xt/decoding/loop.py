@@ -21,13 +21,8 @@ from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
 
 # x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, and in a looped network, a cached step crashes or
 # computes different logits than reading the whole text does. In these cases, each step reads the whole text.
-WRONG_WITH_CACHE = (
-    "shift_tokens",
-    "orthog_residual",
-    "mv_split_residual",
-    "attn_use_rel_proj_pos_bias",
-    "attn_data_dependent_alibi",
-)
+WRONG_WITH_CACHE: tuple[str, ...] = ("shift_tokens", "orthog_residual", "mv_split_residual")
+WRONG_WITH_CACHE += ("attn_use_rel_proj_pos_bias", "attn_data_dependent_alibi")
 
 
 def can_cache(net: Any, config: PalmEConfig) -> bool:

@@ -89,8 +89,7 @@ class Request:
 
     def _check_lengths(self, prompt_len: int, config: PalmEConfig) -> None:
         check_positive_int("seq_len", self.seq_len, "it is the maximum number of new tokens")
-        beyond = prompt_len + self.seq_len > config.max_seq_len
-        if beyond and (config.use_abs_pos_emb or self.restrict_to_max_seq_len):
+        if prompt_len + self.seq_len > config.max_seq_len and (config.use_abs_pos_emb or self.restrict_to_max_seq_len):
             remedy = ": shorten one, or pass restrict_to_max_seq_len=False to extrapolate"
             if config.use_abs_pos_emb:
                 remedy = ", and use_abs_pos_emb=True has no positions beyond: shorten one, or raise max_seq_len"

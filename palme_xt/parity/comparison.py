@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 
 from palme_xt.adoption import describe, different_shape
-from palme_xt.decoding import evaluating
+from palme_xt.decoding.loop import evaluating
 from palme_xt.model import PalmE
 
 CHECKS = ("parameters", "layers", "logits", "loss", "gradients", "cached decoding")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from palme_xt.decoding import evaluating
+from palme_xt.decoding.loop import evaluating
 from palme_xt.model import PalmE
 from palme_xt.parity import comparison
 from palme_xt.storage.folder import WEIGHTS, FolderError, load, one_line, write_files

@@ -8,14 +8,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-UNFINISHED = "unfinished"
+UNFINISHED = ".palme_xt-unfinished"  # deleted with all that it holds, so no folder that a user could have
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write files into `folder`, and rename each to its final name when all of them are complete and on disk.
 
     A full disk or a power cut before that leaves the folder unchanged. If the process is killed between two renames,
-    the folder has new files, in the order of `writers`, beside old ones, and the rest in the folder `unfinished`, which
+    the folder has new files, in the order of `writers`, beside old ones, and the rest in the folder `UNFINISHED`, which
     the next call removes.
 
     Args:

@@ -156,8 +156,15 @@ def save(
             raise FolderError(f"companions[{name!r}] must be one of {', '.join(COMPANIONS)}: no other file is read")
     values = model.config.to_dict() | ({} if training is None else {TRAINING: dict(training)})
     contents = {**companions, CONFIG: json.dumps(values, indent=2).encode() + b"\n"}
-    # Copy to the CPU, because safetensors rejects tensors that share memory, and needs them on the CPU anyway.
-    weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    weights: dict[str, torch.Tensor] = {}
+    memories = set()
+    for name, tensor in model.state_dict().items():
+        memory = tensor.device, tensor.untyped_storage().data_ptr()
+        # safetensors rejects tensors that share memory or are not contiguous.
+        weights[name] = (
+            tensor.clone(memory_format=torch.contiguous_format) if memory in memories else tensor.contiguous()
+        )
+        memories.add(memory)
     writers: dict[str, Callable[[Path], object]]
     writers = {name: methodcaller("write_bytes", content) for name, content in contents.items()}
     writers[WEIGHTS] = lambda path: save_file(weights, path, {"format": "pt"})

@@ -258,7 +258,7 @@ def test_images_are_normalised_with_mean_and_deviation(make: Make, config: PalmE
 @pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path) -> None:
     preprocessing = make(config)
-    missing = "FileNotFoundError: No such file or directory; restore the file that training wrote$"
+    missing = "FileNotFoundError: No such file or directory; restore the file that training wrote, or for"
     with pytest.raises(ImageError, match=f"{UNKNOWN}: {missing}"):
         read_preprocessing(tmp_path, config)
     (tmp_path / PREPROCESSING).write_text(preprocessing.to_json())
@@ -312,7 +312,7 @@ def test_files_of_another_model(tmp_path: Path) -> None:
         (GREY, "not 1 of 16"),
         (FIVE, "not 5 of 16"),
     ):
-        message = f"has 3 channels of 16 pixels, {message}; restore the file that training wrote$"
+        message = f"has 3 channels of 16 pixels, {message}; restore the file that training wrote, or for"
         with pytest.raises(ImageError, match=f"{UNKNOWN}: ValueError: {message}"):
             read_preprocessing(tmp_path, config)
     assert read_preprocessing(tmp_path, RGB) == Preprocessing.like_clip(RGB)

@@ -390,6 +390,7 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(IMG, [TEXT[0], TEXT], 3), ValueError, "prompts[1] is (2, 4), must be a 1-d tensor (t,)"),
     (lambda f: f(IMG, [TEXT[0], TEXT[1, :0]], 3), ValueError, "prompts[1] has shape (1, 0), must not be empty"),
     (lambda f: f(IMG, [TEXT[0], TEXT[1].float()], 3), TypeError, "prompts[1] has dtype torch.float32"),
+    (lambda f: f(IMG, [TEXT[0], TEXT[1].to("meta")], 3), ValueError, "prompts are on cpu, meta, must be on one device"),
     (lambda f: f(IMG, list(TEXT), 3, prompt_lens=torch.ones(2)), ValueError, "prompt_lens is only for prompts (b, t)"),
     (lambda f: f(IMG, TEXT, 3, prompt_lens=[1, 2]), TypeError, "prompt_lens=[1, 2] must be a tensor of ints (b,)"),
     (lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([0, 2])), ValueError, "prompt_lens=[0, 2] must be 2 lengths"),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from palme_xt.captioner.data.batches import DataError
-from palme_xt.storage.folder import one_line
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -49,7 +48,10 @@ def reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        raise DataError(f"{what}: {type(cause).__name__}: {one_line(cause)}") from error
+        reason = (str(cause).strip().splitlines() or ["no reason given"])[
+            0
+        ]  # with the file's name, which one_line omits
+        raise DataError(f"{what}: {type(cause).__name__}: {reason}") from error
 
 
 def columns_of(rows: Any, name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from palme_xt.captioner.caption import caption
 from palme_xt.captioner.data.batches import Batch, DataError, load_batches
 from palme_xt.captioner.training.distributed import Errors
 from palme_xt.captioner.training.task import Task
-from palme_xt.decoding import evaluating
+from palme_xt.decoding.loop import evaluating
 from palme_xt.model import PalmE
 
 LARGEST_BATCH = 128
