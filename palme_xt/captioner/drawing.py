@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from palme_xt.captioner.images import unit_range
+from palme_xt.storage.atomic import replace_files
 from palme_xt.tokens import printable
 
 COLUMNS, ROWS = 4, 4
@@ -197,9 +197,7 @@ def _plot(axes: Axes, steps: list[float], values: list[float], color: str, label
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG file completely or not at all."""
     try:
-        # `replace_files` would remove a folder `unfinished`, which may be the user's.
-        with tempfile.TemporaryDirectory(dir=path.parent) as aside, warnings.catch_warnings(action="ignore"):
-            figure.savefig(Path(aside) / path.name, format="png", dpi=DPI)
-            (Path(aside) / path.name).replace(path)
+        with warnings.catch_warnings(action="ignore"):
+            replace_files(path.parent, {path.name: lambda new: figure.savefig(new, format="png", dpi=DPI)})
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
