@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
@@ -117,6 +118,10 @@ def test_a_loss_in_chunks_is_as_differentiable_as_others() -> None:
     torch.testing.assert_close(functional["encoder.pos_embedding"], once["encoder.pos_embedding"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, version("x-transformers").split(".")[:2])) < (2, 29),
+    reason="x-transformers goes over the logits several times since 2.29",
+)
 def test_upstream_still_goes_over_the_logits_several_times() -> None:
     model = small(num_tokens=4096, max_seq_len=64)
     img, text = batch(model, n=40)  # so that the logits are larger than their weight
