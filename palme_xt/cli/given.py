@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -24,3 +25,12 @@ def reject_others(run: str, options: Mapping[str, Any], allowed: Sequence[str]) 
         apart_from = f" except --{allowed[-1]}" if len(allowed) > 1 else ""
         found = f"found --{' --'.join(others)}"
         raise ValueError(f"{run} allows no other options{apart_from}, {found}: leave out what the run determines")
+
+
+def from_options(kind: Any, values: Mapping[str, Any]) -> Any:
+    """Return the dataclass `kind` with its fields from `values`, which may hold others.
+
+    Raises:
+        KeyError: If a field is missing.
+    """
+    return kind(**{option.name: values[option.name] for option in fields(kind)})

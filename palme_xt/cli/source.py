@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from palme_xt.cli.given import given, reject_others
+from palme_xt.cli.given import from_options, given, reject_others
 from palme_xt.config import PalmEConfig
 from palme_xt.source import to_source
 from palme_xt.storage.folder import WEIGHTS, read_config
@@ -40,6 +39,6 @@ def run(options: dict[str, Any]) -> int:
     if options["run"] is not None:
         config, weights = read_config(options["run"]), str(Path(options["run"]) / WEIGHTS)
     else:
-        config = PalmEConfig(**{argument.name: options[argument.name] for argument in fields(PalmEConfig)})
+        config = from_options(PalmEConfig, options)
     print(to_source(config, weights), end="")
     return 0

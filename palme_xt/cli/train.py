@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from palme_xt.captioner.tokenizer import load_tokenizer, read_tokenizer
 from palme_xt.captioner.training.loop import Outcome, train
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import INTERRUPTED
-from palme_xt.cli.given import given, reject_others
+from palme_xt.cli.given import from_options, given, reject_others
 from palme_xt.config import PalmEConfig
 from palme_xt.tokens import printable
 
@@ -79,11 +78,11 @@ def run(options: dict[str, Any]) -> int:
     else:
         values = options
         tokenizer = load_tokenizer(*(options[name] for name in ("tokenizer", "bos_token", "eos_token")))
-        config = _from_options(PalmEConfig, options)
+        config = from_options(PalmEConfig, options)
         name = re.sub(r"[^\w.-]+", "-", Path(options["data"].rpartition(":")[2]).stem).strip("-.") or "data"
         folder = Run(options["run"] or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
     try:
-        training, data = _from_options(Training, values), _from_options(Data, values)
+        training, data = from_options(Training, values), from_options(Data, values)
     except KeyError as error:
         message = f"{folder.folder} does not say how it was trained: {error} is missing in config.json"
         raise ValueError(message) from error
@@ -91,10 +90,6 @@ def run(options: dict[str, Any]) -> int:
     if PartialState().is_main_process:
         _print_outcome(outcome, folder.folder)
     return INTERRUPTED if outcome.interrupted else 0
-
-
-def _from_options(kind: Any, values: Mapping[str, Any]) -> Any:
-    return kind(**{option.name: values[option.name] for option in fields(kind)})
 
 
 def _print_outcome(outcome: Outcome, folder: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-UNFINISHED = ".palme_xt-unfinished"  # deleted with all that it holds, so no folder that a user could have
+UNFINISHED = ".palme_xt-unfinished"  # a name that no user would choose, because it is deleted with its contents
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
