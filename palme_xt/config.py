@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, FrozenInstanceError, dataclass, field, fields
+from numbers import Integral
+from typing import Any, NoReturn, Self
 
 from palme_xt.mapping import MAPPING, SET_BY_COMPOSITION, argument_behind, upstream_keywords
 
@@ -81,15 +83,14 @@ class PalmEConfig:
 
     def __post_init__(self) -> None:
         for argument in fields(self):
-            value = getattr(self, argument.name)
+            value = _freeze(getattr(self, argument.name))
+            object.__setattr__(self, argument.name, value)
             if argument.type == "int":
                 check_positive_int(argument.name, value)
             elif argument.type == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{argument.name}={value!r} must be True or False, not {type(value).__name__}")
         for part in MAPPING:
-            overrides = getattr(self, f"{part}_kwargs")
-            self._check_overrides(part, overrides)
-            object.__setattr__(self, f"{part}_kwargs", FrozenDict(overrides))
+            self._check_overrides(part, getattr(self, f"{part}_kwargs"))
         self._check_sizes()
         self._check_values_of_overrides()
         self._warn_of_dropped_positions()
@@ -121,12 +122,9 @@ class PalmEConfig:
             rule = f"alibi_num_heads={self.alibi_num_heads} must be within 1..decoder_heads={self.decoder_heads}"
             raise ValueError(f"{rule} when alibi_pos_bias is on: lower alibi_num_heads, or raise decoder_heads")
         for part, heads in ("encoder", self.encoder_heads), ("decoder", self.decoder_heads):
-            kv_heads = getattr(self, f"{part}_kwargs").get("attn_kv_heads")
-            if kv_heads is not None:
-                check_positive_int(f"{part}_kwargs['attn_kv_heads']", kv_heads)
-            if kv_heads and heads % kv_heads:
-                rule = f"{part}_kwargs['attn_kv_heads']={kv_heads} must divide {part}_heads={heads}"
-                raise ValueError(f"{rule}: each key-value head serves the same number of query heads")
+            kv_heads, name = getattr(self, f"{part}_kwargs").get("attn_kv_heads"), f"{part}_kwargs['attn_kv_heads']"
+            if kv_heads is not None and heads % check_positive_int(name, kv_heads):
+                raise ValueError(f"{name}={kv_heads} must divide {part}_heads={heads}, for equal groups of query heads")
 
     def _check_values_of_overrides(self) -> None:
         for name in _NO_LOGITS_FOR_EACH_TOKEN:
@@ -187,8 +185,12 @@ class PalmEConfig:
         """
         return {argument.name: to_json_types(getattr(self, argument.name), argument.name) for argument in fields(self)}
 
+    def to_json_string(self) -> str:
+        """Return `to_dict` as JSON. Loggers of Hugging Face's `Trainer` call this."""
+        return json.dumps(self.to_dict(), indent=2)
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PalmEConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return the config that `to_dict` converted. Missing arguments take their defaults.
 
         Raises:
@@ -203,6 +205,15 @@ class PalmEConfig:
         return cls(**values)
 
 
+def _set_attribute(config: PalmEConfig, name: str, value: Any) -> None:
+    # `Trainer` of transformers 5 sets `use_cache` on the config of every model that has one. It has no meaning here.
+    if name != "use_cache":
+        raise FrozenInstanceError(f"cannot assign to {name!r}: build another with dataclasses.replace(config, ...)")
+
+
+PalmEConfig.__setattr__ = _set_attribute  # type: ignore[assignment, method-assign]  # a dataclass accepts no own one
+
+
 class FrozenDict(dict[str, Any]):
     """An immutable, hashable `dict`, whose nested mappings and sequences are immutable too.
 
@@ -210,8 +221,8 @@ class FrozenDict(dict[str, Any]):
     `isinstance(value, tuple)` (`AttentionLayers.__init__`). A config that is read from JSON must mean the same.
     """
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__({key: _freeze(value) for key, value in values.items()})
+    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
+        super().__init__({key: _freeze(value) for key, value in dict(values).items()})
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a config is frozen: build another with dataclasses.replace(config, ...)")
@@ -229,6 +240,8 @@ class FrozenDict(dict[str, Any]):
 def _freeze(value: Any) -> Any:
     if isinstance(value, Mapping):
         return FrozenDict(value)
+    if is_int(value):
+        return int(value)
     return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
 
 
@@ -249,21 +262,23 @@ def to_json_types(value: Any, name: str) -> Any:
 
 
 def is_int(value: Any) -> bool:
-    """Return whether `value` is an int and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Return whether `value` is an int, such as an `int` or a `numpy.int64`, and not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def check_positive_int(name: str, value: Any, remedy: str = "use 1 or more") -> None:
-    """Reject anything but an int of at least 1."""
+def check_positive_int(name: str, value: Any, remedy: str = "use 1 or more") -> int:
+    """Return `value` as an `int`, and reject anything but an int of at least 1."""
     if not is_int(value):
         raise TypeError(f"{name}={value!r} must be a positive int, not {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}={value} must be a positive int: {remedy}")
+    return int(value)
 
 
-def check_token_id(name: str, value: Any, num_tokens: int, remedy: str) -> None:
-    """Reject anything but an int within `0 .. num_tokens - 1`."""
+def check_token_id(name: str, value: Any, num_tokens: int, remedy: str) -> int:
+    """Return `value` as an `int`, and reject anything but an int within `0 .. num_tokens - 1`."""
     if not is_int(value):
         raise TypeError(f"{name}={value!r} must be a token id, not {type(value).__name__}: {remedy}")
     if not 0 <= value < num_tokens:
         raise ValueError(f"{name}={value} must be a token id within 0..num_tokens-1={num_tokens - 1}: {remedy}")
+    return int(value)

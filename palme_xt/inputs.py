@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -89,10 +90,8 @@ def _check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"context_mask is {found}, must be a bool tensor (b, p), True where the context counts")
-    embeddings = source.shape[1]
-    if source.ndim != 3:
-        images = source.shape[1] if source.ndim == 5 else 1
-        embeddings = images * (config.image_size // config.patch_size) ** 2
+    patches = (config.image_size // config.patch_size) ** 2
+    embeddings = source.shape[1] if source.ndim == 3 else math.prod(source.shape[1:-3]) * patches
     if tuple(mask.shape) != (source.shape[0], embeddings):
         rule = f"must be (b, p) = ({source.shape[0]}, {embeddings}): one entry for each patch embedding"
         raise ValueError(f"context_mask has shape {tuple(mask.shape)}, {rule}")
@@ -114,23 +113,11 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
         ValueError: If `text` is not 2-d, is empty, is shorter than 2 tokens or too long for absolute positions, or has
             an id out of range or no target at all.
     """
-    _check_token_ids(text, config, "text")
-    text = text.long()  # in a narrow dtype, num_tokens and ignore_index would wrap around
+    text = _token_ids(text, config, "text")
     shape = tuple(text.shape)
     if shape[1] < 2:
         raise ValueError(f"text has shape {shape}, must have at least 2 tokens: each is predicted from those before it")
-    within = torch.ones_like(text, dtype=torch.bool)
-    if lens is not None:
-        if not _is_int_tensor(lens):
-            raise TypeError(f"lens={lens!r} must be a tensor of ints (b,), the number of tokens in each text")
-        if tuple(lens.shape) != shape[:1]:
-            raise ValueError(f"lens has shape {tuple(lens.shape)}, must be ({shape[0]},), one length for each text")
-        _require(
-            ((lens >= 1) & (lens <= shape[1])).all(),
-            lambda: f"lens={lens.tolist()}; ",
-            f"lens must be within 1..{shape[1]}, the number of tokens in each text",
-        )
-        within = torch.arange(shape[1], device=text.device) < lens[:, None]
+    within = _within(text, lens, "lens")
     target = within & (text != config.ignore_index)
     _check_range(text, target, config, "text", f", or ignore_index={config.ignore_index}")
     _require(
@@ -163,23 +150,13 @@ def check_prompts(
         prompts, prompt_lens = _stack_prompts(prompts, config)
     elif isinstance(prompts, Tensor) and prompts.ndim == 1:
         prompts = prompts.expand(batch or 1, -1)
-    _check_token_ids(prompts, config, "prompts")
-    prompts = prompts.long()
-    count, longest = prompts.shape
-    if batch is not None and count != batch:
+    prompts = _token_ids(prompts, config, "prompts")
+    if batch is not None and len(prompts) != batch:
         remedy = "pass one prompt (t,) for all images, or one for each image"
-        raise ValueError(f"prompts has batch size {count}, must have {batch}, the number of images: {remedy}")
-    within = torch.ones_like(prompts, dtype=torch.bool)
-    if prompt_lens is not None:
-        if not _is_int_tensor(prompt_lens):
-            raise TypeError(f"prompt_lens={prompt_lens!r} must be a tensor of ints (b,)")
-        if tuple(prompt_lens.shape) != (count,) or prompt_lens.min() < 1 or prompt_lens.max() > longest:
-            rule = f"must be {count} lengths within 1..{longest}, one for each prompt"
-            raise ValueError(f"prompt_lens={prompt_lens.tolist()} {rule}")
-        within = torch.arange(longest, device=prompts.device) < prompt_lens[:, None]
-        prompt_lens = None if bool(within.all()) else prompt_lens
+        raise ValueError(f"prompts has batch size {len(prompts)}, must have {batch}, the number of images: {remedy}")
+    within = _within(prompts, prompt_lens, "prompt_lens")
     _check_range(prompts, within, config, "prompts")
-    return prompts.masked_fill(~within, config.pad_value), prompt_lens
+    return prompts.masked_fill(~within, config.pad_value), None if bool(within.all()) else prompt_lens
 
 
 def _stack_prompts(prompts: Any, config: PalmEConfig) -> tuple[Tensor, Tensor]:
@@ -189,7 +166,7 @@ def _stack_prompts(prompts: Any, config: PalmEConfig) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, Tensor) or prompt.ndim != 1:
             found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise ValueError(f"prompts[{number}] is {found}, must be a 1-d tensor (t,) of token ids")
-        _check_token_ids(prompt[None], config, f"prompts[{number}]")
+        _token_ids(prompt[None], config, f"prompts[{number}]")
     if len(devices := sorted({str(prompt.device) for prompt in prompts})) > 1:
         raise ValueError(f"prompts are on {', '.join(devices)}, must be on one device: move them first")
     lens = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
@@ -211,7 +188,8 @@ def check_batches(source: Tensor, text: Tensor) -> None:
         raise ValueError(f"{found}, must have the same batch size, not {texts} and {images}: {remedy}")
 
 
-def _check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
+def _token_ids(text: object, config: PalmEConfig, name: str) -> Tensor:
+    """Return token ids `(b, n)` as int64, whose values are not checked yet."""
     if not isinstance(text, Tensor):
         raise TypeError(f"{name} is a {type(text).__name__}, must be a torch.Tensor (b, n) of token ids: convert it")
     shape = tuple(text.shape)
@@ -225,6 +203,24 @@ def _check_token_ids(text: Any, config: PalmEConfig, name: str) -> None:
     if config.use_abs_pos_emb and shape[1] > config.max_seq_len:
         rule = f"must have at most max_seq_len={config.max_seq_len} with use_abs_pos_emb=True"
         raise ValueError(f"{name} has {shape[1]} tokens, {rule}: shorten it, or raise max_seq_len")
+    return text.long()  # in a narrow dtype, num_tokens and ignore_index would wrap around
+
+
+def _within(text: Tensor, lens: Any, name: str) -> Tensor:
+    """Return `(b, n)`, bool, True for the first `lens (b,)` tokens of `text (b, n)`, or everywhere without `lens`."""
+    if lens is None:
+        return torch.ones_like(text, dtype=torch.bool)
+    count, longest = text.shape
+    if not _is_int_tensor(lens):
+        raise TypeError(f"{name}={lens!r} must be a tensor of ints (b,), the number of tokens in each text")
+    if tuple(lens.shape) != (count,):
+        raise ValueError(f"{name} has shape {tuple(lens.shape)}, must be ({count},), one length for each text")
+    _require(
+        ((lens >= 1) & (lens <= longest)).all(),
+        lambda: f"{name}={lens.tolist()}; ",
+        f"{name} must be within 1..{longest}, the number of tokens in each text",
+    )
+    return torch.arange(longest, device=text.device) < lens[:, None]
 
 
 def _check_range(text: Tensor, within: Tensor, config: PalmEConfig, name: str, others: str = "") -> None:
@@ -243,8 +239,11 @@ def _is_int_tensor(value: Any) -> bool:
 
 
 def _require(condition: Tensor, found: Callable[[], str], rule: str) -> None:
-    if condition.is_meta:
+    if condition.is_meta or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return
+    if not torch.compiler.is_compiling() and (values := torch.func.debug_unwrap(condition)) is not condition:
+        # Under `torch.func.vmap`, control flow can depend on all samples together, but not on one of them.
+        condition, found = values.all(), lambda: ""
     if condition.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(condition, rule)
     elif not condition:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,10 @@ from palme_xt.config import PalmEConfig
 from palme_xt.decoding import loop
 from palme_xt.decoding.request import GenerationRequest, Request, SamplingRequest, SearchRequest, takes_arguments_of
 from palme_xt.inputs import check_batches, check_img, check_source, check_text
+from palme_xt.upstream.loss import AutoregressiveWrapper
 from palme_xt.wiring import DECODER, ENCODER, build
+
+Outputs = tuple[Tensor, tuple[Tensor, Any]]  # (loss, (logits, cache))
 
 
 class PalmE(nn.Module):
@@ -43,12 +46,11 @@ class PalmE(nn.Module):
         self.config = config
         self.encoder = build(ENCODER, config)
         self.decoder = build(DECODER, config)
-        if not config.cross_attend:
-            # DistributedDataParallel would wait for the gradients of these parameters, which never come.
-            self.encoder.requires_grad_(False)
+        # Without cross-attention, DistributedDataParallel would wait for gradients that never come.
+        self.encoder.requires_grad_(config.cross_attend)
 
     @classmethod
-    def from_config(cls, config: PalmEConfig) -> PalmE:
+    def from_config(cls, config: PalmEConfig) -> Self:
         """Return the model that `config` describes, newly initialised."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="use_abs_pos_emb")  # the config has already warned
@@ -93,12 +95,32 @@ class PalmE(nn.Module):
             ValueError: If `img` has the wrong shape.
         """
         check_img(img, self.config)
-        img = img.to(self.encoder.pos_embedding.dtype)
-        images = img if img.ndim == 4 else rearrange(img, "b m c h w -> (b m) c h w")
+        images = img.flatten(0, -4).to(self.encoder.pos_embedding.dtype)  # (b m) c h w
         embeddings: Tensor = self.encoder(images, return_embeddings=True)
         return rearrange(embeddings, "(b m) p d -> b (m p) d", b=img.shape[0])
 
-    def forward(self, img: Tensor | None, text: Tensor, **kwargs: Any) -> Any:
+    @overload
+    def forward(
+        self, img: Tensor | None, text: Tensor, *, return_outputs: Literal[False] = ..., **kwargs: Any
+    ) -> Tensor: ...
+
+    @overload
+    def forward(self, img: Tensor | None, text: Tensor, *, return_outputs: Literal[True], **kwargs: Any) -> Outputs: ...
+
+    @overload
+    def forward(self, img: Tensor | None, text: Tensor, *, return_outputs: bool, **kwargs: Any) -> Any: ...
+
+    def forward(
+        self,
+        img: Tensor | None,
+        text: Tensor,
+        *,
+        return_outputs: bool = False,
+        lens: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Return the loss of predicting each token of `text` from the tokens before it and the image.
 
         Text may be longer than `max_seq_len` unless `use_abs_pos_emb` is on: ALiBi and xPos can extrapolate.
@@ -107,8 +129,11 @@ class PalmE(nn.Module):
             img: As in `encode`. May be None with `context=`, and for a model that does not cross-attend.
             text: Token ids `(b, n)` of an integer dtype, n >= 2. Positions that hold `ignore_index` (-100) are not
                 targets; as inputs they are read as `pad_value`.
-            **kwargs: Any keyword of `x_transformers.AutoregressiveWrapper.forward`, such as `return_outputs`, `lens` or
-                `context_mask`, and `context`, which `encode` returned.
+            return_outputs: Return the logits and upstream's cache too.
+            lens: `(b,)`, int, the number of tokens in each text. The tokens after them are neither checked nor targets.
+            context: `(b, p, d)`, the embeddings that `encode` returned, instead of `img`.
+            context_mask: `(b, p)`, bool, False where the context does not count.
+            **kwargs: Any other keyword of upstream's wrapper and its network, such as `prepend_embeds`.
 
         Returns:
             The scalar loss, in nats per token, or `(loss, (logits, cache))` with `return_outputs=True`, logits
@@ -119,12 +144,12 @@ class PalmE(nn.Module):
             TypeError: If `img` or `text` is not a tensor of the right dtype.
             ValueError: If `img` or `text` has the wrong shape or values, or their batch sizes differ.
         """
-        check_text(text, self.config, kwargs.get("lens"))
-        source = check_source(img, kwargs.pop("context", None), kwargs.get("context_mask"), self.config)
+        check_text(text, self.config, lens)
+        source = check_source(img, context, context_mask, self.config)
         if source is not None:
             check_batches(source, text)
-            kwargs["context"] = self._context(source)
-        return self.decoder(text.long(), **kwargs)
+            kwargs |= {"context": self._context(source), "context_mask": context_mask}
+        return self.decoder(text.long(), return_outputs=return_outputs, lens=lens, **kwargs)
 
     @takes_arguments_of(GenerationRequest)
     def generate(self, request: GenerationRequest) -> Tensor:
@@ -222,13 +247,18 @@ class PalmE(nn.Module):
         with loop.evaluating(self):
             return loop.beam_search(start(), request, self.config.pad_value)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def _start(self, request: Request) -> Callable[[], loop.Texts]:
         """Check a request, and return a function that encodes its images and returns the texts to decode."""
-        net = self.decoder.net
         source = check_source(request.img, request.context, request.context_mask, self.config)
-        request.check(self.config, None if source is None else len(source), loop.can_cache(net, self.config))
+        request.check(
+            self.config, None if source is None else len(source), loop.can_cache(self.decoder.net, self.config)
+        )
+        network = self.decoder if isinstance(self.decoder, AutoregressiveWrapper) else self.decoder.net
         return lambda: loop.Texts(
-            net, request, None if source is None else self._context(source), self.config.pad_value
+            network, request, None if source is None else self._context(source), self.config.pad_value
         )
 
     def _context(self, source: Tensor) -> Tensor:

@@ -145,7 +145,8 @@ def test_contexts_are_refused(img: Any, context: Any, error: type[Exception], me
 
 def test_a_text_only_model_refuses_a_context() -> None:
     model = small(cross_attend=False)
-    for name, value in {"context": torch.randn(3, 4, 24), "context_mask": torch.ones(3, 4).bool()}.items():
+    arguments: dict[str, Any] = {"context": torch.randn(3, 4, 24), "context_mask": torch.ones(3, 4).bool()}
+    for name, value in arguments.items():
         with pytest.raises(ValueError, match=f"{name} is only for models that cross-attend: leave it out"):
             model(None, TEXT, **{name: value})
 

@@ -53,7 +53,7 @@ class Texts:
     """A batch of texts that grow by one token per step, decoded by upstream's network with its cache where possible.
 
     Args:
-        net: An `x_transformers.TransformerWrapper` in eval mode.
+        net: An `x_transformers.TransformerWrapper` in eval mode, or a module that passes a call on to one.
         request: A checked request. The texts begin with its prompts.
         context: `(b, p, d)`, or None for a network that does not cross-attend.
         pad_value: The id that pads shorter prompts on the left.

@@ -38,6 +38,7 @@ def takes_arguments_of(
         def call(self: Holder, /, *args: P.args, **kwargs: P.kwargs) -> Returned:
             return method(self, kind(*args, **kwargs))
 
+        call.__doc__ = method.__doc__ or kind.__doc__
         own = inspect.signature(method)
         itself = next(iter(own.parameters.values()))
         arguments = inspect.signature(kind).parameters.values()
@@ -74,7 +75,7 @@ class Request:
         self.prompts, self.prompt_lens = check_prompts(self.prompts, self.prompt_lens, batch, config)
         self._check_lengths(self.prompts.shape[1], config)
         if self.eos_token is not None:
-            check_token_id("eos_token", self.eos_token, config.num_tokens, "or pass None")
+            self.eos_token = check_token_id("eos_token", self.eos_token, config.num_tokens, "or pass None")
         if self.prompt_lens is not None:
             _check_left_padding(config)
         if not isinstance(self.compile, bool):
@@ -88,7 +89,7 @@ class Request:
         self.cache_kv = self.cache_kv and can_cache
 
     def _check_lengths(self, prompt_len: int, config: PalmEConfig) -> None:
-        check_positive_int("seq_len", self.seq_len, "it is the maximum number of new tokens")
+        self.seq_len = check_positive_int("seq_len", self.seq_len, "it is the maximum number of new tokens")
         if prompt_len + self.seq_len > config.max_seq_len and (config.use_abs_pos_emb or self.restrict_to_max_seq_len):
             remedy = ": shorten one, or pass restrict_to_max_seq_len=False to extrapolate"
             if config.use_abs_pos_emb:
@@ -141,7 +142,7 @@ class SearchRequest(Request):
     def check(self, config: PalmEConfig, batch: int | None, can_cache: bool) -> None:
         """Check the request as `Request.check` does, and the arguments of the search."""
         super().check(config, batch, can_cache)
-        check_positive_int("beams", self.beams, "1 decodes without a search")
+        self.beams = check_positive_int("beams", self.beams, "1 decodes without a search")
         _check_number("length_penalty", self.length_penalty, -math.inf, "finite: use 0 to 2, for example")
 
 

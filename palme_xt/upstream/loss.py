@@ -28,7 +28,13 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
         lens: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return what upstream returns, for token ids `x (b, n)`."""
+        """Return what upstream returns, for token ids `x (b, n)`.
+
+        With `return_intermediates=True`, which upstream does not accept, return what `net` returns. Decoding calls this
+        module and not `net`, so that the hooks of this module run: they gather its weights if FSDP2 has sharded them.
+        """
+        if kwargs.get("return_intermediates"):
+            return self.net(x, **kwargs)
         more = self.net.looped or self.net.output_is_log_prob or self.add_attn_z_loss or self.add_continuous_pred_head
         if return_outputs or more or self.mask_prob > 0 or prepend_embeds is not None:
             return super().forward(x, return_outputs=return_outputs, prepend_embeds=prepend_embeds, lens=lens, **kwargs)
@@ -55,7 +61,7 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
         to_logits = self.net.to_logits
         return (
             hasattr(F, "linear_cross_entropy")
-            and not torch.compiler.is_exporting()
+            and not (torch.compiler.is_exporting() or torch.jit.is_tracing())  # type: ignore[attr-defined]
             # In a graph for any length, an unknown size counts as small: a guard on it would cost one more graph.
             and statically_known_true(x.numel() * self.net.num_tokens > LOGITS_IN_CACHE)
             and type(to_logits) is nn.Linear
