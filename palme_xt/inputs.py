@@ -66,11 +66,9 @@ def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig)
     if (img is None) == (context is None):
         found = "neither img nor context is" if img is None else "both img and context are"
         raise ValueError(f"{found} given: a model that cross-attends needs img, or context=model.encode(img)")
-    if context is None:
-        check_img(img, config)
-    else:
-        _check_context(context, config)
     source: Tensor = img if context is None else context
+    check = check_img if context is None else _check_context
+    check(source, config)
     if context_mask is not None:
         _check_context_mask(context_mask, source, config)
     return source
@@ -188,7 +186,7 @@ def check_batches(source: Tensor, text: Tensor) -> None:
         raise ValueError(f"{found}, must have the same batch size, not {texts} and {images}: {remedy}")
 
 
-def _token_ids(text: object, config: PalmEConfig, name: str) -> Tensor:
+def _token_ids(text: Any, config: PalmEConfig, name: str) -> Tensor:
     """Return token ids `(b, n)` as int64, whose values are not checked yet."""
     if not isinstance(text, Tensor):
         raise TypeError(f"{name} is a {type(text).__name__}, must be a torch.Tensor (b, n) of token ids: convert it")
@@ -203,10 +201,11 @@ def _token_ids(text: object, config: PalmEConfig, name: str) -> Tensor:
     if config.use_abs_pos_emb and shape[1] > config.max_seq_len:
         rule = f"must have at most max_seq_len={config.max_seq_len} with use_abs_pos_emb=True"
         raise ValueError(f"{name} has {shape[1]} tokens, {rule}: shorten it, or raise max_seq_len")
-    return text.long()  # in a narrow dtype, num_tokens and ignore_index would wrap around
+    # In a narrow dtype, num_tokens and ignore_index would wrap around.
+    return text.long()
 
 
-def _within(text: Tensor, lens: Any, name: str) -> Tensor:
+def _within(text: Tensor, lens: Tensor | None, name: str) -> Tensor:
     """Return `(b, n)`, bool, True for the first `lens (b,)` tokens of `text (b, n)`, or everywhere without `lens`."""
     if lens is None:
         return torch.ones_like(text, dtype=torch.bool)

@@ -30,10 +30,10 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
     ) -> Any:
         """Return what upstream returns, for token ids `x (b, n)`.
 
-        With `return_intermediates=True`, which upstream does not accept, return what `net` returns. Decoding calls this
+        With `input_not_include_cache`, which has no meaning for a loss, return what `net` returns. Decoding calls this
         module and not `net`, so that the hooks of this module run: they gather its weights if FSDP2 has sharded them.
         """
-        if kwargs.get("return_intermediates"):
+        if "input_not_include_cache" in kwargs:
             return self.net(x, **kwargs)
         more = self.net.looped or self.net.output_is_log_prob or self.add_attn_z_loss or self.add_continuous_pred_head
         if return_outputs or more or self.mask_prob > 0 or prepend_embeds is not None:
