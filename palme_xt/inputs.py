@@ -67,8 +67,7 @@ def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig)
         found = "neither img nor context is" if img is None else "both img and context are"
         raise ValueError(f"{found} given: a model that cross-attends needs img, or context=model.encode(img)")
     source: Tensor = img if context is None else context
-    check = check_img if context is None else _check_context
-    check(source, config)
+    (check_img if context is None else _check_context)(source, config)
     if context_mask is not None:
         _check_context_mask(context_mask, source, config)
     return source
@@ -99,7 +98,8 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
     """Reject anything but token ids `(b, n)` that upstream's wrapper can learn from.
 
     On the CPU, values are checked immediately. On CUDA, and inside `torch.compile`, they are checked by
-    `torch._assert_async`, which does not wait for the device and raises RuntimeError.
+    `torch._assert_async`, which does not wait for the device and raises RuntimeError. Under `torch.func.vmap`, the
+    values of all samples are checked together. In `torch.jit.trace`, and in a compiled `vmap`, they are not checked.
 
     Args:
         text: Token ids of any integer dtype. `ignore_index` marks positions that are not targets.
@@ -238,12 +238,14 @@ def _is_int_tensor(value: Any) -> bool:
 
 
 def _require(condition: Tensor, found: Callable[[], str], rule: str) -> None:
-    if condition.is_meta or torch.jit.is_tracing():  # type: ignore[attr-defined]
+    compiling = torch.compiler.is_compiling()
+    # A trace would record a check as a constant, and `torch._assert_async` cannot be vmapped.
+    if condition.is_meta or torch.jit.is_tracing() or (compiling and torch._C._are_functorch_transforms_active()):  # type: ignore[attr-defined]
         return
-    if not torch.compiler.is_compiling() and (values := torch.func.debug_unwrap(condition)) is not condition:
+    if not compiling and (values := torch.func.debug_unwrap(condition)) is not condition:
         # Under `torch.func.vmap`, control flow can depend on all samples together, but not on one of them.
         condition, found = values.all(), lambda: ""
-    if condition.is_cuda or torch.compiler.is_compiling():
+    if condition.is_cuda or compiling:
         torch._assert_async(condition, rule)
     elif not condition:
         raise ValueError(found() + rule)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 
 from palme_xt import PalmE
 from tests.models import batch, logits, small
@@ -22,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied embeddings": {"transformer_kwargs": {"tie_embedding": True}},
     "five ALiBi heads": {"decoder_heads": 6, "alibi_num_heads": 5},  # not a power of two, which gives other slopes
 }
+vmapped = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own, for attention
 variants = pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -128,6 +133,97 @@ def test_autocast_to_bfloat16() -> None:
     assert (values.float() - expected).norm() < 0.1 * expected.norm()
     loss.backward()
     assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {torch.float32}
+
+
+def losses(model: PalmE) -> Callable[..., Tensor]:
+    """Return a function of parameters, one image and one text."""
+    return lambda parameters, img, text: functional_call(model, parameters, (img[None], text[None]))
+
+
+@vmapped
+@variants
+def test_gradients_of_each_sample(arguments: dict[str, Any]) -> None:
+    model = small(**arguments)
+    img, text = batch(model, b=3)
+    text[1, 7:] = -100
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    gradients = vmap(grad(losses(model)), in_dims=(None, 0, 0))(parameters, img, text)
+    for sample in range(3):
+        model.zero_grad()
+        model(img[sample : sample + 1], text[sample : sample + 1]).backward()
+        for name, parameter in parameters.items():
+            assert parameter.grad is not None
+            difference = (gradients[name][sample] - parameter.grad).norm()
+            assert difference <= 1e-4 * parameter.grad.norm() + 1e-6, name
+    embeddings = gradients["decoder.net.token_emb.emb.weight"]
+    assert not torch.allclose(embeddings[0], embeddings[2])
+
+
+@vmapped
+def test_lens_of_each_sample() -> None:
+    model = small()
+    img, text = batch(model, b=3)
+    lens = torch.tensor([3, 10, 5])
+    loss = vmap(lambda img, text, lens: model(img[None], text[None], lens=lens[None]))(img, text, lens)
+    each = [model(img[i : i + 1], text[i : i + 1], lens=lens[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(loss, torch.stack(each))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda text: text.index_fill(0, torch.tensor(1), 32), "text must have ids within 0..num_tokens-1=31"),
+        (lambda text: text.index_fill(0, torch.tensor(1), -100), "text must have at least one target, or the loss is"),
+    ],
+)
+def test_one_invalid_sample_of_a_vmap_is_refused(broken: Callable[[Tensor], Tensor], message: str) -> None:
+    model = small()
+    img, text = batch(model, b=3)
+    per_sample = vmap(losses(model), in_dims=(None, 0, 0))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        per_sample(dict(model.named_parameters()), img, broken(text))
+
+
+@vmapped
+def test_jacobian_of_the_logits() -> None:
+    model = small()
+    img, text = batch(model, b=1, n=3)
+    jacobian = jacrev(lambda img: logits(model, img, text))(img)
+    assert jacobian.shape == (1, 2, 32, *img.shape)
+    leaf = img.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(logits(model, leaf, text)[0, 1, 7], leaf)
+    torch.testing.assert_close(jacobian[0, 1, 7], expected, rtol=1e-4, atol=1e-6)
+
+
+@vmapped
+def test_an_ensemble_of_stacked_models() -> None:
+    models = [small(seed=seed) for seed in range(3)]
+    parameters, buffers = stack_module_state(models)
+    img, text = batch(models[0])
+    loss = vmap(lambda p, b: functional_call(models[0], (p, b), (img, text)))(parameters, buffers)
+    torch.testing.assert_close(loss, torch.stack([model(img, text) for model in models]))
+
+
+@pytest.mark.parametrize("variant", ["default flags", "text only", "tied embeddings"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace(variant: str) -> None:
+    model = small(**VARIANTS[variant])
+    img, text = batch(model)
+    traced = torch.jit.trace(model, (img, text))
+    others = batch(model, seed=5)
+    torch.testing.assert_close(traced(*others), model(*others), rtol=1e-6, atol=0)
+    assert not torch.allclose(traced(*others), model(img, text))
+
+
+@vmapped
+@pytest.mark.slow
+def test_compile_gradients_of_each_sample() -> None:
+    model = small()
+    img, text = batch(model, b=3)
+    per_sample = vmap(grad(losses(model)), in_dims=(None, 0, 0))
+    parameters = dict(model.named_parameters())
+    compiled = torch.compile(per_sample, fullgraph=True, backend="eager")(parameters, img, text)
+    torch.testing.assert_close(compiled, per_sample(parameters, img, text), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow

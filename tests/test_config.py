@@ -11,7 +11,9 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 
 from palme_xt import PalmE, PalmEConfig
@@ -90,6 +92,57 @@ def test_a_config_is_the_same_after_json(config: PalmEConfig) -> None:
     assert again == config
     assert hash(again) == hash(config)
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+@given(configs())
+def test_a_config_is_an_ordinary_dataclass(config: PalmEConfig) -> None:
+    plain = dataclasses.asdict(config)
+    assert list(plain) == [argument.name for argument in dataclasses.fields(config)]
+    assert PalmEConfig(**plain) == PalmEConfig(**json.loads(json.dumps(plain))) == config
+    assert dataclasses.replace(config) == copy.copy(config) == config
+    assert dataclasses.replace(config, num_tokens=99).num_tokens == 99 != config.num_tokens
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.int16])
+def test_ints_of_numpy_are_stored_as_ints(kind: Any) -> None:
+    config = PalmEConfig(
+        image_size=kind(64),
+        patch_size=kind(16),
+        decoder_kwargs={"attn_kv_heads": kind(2), "attn_dim_head": kind(8)},
+        autoregressive_kwargs={"pad_value": kind(3), "ignore_index": kind(5)},
+    )
+    same = PalmEConfig(
+        image_size=64,
+        patch_size=16,
+        decoder_kwargs={"attn_kv_heads": 2, "attn_dim_head": 8},
+        autoregressive_kwargs={"pad_value": 3, "ignore_index": 5},
+    )
+    assert config == same
+    assert repr(config) == repr(same)
+    assert PalmEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("value", [np.float64(64), np.bool_(True), np.array(64), torch.tensor(64)])
+def test_what_numpy_and_torch_do_not_count_as_an_int_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"image_size={value!r} must be a positive int, not ")):
+        PalmEConfig(image_size=value)
+
+
+def test_a_config_has_what_the_trainer_of_transformers_needs() -> None:
+    config = PalmEConfig(decoder_kwargs={"ff_glu": True})
+    before = hash(config)
+    config.use_cache = False  # type: ignore[attr-defined]
+    assert config == PalmEConfig(decoder_kwargs={"ff_glu": True})
+    assert hash(config) == before
+    assert not hasattr(config, "use_cache")
+    assert PalmEConfig.from_dict(json.loads(config.to_json_string())) == config
+
+
+@pytest.mark.parametrize("name", ["image_size", "image_sise", "decoder_kwargs", "use_cach"])
+def test_no_other_attribute_can_be_set(name: str) -> None:
+    message = f"cannot assign to '{name}': build another with dataclasses.replace(config, ...)"
+    with pytest.raises(dataclasses.FrozenInstanceError, match=re.escape(message)):
+        setattr(PalmEConfig(), name, 64)
 
 
 def test_lists_and_tuples_mean_the_same() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pydoc
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import x_transformers
 
 import palme_xt
 from benchmarks.hand_wired import HandWired
-from palme_xt import PalmE
+from palme_xt import PalmE, PalmEConfig
 from tests.models import batch, logits, small
 
 
@@ -136,9 +138,23 @@ def test_a_subclass_is_built_from_a_config() -> None:
     class Mine(PalmE):
         pass
 
-    assert type(Mine.from_config(small().config)) is Mine
+    mine: Mine = Mine.from_config(small().config)  # the type checker is told so too
+    assert type(mine) is Mine
 
 
 def test_help_and_completion_find_the_names_that_are_loaded_when_used() -> None:
     assert set(palme_xt.__all__) <= set(dir(palme_xt))
     assert "class PalmE(" in pydoc.plain(pydoc.render_doc(palme_xt))
+
+
+def test_help_documents_the_arguments() -> None:
+    shown = pydoc.plain(pydoc.render_doc(PalmE))
+    for argument in fields(PalmEConfig):
+        assert f"{argument.name}: " in shown.split("Methods defined here:")[1].split("Raises:")[0], argument.name
+    assert "Continue prompts about images" in (PalmE.generate.__doc__ or "")
+
+
+def test_forward_names_its_common_keywords() -> None:
+    parameters = inspect.signature(PalmE.forward).parameters
+    assert list(parameters) == ["self", "img", "text", "return_outputs", "lens", "context", "context_mask", "kwargs"]
+    assert {parameters[name].kind for name in ("return_outputs", "lens")} == {inspect.Parameter.KEYWORD_ONLY}

@@ -393,8 +393,16 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(IMG, [TEXT[0], TEXT[1].to("meta")], 3), ValueError, "prompts are on cpu, meta, must be on one device"),
     (lambda f: f(IMG, list(TEXT), 3, prompt_lens=torch.ones(2)), ValueError, "prompt_lens is only for prompts (b, t)"),
     (lambda f: f(IMG, TEXT, 3, prompt_lens=[1, 2]), TypeError, "prompt_lens=[1, 2] must be a tensor of ints (b,)"),
-    (lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([0, 2])), ValueError, "prompt_lens=[0, 2]; prompt_lens must be within 1..4"),
-    (lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([1, 5])), ValueError, "prompt_lens=[1, 5]; prompt_lens must be within 1..4, the number"),
+    (
+        lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([0, 2])),
+        ValueError,
+        "prompt_lens=[0, 2]; prompt_lens must be within 1..4",
+    ),
+    (
+        lambda f: f(IMG, TEXT, 3, prompt_lens=torch.tensor([1, 5])),
+        ValueError,
+        "prompt_lens=[1, 5]; prompt_lens must be within 1..4, the number",
+    ),
     (lambda f: f(IMG, TEXT + 30, 3), ValueError, "must have ids within 0..num_tokens-1=31: check the tokenizer"),
     (lambda f: f(IMG, TEXT - 100, 3), ValueError, "must have ids within 0..num_tokens-1=31: check the tokenizer"),
     (lambda f: f(IMG, TEXT, 0), ValueError, "seq_len=0 must be a positive int: it is the maximum number of new tokens"),
