@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -152,6 +153,26 @@ def test_the_image_is_encoded_once_or_not_at_all() -> None:
         encoder.reset_mock()
         assert torch.equal(tokens, model.generate(None, text, 6, context=context, **GREEDY))
         assert encoder.call_count == 0
+
+
+def test_hooks_of_the_decoder_run_at_each_step() -> None:
+    model = small()
+    img, text = batch(model, b=2, n=3)
+    tokens = model.generate(img, text, 4, **GREEDY)
+    calls: list[int] = []
+    model.decoder.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[1]))
+    assert torch.equal(model.generate(img, text, 4, **GREEDY), tokens)
+    assert calls == [3, 1, 1, 1]
+
+
+def test_ints_of_numpy_are_ints() -> None:
+    model = small()
+    img, text = batch(model, b=2, n=3)
+    four, eos = np.int64(4), np.int32(7)
+    greedy = model.generate(img, text, four, eos_token=eos, **GREEDY)
+    assert torch.equal(greedy, model.generate(img, text, 4, eos_token=7, **GREEDY))
+    best = model.generate(img, text, four, eos_token=eos, beams=np.int64(3))
+    assert torch.equal(best, model.generate(img, text, 4, eos_token=7, beams=3))
 
 
 def test_a_context_mask_hides_patches() -> None:
