@@ -168,10 +168,11 @@ def test_hooks_of_the_decoder_run_at_each_step() -> None:
 def test_ints_of_numpy_are_ints() -> None:
     model = small()
     img, text = batch(model, b=2, n=3)
-    four, eos = np.int64(4), np.int32(7)
+    numbers: list[Any] = [np.int64(4), np.int32(7), np.int64(3)]  # a type checker accepts only `int`
+    four, eos, three = numbers
     greedy = model.generate(img, text, four, eos_token=eos, **GREEDY)
     assert torch.equal(greedy, model.generate(img, text, 4, eos_token=7, **GREEDY))
-    best = model.generate(img, text, four, eos_token=eos, beams=np.int64(3))
+    best = model.generate(img, text, four, eos_token=eos, beams=three)
     assert torch.equal(best, model.generate(img, text, 4, eos_token=7, beams=3))
 
 
