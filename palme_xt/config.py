@@ -203,6 +203,33 @@ class PalmEConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class UnprovenConfig(PalmEConfig):
+    """What can be read of modules that a model built from it differs from.
+
+    Its arguments can be read. It refuses to build, save or print a model.
+
+    Args:
+        difference: A description of the first difference.
+    """
+
+    difference: str = field(default="", kw_only=True)
+
+    def refuse(self, *_: Any) -> NoReturn:
+        """Raise an error that names the difference and the way out."""
+        raise ValueError(self.refusal)
+
+    @property
+    def refusal(self) -> str:
+        """What is wrong, and what to do about it."""
+        return (
+            f"model.config does not describe the modules that the model was made of: {self.difference}. State what "
+            "cannot be read from them: PalmE.from_modules(encoder, decoder, decoder_kwargs={...})"
+        )
+
+    keywords = to_dict = refuse
+
+
 class FrozenDict(dict[str, Any]):
     """An immutable, hashable `dict`, whose nested mappings and sequences are immutable too.
 
