@@ -190,8 +190,9 @@ def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
 
 
 def _depth(layers: Any) -> int:
-    """Return the number of blocks, in which tied ones count each time."""
-    return layers.depth * len(layers.layers_execute_order) // len(layers.layer_types)  # type: ignore[no-any-return]
+    """Return the number of blocks, where tied ones count each time that they run."""
+    times = len(layers.layers_execute_order) // len(layers.layer_types)
+    return layers.depth * max(1, times)  # type: ignore[no-any-return]
 
 
 def _changed(part: str, **overrides: Any) -> dict[str, Any]:

@@ -1,29 +1,96 @@
-"""`PalmE.from_modules` adopts modules that were wired by hand as they are, and reads the config from them."""
+"""`PalmE.from_modules` adopts modules that were wired by hand as they are, and proves the config that it reads."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+import random
 import re
 import warnings
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from torch import nn
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from x_transformers import Decoder
 
 from benchmarks.hand_wired import HandWired
-from palme_xt import PalmE, PalmEConfig
+from palme_xt import PalmE, PalmEConfig, hub
+from palme_xt.adoption import describe, find_difference
+from palme_xt.config import UnprovenConfig
+from palme_xt.source import to_source
+from palme_xt.storage.folder import load, save
 from palme_xt.strategies import QUIET, configs
-from tests.models import batch, small
+from tests.models import SMALL, batch, logits, small
+from tests.overrides import overrides
+
+
+def wired(seed: int = 0, **arguments: Any) -> HandWired:
+    torch.manual_seed(seed)
+    return HandWired(small(**arguments).config)
+
+
+def adopt(modules: Any, **arguments: Any) -> PalmE:
+    """Adopt modules, without a warning if the config is unproven."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="model.config does not describe")
+        return PalmE.from_modules(modules.encoder, modules.decoder, **arguments)
+
+
+def numbers(model: nn.Module, img: Tensor, text: Tensor) -> list[Tensor]:
+    """Return loss, logits and all gradients, in eval and training mode."""
+    found = []
+    model.requires_grad_()
+    for training in False, True:
+        random.seed(0)
+        torch.manual_seed(0)
+        loss, (values, _) = model.train(training)(img, text, return_outputs=True)
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        found += [loss, values, *(gradient for gradient in gradients if gradient is not None)]
+    return found
+
+
+def equal(model: nn.Module, other: nn.Module, img: Tensor, text: Tensor) -> bool:
+    """Return whether both compute the same with the same random weights, which the first one keeps."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += torch.randn(weight.shape) * (0.3 if weight.ndim < 2 else weight.shape[-1] ** -0.5)
+    other.load_state_dict(model.state_dict())
+    pairs = zip(numbers(model, img, text), numbers(other, img, text), strict=True)
+    return all(torch.equal(here, there) for here, there in pairs)
+
+
+def refuses(model: PalmE, message: str, folder: Path) -> None:
+    """Assert that whatever relies on the config raises an error with this message, and nothing is written."""
+    saving: list[Callable[[], object]] = [
+        lambda: save(model, folder),
+        lambda: PalmE.from_config(model.config),
+        lambda: type(model).from_config(model.config),
+        lambda: to_source(model.config),
+        lambda: to_source(replace(model.config, qk_norm=False)),
+        lambda: model.config.to_dict(),
+        lambda: model.config.keywords("vit"),
+    ]
+    if isinstance(model, hub.PalmE):
+        saving += [lambda: model.save_pretrained(folder), lambda: model.push_to_hub("user/name")]
+    way_out = r"\. State what cannot be read from them: PalmE\.from_modules\(encoder, decoder, decoder_kwargs={\.\.\.}\)"
+    for relying in saving:
+        with pytest.raises(ValueError, match=f"^model.config does not describe the modules .*: {message}{way_out}"):
+            relying()
+    assert not folder.exists()
 
 
 @given(configs())
 def test_the_17_arguments_are_read_off_the_modules(config: PalmEConfig) -> None:
     hand_wired = HandWired(config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about overrides that do not show, tested below
-        model = PalmE.from_modules(hand_wired.encoder, hand_wired.decoder)
+    model = adopt(hand_wired)
     assert model.encoder is hand_wired.encoder
     assert model.decoder is hand_wired.decoder
     dropped = config.rotary_xpos and "disable_abs_pos_emb" not in config.decoder_kwargs
@@ -39,15 +106,26 @@ def test_the_17_arguments_are_read_off_the_modules(config: PalmEConfig) -> None:
     assert torch.equal(model(img, text), hand_wired(img, text))
 
 
+@settings(max_examples=20)
+@given(configs())
+def test_a_config_is_proven_if_what_cannot_be_read_is_stated(config: PalmEConfig) -> None:
+    stated = {name: getattr(config, name) for name in ("vit_kwargs", "encoder_kwargs", "transformer_kwargs")}
+    stated |= {name: getattr(config, name) for name in ("decoder_kwargs", "autoregressive_kwargs")}
+    hand_wired = HandWired(config)
+    model = PalmE.from_modules(hand_wired.encoder, hand_wired.decoder, **stated)
+    assert type(model.config) is PalmEConfig
+    assert equal(hand_wired, PalmE.from_config(model.config), *batch(model))
+
+
 SHOWN: list[dict[str, Any]] = [
     {},
     {"vit_kwargs": {"channels": 1, "num_register_tokens": 3}},
-    {"decoder_kwargs": {"attn_kv_heads": 2, "use_rmsnorm": True, "ff_glu": True, "ff_swish": True}},
-    {"encoder_kwargs": {"ff_no_bias": True, "use_scalenorm": True}},
-    {"transformer_kwargs": {"tie_embedding": True}},
+    {"encoder_kwargs": {"attn_flash": True, "attn_qk_norm": True, "attn_kv_heads": 1}},
+    {"decoder_kwargs": {"attn_kv_heads": 2, "attn_qk_norm_scale": 5, "attn_dropout": 0.1, "cross_attn_dropout": 0.2}},
+    {"transformer_kwargs": {"tie_embedding": True, "emb_frac_gradient": 0.5, "num_memory_tokens": 2}},
     {"rotary_xpos": False, "decoder_kwargs": {"rotary_pos_emb": True}},
     {"decoder_kwargs": {"cross_attn_qk_norm": False}},
-    {"autoregressive_kwargs": {"pad_value": 5, "ignore_index": -1}},
+    {"autoregressive_kwargs": {"pad_value": 5, "ignore_index": -1, "mask_prob": 0.1}},
     {"use_abs_pos_emb": True, "decoder_kwargs": {"disable_abs_pos_emb": False}},
 ]
 
@@ -61,32 +139,128 @@ def test_overrides_that_show_are_read(arguments: dict[str, Any]) -> None:
     assert replace(model.config, **quiet) == source
 
 
-def test_overrides_that_do_not_show_cause_a_warning() -> None:
-    hand_wired = HandWired(small(decoder_kwargs={"attn_num_mem_kv": 2}).config)
-    message = (
-        r"the modules have overrides that cannot be read from them: decoder\.net\.attn_layers\.layers\.0\.1\.mem_k is "
-        r"\(4, 2, 8\), but missing in a model built from model\.config"
-    )
-    with pytest.warns(UserWarning, match=message):
-        PalmE.from_modules(hand_wired.encoder, hand_wired.decoder)
+class Detached(nn.GELU):
+    """An activation whose outputs are upstream's, and whose gradients are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
 
 
-def test_an_adopted_model_also_decodes_where_upstreams_cache_crashes() -> None:
-    source = small()
-    hand_wired = HandWired(source.config)
-    hand_wired.load_state_dict(source.state_dict())
-    model = PalmE.from_modules(hand_wired.encoder, hand_wired.decoder)
-    img, text = batch(model, n=3)
-    expected = source.generate(img, text, 6, temperature=0.0)
-    assert torch.equal(model.generate(img, text, 6, temperature=0.0), expected)
+# An override, and the first difference that shows it: in a parameter, a buffer, an attribute, or only in the numbers.
+DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
+    "parameter": (
+        {"decoder_kwargs": {"ff_glu": True}},
+        r"decoder\.net\.attn_layers\.layers\.2\.1\.ff\.0\.proj\.weight is \(256, 32\) in the modules, but missing in a "
+        "model built from it",
+    ),
+    "buffer": (
+        {"decoder_kwargs": {"rotary_base_rescale_factor": 2.0}},
+        r"decoder\.net\.attn_layers\.rotary_pos_emb\.inv_freq has other values in the modules than in a model built "
+        "from it",
+    ),
+    "attribute": (
+        {"decoder_kwargs": {"ff_dropout": 0.1}},
+        r"decoder\.net\.attn_layers\.layers\.2\.1\.ff\.1\.p is 0\.1 in the modules, but 0\.0 in a model built from it",
+    ),
+    "embeddings": (
+        {"encoder_kwargs": {"ff_relu_squared": True}},
+        "embeddings in eval mode differ between the modules and a model built from it",
+    ),
+    "logits": (
+        {"decoder_kwargs": {"ff_swish": True}},
+        "logits in eval mode differ between the modules and a model built from it",
+    ),
+    "training": (
+        {"decoder_kwargs": {"ff_sublayer_dropout": 0.1}},
+        "logits in training mode differ between the modules and a model built from it",
+    ),
+    "gradients": (
+        {"decoder_kwargs": {"ff_custom_activation": Detached()}},
+        "gradients in eval mode differ between the modules and a model built from it",
+    ),
+}
 
 
-def test_modules_that_do_not_fit_are_rejected() -> None:
-    model = small()
-    with pytest.raises(TypeError, match=r"encoder is a Linear, must be an x_transformers\.ViTransformerWrapper"):
-        PalmE.from_modules(nn.Linear(2, 2), model.decoder)
-    with pytest.raises(TypeError, match=r"decoder is a TransformerWrapper, must be an x_transformers\.Autoreg"):
-        PalmE.from_modules(model.encoder, model.decoder.net)
-    message = "decoder takes a context of width 40, must be 24, the width of the encoder"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        PalmE.from_modules(model.encoder, small(encoder_dim=40).decoder)
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_what_relies_on_a_config_that_does_not_describe_the_modules_refuses(case: str, tmp_path: Path) -> None:
+    arguments, message = DIFFERENT[case]
+    hand_wired = wired(**arguments)
+    with pytest.warns(UserWarning, match=f"model.config does not describe the modules .*: {message}. State what"):
+        model = hub.PalmE.from_modules(hand_wired.encoder, hand_wired.decoder)
+    refuses(model, message, tmp_path / "model")
+    img, text = batch(model)
+    assert torch.equal(logits(model.eval(), img, text), logits(hand_wired.eval(), img, text))
+    assert model.generate(img, text, 3).shape == (2, 3)
+    for copied in copy.deepcopy(model), pickle.loads(pickle.dumps(model.config)):
+        assert getattr(copied, "config", copied) == model.config
+
+    stated = {name: value for name, value in arguments.items() if name.endswith("_kwargs")}
+    model = hub.PalmE.from_modules(hand_wired.encoder, hand_wired.decoder, **stated)
+    assert equal(hand_wired, hub.PalmE.from_config(model.config), img, text)
+    if case != "gradients":  # a module has no JSON form
+        model.save_pretrained(tmp_path / "model")
+        assert torch.equal(logits(load(tmp_path / "model"), img, text), logits(hand_wired.eval(), img, text))
+
+
+BASES: list[dict[str, Any]] = [
+    {"attn_flash": False},
+    {"attn_flash": False, "alibi_pos_bias": False, "rotary_xpos": False, "use_abs_pos_emb": True},
+    {"attn_flash": True},
+]
+
+
+def wired_with(part: str, added: dict[str, Any]) -> HandWired | None:
+    """Return a model with these overrides of a part that can run, if there is one."""
+    for base in BASES:
+        arguments = {**SMALL, **base, f"{part}_kwargs": SMALL.get(f"{part}_kwargs", {}) | added}
+        try:
+            torch.manual_seed(0)
+            hand_wired = HandWired(PalmEConfig(**arguments))
+            numbers(hand_wired, torch.randn(2, arguments.get("channels", 3), 8, 8), torch.randint(32, (2, 12)))
+        except Exception:  # upstream's errors are of any type
+            continue
+        return hand_wired
+    return None
+
+
+def outcome(part: str, keyword: str, value: Any, needs: dict[str, Any], folder: Path) -> str | None:
+    """Adopt a model with one override, and return whether it was read, refused, or made no difference."""
+    hand_wired = wired_with(part, needs | {keyword: value})
+    if hand_wired is None:
+        return None
+    kwargs = f"{part}_kwargs"
+    stated = adopt(hand_wired, **{kwargs: needs | {keyword: value}})
+    assert not isinstance(stated.config, UnprovenConfig), stated.config.difference
+    inputs = batch(stated)
+    assert equal(hand_wired, PalmE.from_config(stated.config), *inputs)
+    if not callable(value):
+        save(stated, folder / keyword)
+        pairs = zip(numbers(load(folder / keyword), *inputs), numbers(hand_wired, *inputs), strict=True)
+        assert all(torch.equal(here, there) for here, there in pairs)
+    try:
+        model = adopt(hand_wired, **{kwargs: needs})
+    except ValueError as error:  # what it needs has no meaning alone
+        assert re.match(r"x-transformers \S+ rejects", str(error))
+        return "refused"
+    if isinstance(model.config, UnprovenConfig):
+        refuses(model, re.escape(model.config.difference), folder / "refused")
+        return "refused"
+    assert equal(hand_wired, PalmE.from_config(model.config), *inputs)
+    return "read" if keyword in getattr(model.config, kwargs) else "equal"
+
+
+OVERRIDES = {f"{part}-{keyword}": (part, keyword, value, needs) for part, keyword, value, needs in overrides()}
+
+
+@pytest.mark.parametrize("case", list(OVERRIDES)[::30])
+def test_an_override_is_read_or_refused_or_makes_no_difference(case: str, tmp_path: Path) -> None:
+    outcome(*OVERRIDES[case], tmp_path)
+
+
+@pytest.mark.slow
+def test_every_override_is_read_or_refused_or_makes_no_difference(tmp_path: Path) -> None:
+    outcomes = {case: outcome(*override, tmp_path / case) for case, override in OVERRIDES.items()}
+    counts = Counter(outcomes.values())
+    assert sum(counts[found] for found in ("read", "refused", "equal")) > 400, counts
+    assert counts["read"] > 80, counts
+    assert counts["refused"] > 150, counts
