@@ -115,7 +115,12 @@ def overrides() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
             value = VALUES[name] if name in VALUES else _changed(name, default)
             if value is not None and argument_behind(part, keyword) is None and keyword != "verbose":
                 needs = {prefix + needed: given for needed, given in NEEDS.get(name, {}).items()}
-                yield part, keyword, value, {key: given for key, given in needs.items() if not argument_behind(part, key)}
+                yield (
+                    part,
+                    keyword,
+                    value,
+                    {key: given for key, given in needs.items() if not argument_behind(part, key)},
+                )
 
 
 def _changed(name: str, default: Any) -> Any:
@@ -124,4 +129,4 @@ def _changed(name: str, default: Any) -> Any:
         return not default
     if isinstance(default, float) and ("dropout" in name or default == 0):
         return 0.5
-    return default * 2 if isinstance(default, int | float) else None
+    return default * 2 or 1 if isinstance(default, int | float) else None

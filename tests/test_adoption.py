@@ -80,7 +80,9 @@ def refuses(model: PalmE, message: str, folder: Path) -> None:
     ]
     if isinstance(model, hub.PalmE):
         saving += [lambda: model.save_pretrained(folder), lambda: model.push_to_hub("user/name")]
-    way_out = r"\. State what cannot be read from them: PalmE\.from_modules\(encoder, decoder, decoder_kwargs={\.\.\.}\)"
+    way_out = (
+        r"\. State what cannot be read from them: PalmE\.from_modules\(encoder, decoder, decoder_kwargs={\.\.\.}\)"
+    )
     for relying in saving:
         with pytest.raises(ValueError, match=f"^model.config does not describe the modules .*: {message}{way_out}"):
             relying()
@@ -216,7 +218,7 @@ def wired_with(part: str, added: dict[str, Any]) -> HandWired | None:
         try:
             torch.manual_seed(0)
             hand_wired = HandWired(PalmEConfig(**arguments))
-            numbers(hand_wired, torch.randn(2, arguments.get("channels", 3), 8, 8), torch.randint(32, (2, 12)))
+            numbers(hand_wired, torch.randn(2, added.get("channels", 3), 8, 8), torch.randint(32, (2, 12)))
         except Exception:  # upstream's errors are of any type
             continue
         return hand_wired
