@@ -253,8 +253,8 @@ def _different_numbers(found: _Wired, built: _Wired, config: PalmEConfig) -> str
     return None
 
 
-def _draw(model: _Wired, config: PalmEConfig) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-    """Return the weights of a model, made random so that zeros and ones count, too, and an image and a text."""
+def _draw(model: _Wired, config: PalmEConfig) -> tuple[dict[str, nn.Parameter], tuple[Tensor, Tensor]]:
+    """Return the weights of a model, made random so that initial zeros hide nothing, and an image and a text."""
     weights = dict(model.named_parameters())
     for weight in weights.values():
         weight.data += torch.randn(weight.shape) * (0.3 if weight.ndim < 2 else weight.shape[-1] ** -0.5)

@@ -205,9 +205,9 @@ class PalmEConfig:
 
 @dataclass(frozen=True)
 class UnprovenConfig(PalmEConfig):
-    """What can be read of modules that a model built from it differs from.
+    """A config of modules that compute something else than a model built from it: `PalmE.from_modules` made it.
 
-    Its arguments can be read. It refuses to build, save or print a model.
+    Its arguments can be read. Whatever builds, saves or prints a model from it raises an error.
 
     Args:
         difference: A description of the first difference.
@@ -215,19 +215,24 @@ class UnprovenConfig(PalmEConfig):
 
     difference: str = field(default="", kw_only=True)
 
-    def refuse(self, *_: Any) -> NoReturn:
-        """Raise an error that names the difference and the way out."""
-        raise ValueError(self.refusal)
-
     @property
     def refusal(self) -> str:
-        """What is wrong, and what to do about it."""
-        return (
-            f"model.config does not describe the modules that the model was made of: {self.difference}. State what "
-            "cannot be read from them: PalmE.from_modules(encoder, decoder, decoder_kwargs={...})"
-        )
+        """What is wrong, and what to do instead."""
+        wrong = f"model.config does not describe the modules that the model was made of: {self.difference}"
+        remedy = "PalmE.from_modules(encoder, decoder, decoder_kwargs={...})"
+        return f"{wrong}. State what cannot be read from them: {remedy}"
 
-    keywords = to_dict = refuse
+    def refuse(self) -> NoReturn:
+        """Raise the error."""
+        raise ValueError(self.refusal)
+
+    def keywords(self, part: str) -> NoReturn:
+        """Raise an error: a model would be built."""
+        self.refuse()
+
+    def to_dict(self) -> NoReturn:
+        """Raise an error: a model would be saved."""
+        self.refuse()
 
 
 class FrozenDict(dict[str, Any]):

@@ -1,4 +1,42 @@
-"""Hypothesis strategies for valid configs and inputs, and for arguments that each break one rule."""
+"""Hypothesis strategies for valid configs and inputs, and for arguments that each break one rule.
+
+A test that a wiring of your own is the same model:
+
+    from hypothesis import given
+    from torch import nn
+    from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper, ViTransformerWrapper
+
+    from palme_xt import PalmE
+    from palme_xt.parity import compare
+    from palme_xt.strategies import configs
+
+    class Mine(nn.Module):
+        def __init__(self, image_size, patch_size, width, num_tokens, max_seq_len, depth, rotary_xpos):
+            super().__init__()
+            encoder = Encoder(dim=width, depth=depth, heads=2, attn_dim_head=8)
+            self.encoder = ViTransformerWrapper(image_size=image_size, patch_size=patch_size, attn_layers=encoder)
+            decoder = Decoder(
+                dim=16, depth=depth, heads=2, attn_dim_head=8, cross_attend=True, cross_attn_dim_context=width,
+                rotary_xpos=rotary_xpos, attn_qk_norm=True,
+            )
+            net = TransformerWrapper(
+                num_tokens=num_tokens, max_seq_len=max_seq_len, use_abs_pos_emb=False, attn_layers=decoder
+            )
+            self.decoder = AutoregressiveWrapper(net)
+
+        def forward(self, img, text, **kwargs):
+            return self.decoder(text, context=self.encoder(img, return_embeddings=True), **kwargs)
+
+    fixed = {"encoder_heads": 2, "decoder_dim": 16, "decoder_heads": 2, "cross_attend": True, "use_abs_pos_emb": False}
+    fixed |= {"alibi_pos_bias": False, "attn_flash": False, "qk_norm": True, "encoder_depth": 2, "decoder_depth": 2}
+    fixed |= {"vit_kwargs": {}, "transformer_kwargs": {}, "autoregressive_kwargs": {}}
+    fixed |= {"encoder_kwargs": {"attn_dim_head": 8}, "decoder_kwargs": {"attn_dim_head": 8}}
+
+    @given(configs(**fixed))
+    def test_my_wiring_is_the_same_model(config):
+        sizes = config.image_size, config.patch_size, config.encoder_dim, config.num_tokens, config.max_seq_len
+        assert compare(PalmE.from_config(config), Mine(*sizes, depth=2, rotary_xpos=config.rotary_xpos))
+"""
 
 from __future__ import annotations
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import textwrap
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from palme_xt import PalmE, PalmEConfig
+from palme_xt import PalmE, PalmEConfig, strategies
 from palme_xt.strategies import batches, configs
 
 FIXED: list[dict[str, Any]] = [
@@ -90,3 +92,14 @@ def test_no_warnings_before_anything_is_drawn() -> None:
         warnings.simplefilter("error")
         configs(use_abs_pos_emb=True)
     assert torch.empty(0).device.type == "cpu"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_example_passes_and_notices_a_mistake(broken: bool) -> None:
+    _, example = str(strategies.__doc__).split("the same model:\n", maxsplit=1)
+    code = textwrap.dedent(example)
+    namespace: dict[str, Any] = {}
+    exec(code.replace("attn_qk_norm=True", "attn_qk_norm=False") if broken else code, namespace)
+    run = settings(max_examples=5, phases=[Phase.generate])(namespace["test_my_wiring_is_the_same_model"])
+    with pytest.raises(AssertionError) if broken else contextlib.nullcontext():
+        run()

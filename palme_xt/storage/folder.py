@@ -15,7 +15,7 @@ from dataclasses import fields
 from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -54,7 +54,7 @@ def load_as(kind: type[Model], folder: str | os.PathLike[str], device: str | tor
     """Return the model in `folder`, as `load` does, as an instance of a subclass of `PalmE`."""
     config = read_config(folder)
     with _reading_arguments(folder):
-        model = cast(Model, kind.from_config(config))
+        model = kind.from_config(config)
     load_weights(model.to(device), folder)
     return model.eval()
 
