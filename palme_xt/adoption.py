@@ -100,15 +100,12 @@ def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module)
     with _undisturbed(found):
         try:
             built = _build(vars(config), "cpu").float()
-            if different := different_shape(found, built):
-                name, here, there = different
-            elif differing := next(_different_attributes(found, built), None):
-                name, here, there = ".".join(differing[:2]), *differing[2:]
-            else:
+            different = different_shape(found, built) or next(_different_attributes(found, built), None)
+            if different is None:
                 return _different_numbers(found, built, config)
         except Exception as error:  # of whatever the modules consist of
             return f"they cannot be compared with a model built from it ({type(error).__name__}: {error})"
-    return f"{name} is {here} in the modules, but {there} in a model built from it"
+    return "{} is {} in the modules, but {} in a model built from it".format(*different)
 
 
 def different_shape(first: nn.Module, second: nn.Module) -> tuple[str, Any, Any] | None:
@@ -202,7 +199,8 @@ def _changed(part: str, **overrides: Any) -> dict[str, Any]:
 def _named_overrides(found: _Wired, plain: _Wired) -> dict[str, dict[str, Any]]:
     """Return the overrides in attributes of the same name, where they differ from those of a model without them."""
     overrides: dict[str, dict[str, Any]] = {f"{part}_kwargs": {} for part in MAPPING}
-    for path, name, value, _ in _different_attributes(found, plain):
+    for place, value, _ in _different_attributes(found, plain):
+        path, _, name = place.rpartition(".")
         part, prefix = _owner(path, found.get_submodule(path))
         keyword, read = prefix + name, overrides[f"{part}_kwargs"]
         inherited = prefix == "cross_attn_" and read.get(f"attn_{name}") == value
@@ -220,15 +218,15 @@ def _owner(path: str, module: nn.Module) -> tuple[str, str]:
     return _PARTS.get(path, "vit"), ""
 
 
-def _different_attributes(found: nn.Module, built: nn.Module) -> Iterator[tuple[str, str, Any, Any]]:
-    """Yield the path of a module, the name of an attribute, and its values, where modules of the same name differ."""
+def _different_attributes(found: nn.Module, built: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the attributes that modules of the same name have with different values, and both values."""
     others = {path: vars(module) for path, module in built.named_modules()}
     for path, module in found.named_modules():
         for name, value in vars(module).items():
             other = others.get(path, {}).get(name, value)
             plain = all(item is None or isinstance(item, bool | int | float | str | tuple) for item in (value, other))
             if plain and value != other and not (name.startswith("_") or name in _NOT_COMPARED):
-                yield path, name, value, other
+                yield f"{path}.{name}", value, other
 
 
 def _different_numbers(found: _Wired, built: _Wired, config: PalmEConfig) -> str | None:

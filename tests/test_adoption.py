@@ -40,9 +40,9 @@ def adopt(modules: Any, **arguments: Any) -> PalmE:
         return PalmE.from_modules(modules.encoder, modules.decoder, **arguments)
 
 
-def numbers(model: nn.Module, img: Tensor, text: Tensor) -> list[Tensor]:
+def numbers(model: Any, img: Tensor, text: Tensor) -> list[Tensor]:
     """Return loss, logits and all gradients, in eval and training mode."""
-    found: list[Tensor] = []
+    found: list[Any] = []
     model.requires_grad_()
     for training in False, True:
         random.seed(0)
@@ -58,7 +58,7 @@ def equal(model: nn.Module, other: nn.Module, img: Tensor, text: Tensor) -> bool
     torch.manual_seed(2)
     with torch.no_grad():
         for weight in model.parameters():
-            weight += torch.randn(weight.shape) * (0.3 if weight.ndim < 2 else weight.shape[-1] ** -0.5)
+            weight.add_(torch.randn(weight.shape) * (0.3 if weight.ndim < 2 else weight.shape[-1] ** -0.5))
     other.load_state_dict(model.state_dict())
     pairs = zip(numbers(model, img, text), numbers(other, img, text), strict=True)
     return all(torch.equal(here, there) for here, there in pairs)
@@ -86,6 +86,7 @@ def refuses(model: PalmE, message: str, folder: Path) -> None:
     assert not folder.exists()
 
 
+@settings(max_examples=20)
 @given(configs())
 def test_the_17_arguments_are_read_off_the_modules(config: PalmEConfig) -> None:
     hand_wired = HandWired(config)
@@ -105,7 +106,7 @@ def test_the_17_arguments_are_read_off_the_modules(config: PalmEConfig) -> None:
     assert torch.equal(model(img, text), hand_wired(img, text))
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(configs())
 def test_a_config_is_proven_if_what_cannot_be_read_is_stated(config: PalmEConfig) -> None:
     stated = {name: getattr(config, name) for name in ("vit_kwargs", "encoder_kwargs", "transformer_kwargs")}
@@ -252,7 +253,7 @@ def outcome(part: str, keyword: str, value: Any, needs: dict[str, Any], folder: 
 OVERRIDES = {f"{part}-{keyword}": (part, keyword, value, needs) for part, keyword, value, needs in overrides()}
 
 
-@pytest.mark.parametrize("case", list(OVERRIDES)[::30])
+@pytest.mark.parametrize("case", list(OVERRIDES)[::40])
 def test_an_override_is_read_or_refused_or_makes_no_difference(case: str, tmp_path: Path) -> None:
     outcome(*OVERRIDES[case], tmp_path)
 

@@ -36,7 +36,7 @@ FIXED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fixed", FIXED, ids=str)
 def test_what_is_fixed_is_kept_and_the_rest_fits(fixed: dict[str, Any]) -> None:
-    @settings(max_examples=8)
+    @settings(max_examples=4)
     @given(configs(**fixed), st.data())
     def run(config: PalmEConfig, data: st.DataObject) -> None:
         assert {name: getattr(config, name) for name in fixed} == fixed
@@ -49,7 +49,7 @@ def test_what_is_fixed_is_kept_and_the_rest_fits(fixed: dict[str, Any]) -> None:
 def test_every_field_is_drawn() -> None:
     drawn: dict[str, set[str]] = {name: set() for name in PalmEConfig.__dataclass_fields__ if name != "_"}
 
-    @settings(max_examples=60)
+    @settings(max_examples=40)
     @given(configs())
     def run(config: PalmEConfig) -> None:
         for name, values in drawn.items():
