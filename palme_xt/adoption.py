@@ -1,84 +1,111 @@
-"""Describe modules that were wired by hand as a config, for `PalmE.from_modules`."""
+"""Describe modules that were wired by hand as a config, and prove it, for `PalmE.from_modules`."""
 
 from __future__ import annotations
 
+import random
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, ViTransformerWrapper
 from x_transformers import x_transformers as upstream
 
-from palme_xt.config import DEFAULT_DIM_HEAD, PalmEConfig
+from palme_xt.config import PalmEConfig, UnprovenConfig
+from palme_xt.mapping import MAPPING, argument_behind, upstream_keywords
 from palme_xt.wiring import DECODER, ENCODER, build
 
-_NORMS = {"RMSNorm": "use_rmsnorm", "ScaleNorm": "use_scalenorm", "SimpleRMSNorm": "use_simple_rmsnorm"}
-_AUTOREGRESSIVE = {"pad_value": 0, "ignore_index": -100, "mask_prob": 0.0}  # upstream's defaults
+TEXT = 32  # tokens of the text that a proof runs; attributes show what counts only in longer ones
+ROUNDING = 2**-8  # relative, of bfloat16
+# The mode, and what stays behind if a vocabulary is resized in place.
+_NOT_COMPARED = ("training", "num_tokens", "num_embeddings", "out_features")
+# The whole model, or its parts, and a parameter that tells where it begins in a state dict.
+_MARKS = {"": "encoder.pos_embedding"}, {"encoder": "pos_embedding", "decoder.net": "token_emb.emb.weight"}
+_PARTS = {
+    "encoder": "vit",
+    "encoder.attn_layers": "encoder",
+    "decoder": "autoregressive",
+    "decoder.net": "transformer",
+    "decoder.net.attn_layers": "decoder",
+}
 
 
-def describe(encoder: Any, decoder: Any) -> PalmEConfig:
-    """Return the config of an encoder and a decoder that fit together.
+class _Wired(nn.Module):
+    """An encoder and a decoder, named as in `PalmE`."""
 
-    The 17 arguments are always read. Overrides are read if they show in the modules' attributes: channels, register
-    tokens, head dimensions, key-value heads, norms, gated and bias-free feedforwards, tied embeddings, rotary positions
-    without xPos, `pad_value`, `ignore_index`, `mask_prob`.
+    def __init__(self, encoder: Any, decoder: Any) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, img: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """Return embeddings, logits, loss, and gradients of the first parameters."""
+        embeddings = self.encoder(img, return_embeddings=True)
+        source = {"context": embeddings} if self.decoder.net.attn_layers.cross_attend else {}
+        loss, (logits, _) = self.decoder(text, return_outputs=True, **source)
+        inputs = self.encoder.pos_embedding, self.decoder.net.token_emb.emb.weight
+        gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
+        return embeddings, logits, loss, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def adopt(encoder: Any, decoder: Any, **given: Any) -> PalmEConfig:
+    """Return the config that `describe` reads, if it is proven.
+
+    Otherwise, a model built from it differs from the modules: return an `UnprovenConfig`, and warn.
+    """
+    config = describe(encoder, decoder, **given)
+    if (difference := find_difference(config, encoder, decoder)) is None:
+        return config
+    unproven = UnprovenConfig(**vars(config), difference=difference)
+    warnings.warn(unproven.refusal, stacklevel=3)
+    return unproven
+
+
+def describe(encoder: Any, decoder: Any, **given: Any) -> PalmEConfig:
+    """Return a config that is read from the attributes of an encoder and a decoder. They may have more overrides.
+
+    An override is read if upstream keeps its value in an attribute of the same name. Channels, register tokens, tied
+    embeddings and rotary positions without xPos are read as well.
+
+    Args:
+        encoder: An `x_transformers.ViTransformerWrapper`.
+        decoder: An `x_transformers.AutoregressiveWrapper` around a `TransformerWrapper` with a `Decoder`.
+        **given: Arguments of `PalmEConfig`, which replace what is read. Override dicts are merged with what is read.
 
     Raises:
-        TypeError: If `encoder` is not a `ViTransformerWrapper`, or `decoder` is not an `AutoregressiveWrapper` around a
-            causal decoder.
-        ValueError: If the decoder cross-attends to a context whose width is not that of the encoder.
+        TypeError: If the modules are of other classes.
+        ValueError: If the decoder cross-attends to a context whose width is not that of the encoder, or `given` is
+            invalid.
     """
     _check_kind("encoder", encoder, ViTransformerWrapper)
     _check_kind("decoder", decoder, AutoregressiveWrapper)
     _check_kind("decoder.net", decoder.net, TransformerWrapper)
     _check_kind("decoder.net.attn_layers", decoder.net.attn_layers, Decoder)
-    net, layers = decoder.net, decoder.net.attn_layers
-    attention, cross_attention = _attentions(layers)
-    width = encoder.attn_layers.dim
-    if cross_attention is not None and cross_attention.to_k.in_features != width:
-        raise ValueError(
-            f"decoder takes a context of width {cross_attention.to_k.in_features}, must be {width}, the width of the "
-            f"encoder: build the Decoder with cross_attn_dim_context={width}"
-        )
-    rel_pos = getattr(layers, "alibi", None) or layers.rel_pos
-    alibi = isinstance(rel_pos, upstream.AlibiPositionalBias)
-    return PalmEConfig(
-        image_size=round(encoder.pos_embedding.shape[1] ** 0.5) * encoder.patch_size,
-        patch_size=encoder.patch_size,
-        encoder_dim=width,
-        encoder_depth=_depth(encoder.attn_layers),
-        encoder_heads=encoder.attn_layers.attn_heads,
-        num_tokens=net.num_tokens,
-        max_seq_len=net.max_seq_len,
-        decoder_dim=layers.dim,
-        decoder_depth=_depth(layers),
-        decoder_heads=layers.attn_heads,
-        alibi_num_heads=rel_pos.heads if alibi else min(4, layers.attn_heads),
-        use_abs_pos_emb=not isinstance(net.pos_emb, upstream.always),
-        cross_attend=layers.cross_attend,
-        alibi_pos_bias=alibi,
-        rotary_xpos=layers.rotary_pos_emb is not None and layers.rotary_pos_emb.scale is not None,
-        attn_flash=attention.attend.flash,
-        qk_norm=attention.qk_norm,
-        **_overrides(encoder, decoder),
-    )
+    read = _arguments(encoder, decoder)
+    named = _named_overrides(_Wired(encoder, decoder), _build(_merge(read, given), "meta"))
+    return PalmEConfig(**_merge(read, named, given))
 
 
-def warn_unless_described(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module) -> None:
-    """Warn if a model built from `config` has different parameters than the modules."""
-    quiet = {part: getattr(config, part) | {"verbose": False} for part in ("encoder_kwargs", "decoder_kwargs")}
-    config = replace(config, **quiet)
-    with torch.device("meta"):
-        described = nn.ModuleDict({"encoder": build(ENCODER, config), "decoder": build(DECODER, config)})
-    if different := different_shape(nn.ModuleDict({"encoder": encoder, "decoder": decoder}), described):
-        name, found, built = different
-        warnings.warn(
-            f"the modules have overrides that cannot be read from them: {name} is {found}, but {built} in a model "
-            "built from model.config; this model works, but PalmE.from_config(model.config) builds a different one",
-            stacklevel=3,
-        )
+def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module) -> str | None:
+    """Describe the first difference between the modules and a model built from `config`, or return None.
+
+    Parameters, buffers and attributes are compared, and what both sides compute from the same random weights, on one
+    image and a short text: embeddings, logits, loss and gradients, bitwise, in eval and training mode. This runs on the
+    CPU in float32, wherever the modules are, and takes memory for one copy of the weights. The modules and the state of
+    the random number generators are unchanged.
+    """
+    found = _Wired(encoder, decoder)
+    with _undisturbed(found):
+        try:
+            built = _build(vars(config), "cpu").float()
+            different = different_shape(found, built) or next(_different_attributes(found, built), None)
+            if different is None:
+                return _different_numbers(found, built, config)
+        except Exception as error:  # of whatever the modules consist of
+            return f"they cannot be compared with a model built from it ({type(error).__name__}: {error})"
+    return "{} is {} in the modules, but {} in a model built from it".format(*different)
 
 
 def different_shape(first: nn.Module, second: nn.Module) -> tuple[str, Any, Any] | None:
@@ -99,64 +126,179 @@ def _check_kind(name: str, module: Any, kind: type) -> None:
         raise TypeError(f"{name} is a {type(module).__name__}, must be an x_transformers.{kind.__name__}")
 
 
-def _attentions(layers: Any) -> tuple[Any, Any]:
-    """Return the first self-attention, or else the first cross-attention, and the first cross-attention or None."""
-    first: dict[str, Any] = {}
-    for kind, (_, layer, _) in zip(layers.layer_types, layers.layers, strict=True):
-        if kind in ("a", "c") and kind not in first:
-            first[kind] = next(module for module in layer.modules() if isinstance(module, upstream.Attention))
-    return first.get("a", first.get("c")), first.get("c")
+def _merge(*arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments, the last one of each name, with override dicts merged."""
+    merged: dict[str, Any] = {}
+    for name, value in (item for some in arguments for item in some.items()):
+        merged[name] = {**merged.get(name, {}), **value} if isinstance(value, Mapping) else value
+    return merged
+
+
+def _build(arguments: Mapping[str, Any], device: str) -> _Wired:
+    """Return a newly initialised model, without warnings."""
+    with warnings.catch_warnings(), torch.device(device):
+        warnings.simplefilter("ignore")
+        quiet = {f"{part}_kwargs": {"verbose": False} for part in ("encoder", "decoder")}
+        config = PalmEConfig(**_merge(arguments, quiet))
+        return _Wired(build(ENCODER, config), build(DECODER, config))
+
+
+def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
+    """Return the 17 arguments, and the overrides that upstream keeps in no attribute of the same name."""
+    net, layers, width = decoder.net, decoder.net.attn_layers, encoder.attn_layers.dim
+    attentions = [module for module in layers.modules() if isinstance(module, upstream.Attention)]
+    for attention in attentions:
+        context = getattr(attention.to_latent_kv, "in_features", attention.to_k.in_features)
+        if not attention.causal and context != width:
+            raise ValueError(
+                f"decoder takes a context of width {context}, must be {width}, the width of the encoder: build the "
+                f"Decoder with cross_attn_dim_context={width}"
+            )
+    own = max(attentions, key=lambda attention: attention.causal)  # a self-attention, if there is one
+    rel_pos = getattr(layers, "alibi", None) or layers.rel_pos
+    alibi = isinstance(rel_pos, upstream.AlibiPositionalBias)
+    rotary = layers.rotary_pos_emb
+    return {
+        "image_size": round(encoder.pos_embedding.shape[1] ** 0.5) * encoder.patch_size,
+        "patch_size": encoder.patch_size,
+        "encoder_dim": width,
+        "encoder_depth": _depth(encoder.attn_layers),
+        "encoder_heads": encoder.attn_layers.attn_heads,
+        "num_tokens": net.token_emb.emb.weight.shape[0],
+        "max_seq_len": net.max_seq_len,
+        "decoder_dim": layers.dim,
+        "decoder_depth": _depth(layers),
+        "decoder_heads": layers.attn_heads,
+        "alibi_num_heads": rel_pos.heads if alibi else min(4, layers.attn_heads),
+        "use_abs_pos_emb": not isinstance(net.pos_emb, upstream.always),
+        "cross_attend": layers.cross_attend,
+        "alibi_pos_bias": alibi,
+        "rotary_xpos": rotary is not None and rotary.scale is not None,
+        "attn_flash": own.attend.flash,
+        "qk_norm": own.qk_norm,
+        "vit_kwargs": _changed(
+            "vit",
+            channels=encoder.patch_to_embedding[1].in_features // encoder.patch_size**2,
+            num_register_tokens=len(encoder.register_tokens) if encoder.has_register_tokens else 0,
+        ),
+        "transformer_kwargs": _changed("transformer", tie_embedding=not isinstance(net.to_logits, nn.Module)),
+        "decoder_kwargs": _changed("decoder", rotary_pos_emb=rotary is not None and rotary.scale is None),
+    }
 
 
 def _depth(layers: Any) -> int:
-    kinds = list(layers.layer_types)
-    return max(1, kinds.count("a") or kinds.count("c"))
+    """Return the number of blocks, where tied ones count each time that they run."""
+    times = len(layers.layers_execute_order) // len(layers.layer_types)
+    return layers.depth * max(1, times)  # type: ignore[no-any-return]
 
 
-def _overrides(encoder: Any, decoder: Any) -> dict[str, dict[str, Any]]:
-    """Return the five override dicts."""
-    net, layers = decoder.net, decoder.net.attn_layers
-    attention, cross_attention = _attentions(layers)
-    rotary, absolute = layers.rotary_pos_emb, not isinstance(net.pos_emb, upstream.always)
-    decoder_only = {
-        "rotary_pos_emb": (rotary is not None and rotary.scale is None, False),
-        "disable_abs_pos_emb": (rotary is None or not absolute, True),
-        "cross_attn_qk_norm": ((cross_attention or attention).qk_norm, attention.qk_norm),
-    }
-    vit = {
-        "channels": (encoder.patch_to_embedding[1].in_features // encoder.patch_size**2, 3),
-        "num_register_tokens": (len(encoder.register_tokens) if encoder.has_register_tokens else 0, 0),
-    }
-    autoregressive = {name: (getattr(decoder, name), default) for name, default in _AUTOREGRESSIVE.items()}
-    return {
-        "vit_kwargs": _changed(vit),
-        "encoder_kwargs": _changed(_of_layers(encoder.attn_layers)),
-        "transformer_kwargs": _changed({"tie_embedding": (not isinstance(net.to_logits, nn.Module), False)}),
-        "decoder_kwargs": _changed(_of_layers(layers) | decoder_only),
-        "autoregressive_kwargs": _changed(autoregressive),
-    }
+def _changed(part: str, **overrides: Any) -> dict[str, Any]:
+    return {name: value for name, value in overrides.items() if value != upstream_keywords(part)[name]}
 
 
-def _of_layers(layers: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the overrides that encoders and decoders share, each with upstream's default."""
-    attention, _ = _attentions(layers)
-    values: dict[str, tuple[Any, Any]] = {
-        "attn_dim_head": (layers.attn_dim_head, DEFAULT_DIM_HEAD),
-        "attn_kv_heads": (attention.kv_heads, attention.heads),
-    }
-    for kind, keyword in _NORMS.items():
-        values[keyword] = type(layers.final_norm).__name__ == kind, False
-    feedforward = next((module for module in layers.modules() if isinstance(module, upstream.FeedForward)), None)
-    if feedforward is not None:
-        first = feedforward.ff[0]
-        gated = isinstance(first, upstream.GLU)
-        linear, activation = (first.proj, first.act) if gated else (first[0], first[1])
-        values["ff_glu"] = gated, False
-        values["ff_swish"] = isinstance(activation, nn.SiLU), False
-        values["ff_no_bias"] = linear.bias is None, False
-    return values
+def _named_overrides(found: _Wired, plain: _Wired) -> dict[str, dict[str, Any]]:
+    """Return the overrides in attributes of the same name, where they differ from those of a model without them."""
+    overrides: dict[str, dict[str, Any]] = {f"{part}_kwargs": {} for part in MAPPING}
+    for place, value, _ in _different_attributes(found, plain):
+        path, _, name = place.rpartition(".")
+        part, prefix = _owner(path, found.get_submodule(path))
+        keyword, read = prefix + name, overrides[f"{part}_kwargs"]
+        inherited = prefix == "cross_attn_" and read.get(f"attn_{name}") == value
+        known = keyword in upstream_keywords(part) and argument_behind(part, keyword) is None
+        if known and not inherited and keyword != "layers_execute_order":  # the order shows in the depth
+            read[keyword] = value
+    return overrides
 
 
-def _changed(values: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """Return the values that differ from their defaults."""
-    return {name: value for name, (value, default) in values.items() if value != default}
+def _owner(path: str, module: nn.Module) -> tuple[str, str]:
+    """Return the part of the model whose overrides a module was built from, and upstream's prefix for them."""
+    if isinstance(module, upstream.Attention | upstream.Attend):
+        part = "encoder" if path.startswith("encoder.") else "decoder"
+        return part, "attn_" if module.causal or part == "encoder" else "cross_attn_"
+    return _PARTS.get(path, "vit"), ""
+
+
+def _different_attributes(found: nn.Module, built: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the attributes that modules of the same name have with different values, and both values."""
+    others = {path: vars(module) for path, module in built.named_modules()}
+    for path, module in found.named_modules():
+        for name, value in vars(module).items():
+            other = others.get(path, {}).get(name, value)
+            plain = all(item is None or isinstance(item, bool | int | float | str | tuple) for item in (value, other))
+            if plain and value != other and not (name.startswith("_") or name in _NOT_COMPARED):
+                yield f"{path}.{name}", value, other
+
+
+def _different_numbers(found: _Wired, built: _Wired, config: PalmEConfig) -> str | None:
+    """Describe the first difference between what both sides compute from the same weights, or return None."""
+    saved = built.state_dict()
+    weights, inputs = _draw(built, config)
+    own = {name: buffer.cpu() for name, buffer in found.named_buffers()}
+    own = {name: buffer.float() if buffer.is_floating_point() else buffer for name, buffer in own.items()}
+    same = {name: buffer for name, buffer in own.items() if name in saved}
+    for name, buffer in same.items():
+        if not torch.allclose(buffer, saved[name], rtol=ROUNDING, atol=0):
+            return f"{name} has other values in the modules than in a model built from it"
+    for mode in "eval", "training":
+        outputs = []
+        for model, buffers in (found, own), (built, same):
+            random.seed(0)  # upstream's `layer_dropout` uses it
+            torch.default_generator.manual_seed(0)
+            outputs.append(functional_call(model.train(mode == "training"), weights | buffers, inputs))
+        for name, here, there in zip(("embeddings", "logits", "loss", "gradients"), *outputs, strict=True):
+            if not torch.equal(here, there):
+                return f"{name} in {mode} mode differ between the modules and a model built from it"
+    return None
+
+
+def _draw(model: _Wired, config: PalmEConfig) -> tuple[dict[str, nn.Parameter], tuple[Tensor, Tensor]]:
+    """Return the weights of a model, made random so that initial zeros hide nothing, and an image and a text."""
+    weights = dict(model.named_parameters())
+    for weight in weights.values():
+        weight.data += torch.randn(weight.shape) * (0.3 if weight.ndim < 2 else weight.shape[-1] ** -0.5)
+    img = torch.randn(1, config.channels, config.image_size, config.image_size)
+    return weights, (img, torch.randint(config.num_tokens, (1, max(2, min(TEXT, config.max_seq_len)))))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Compute on the CPU, and put modes, buffers and random number generators back on exit."""
+    before = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+            yield
+    finally:
+        random.setstate(state)
+        for module, training, buffers in before:
+            module.training = training
+            module._buffers.update(buffers)  # upstream's ALiBi bias replaces one in forward
+
+
+def find_renaming(model: nn.Module, given: Mapping[str, Any]) -> str:
+    """Return lines of Python that load weights under other names into a model, or "" if not only the names differ.
+
+    Args:
+        model: A `PalmE`.
+        given: A state dict, for example of a model in a wrapper, of one wired by hand, or of a part of one.
+    """
+    for marks in _MARKS:
+        found = [
+            (path, name.removesuffix(mark))
+            for path, mark in marks.items()
+            for name in given
+            if f".{name}".endswith(f".{mark}")
+        ]
+        lines, fitting = [], 0
+        for path, prefix in found:
+            others = tuple(other for _, other in found if other != prefix and other.startswith(prefix))
+            names = [name for name in given if name.startswith(prefix) and not name.startswith(others)]
+            expected = {name: tensor.shape for name, tensor in model.get_submodule(path).state_dict().items()}
+            if {name.removeprefix(prefix): getattr(given[name], "shape", None) for name in names} == expected:
+                fitting += len(names)
+                which = f" if name.startswith({prefix!r})" + (f" and not name.startswith({others!r})" if others else "")
+                renamed = f"name.removeprefix({prefix!r}): value for name, value in state_dict.items()"
+                lines.append(f"model{path and '.' + path}.load_state_dict({{{renamed}{which}}})")
+        if fitting == len(given):
+            return "\n".join(lines)
+    return ""

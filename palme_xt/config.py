@@ -205,13 +205,46 @@ class PalmEConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class UnprovenConfig(PalmEConfig):
+    """A config of modules that compute something else than a model built from it: `PalmE.from_modules` made it.
+
+    Its arguments can be read. Whatever builds, saves or prints a model from it raises an error.
+
+    Args:
+        difference: A description of the first difference.
+    """
+
+    difference: str = field(default="", kw_only=True)
+
+    @property
+    def refusal(self) -> str:
+        """What is wrong, and what to do instead."""
+        wrong = f"model.config does not describe the modules that the model was made of: {self.difference}"
+        remedy = "PalmE.from_modules(encoder, decoder, decoder_kwargs={...})"
+        return f"{wrong}. State what cannot be read from them: {remedy}"
+
+    def refuse(self) -> NoReturn:
+        """Raise the error."""
+        raise ValueError(self.refusal)
+
+    def keywords(self, part: str) -> NoReturn:
+        """Raise an error: a model would be built."""
+        self.refuse()
+
+    def to_dict(self) -> NoReturn:
+        """Raise an error: a model would be saved."""
+        self.refuse()
+
+
 def _set_attribute(config: PalmEConfig, name: str, value: Any) -> None:
     # `Trainer` of transformers 5 sets `use_cache` on the config of every model that has one. It has no meaning here.
     if name != "use_cache":
         raise FrozenInstanceError(f"cannot assign to {name!r}: build another with dataclasses.replace(config, ...)")
 
 
-PalmEConfig.__setattr__ = _set_attribute  # type: ignore[assignment, method-assign]  # a dataclass accepts no own one
+for _config in PalmEConfig, UnprovenConfig:
+    _config.__setattr__ = _set_attribute  # type: ignore[assignment, method-assign]  # a dataclass accepts no own one
 
 
 class FrozenDict(dict[str, Any]):

@@ -109,7 +109,7 @@ class PalmE(model.PalmE, ModelHubMixin):
 
         Raises:
             FolderError: If the folder cannot be written.
-            ValueError: If `config` is not None.
+            ValueError: If `config` is not None, or the model's own is unproven (see `PalmE.from_modules`).
             TypeError: If an argument of the model has no JSON form.
         """
         if config is not None:
@@ -136,7 +136,12 @@ class PalmE(model.PalmE, ModelHubMixin):
 
         Returns:
             The URL of the commit.
+
+        Raises:
+            ValueError: If the config of the model is unproven (see `PalmE.from_modules`).
+            TypeError: If an argument of the model has no JSON form.
         """
+        self.config.to_dict()  # what cannot be saved is rejected before a repository is created
         if "/" in repo_id and (CARD not in self.companions or model_card_kwargs is not None):
             model_card_kwargs = {"repo_id": repo_id} | (model_card_kwargs or {})
         return super().push_to_hub(repo_id, model_card_kwargs=model_card_kwargs, **how)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from palme_xt.config import PalmEConfig
+from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.decoding import loop
 from palme_xt.decoding.request import GenerationRequest, Request, SamplingRequest, SearchRequest, takes_arguments_of
 from palme_xt.inputs import check_batches, check_img, check_source, check_text
@@ -42,43 +42,75 @@ class PalmE(nn.Module):
 
     @takes_arguments_of(PalmEConfig)
     def __init__(self, config: PalmEConfig) -> None:
+        adopted = vars(self).pop("_adopted", None)  # what `from_modules` left here
         super().__init__()
-        self.config = config
-        self.encoder = build(ENCODER, config)
-        self.decoder = build(DECODER, config)
-        # Without cross-attention, DistributedDataParallel would wait for gradients that never come.
-        self.encoder.requires_grad_(config.cross_attend)
+        self.config, self.encoder, self.decoder = adopted or (config, build(ENCODER, config), build(DECODER, config))
+        if not (config.cross_attend or adopted):
+            # DistributedDataParallel would wait for the gradients of these parameters, which never come.
+            self.encoder.requires_grad_(False)
 
     @classmethod
     def from_config(cls, config: PalmEConfig) -> Self:
-        """Return the model that `config` describes, newly initialised."""
+        """Return the model that `config` describes, newly initialised.
+
+        Raises:
+            ValueError: If the config is unproven (see `from_modules`), or upstream rejects it.
+        """
+        if isinstance(config, UnprovenConfig):
+            config.refuse()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="use_abs_pos_emb")  # the config has already warned
             return cls(**{argument.name: getattr(config, argument.name) for argument in fields(config)})
 
     @classmethod
-    def from_modules(cls, encoder: nn.Module, decoder: nn.Module) -> PalmE:
+    def from_modules(cls, encoder: nn.Module, decoder: nn.Module, **arguments: Any) -> Self:
         """Return a model that consists of an encoder and a decoder that were wired by hand, unchanged.
 
-        `model.config` is read from the modules: the 17 arguments always, and overrides if they show in the modules'
-        attributes. A warning is issued if a model built from the config would have different parameters. Other
-        overrides go unnoticed; `palme_xt.parity.compare(PalmE.from_config(model.config), model)` finds them. A plain
-        `x_transformers.Decoder` is kept, and `generate` then reads the whole text at each step, because decoding with
-        upstream's cache may crash. To use the cache, load the modules' state dicts into
+        `model.config` is read from the modules' attributes, and proven: a model built from it has the same parameters,
+        and computes bitwise the same from the same weights (`palme_xt.adoption.find_difference` says how this is
+        checked; it takes about as long as building the model). If it differs, a warning names the first difference.
+        The model runs all the same, but what relies on its config raises an error: `from_config`, `to_source`, saving
+        and pushing. To resolve it, pass what cannot be read, for example `decoder_kwargs={"ff_glu": True}`, or build
+        the model from its arguments, and load the modules' state dicts.
+
+        A plain `x_transformers.Decoder` is kept, and `generate` then reads the whole text at each step, because
+        decoding with upstream's cache may crash. To use the cache, load the modules' state dicts into
         `PalmE.from_config(model.config)`.
 
-        Raises:
-            TypeError: If the modules are not an `x_transformers.ViTransformerWrapper` and an `AutoregressiveWrapper`
-                around a Decoder.
-            ValueError: If the modules do not fit together.
-        """
-        from palme_xt.adoption import describe, warn_unless_described  # imported here, because few models need it
+        Args:
+            encoder: An `x_transformers.ViTransformerWrapper`.
+            decoder: An `x_transformers.AutoregressiveWrapper` around a `TransformerWrapper` with a `Decoder`.
+            **arguments: Arguments of `PalmEConfig` that cannot be read from the modules. Override dicts are merged with
+                what is read. Other keywords go to the constructor of a subclass.
 
+        Raises:
+            TypeError: If the modules are of other classes, or a subclass needs other arguments.
+            ValueError: If the modules do not fit together, or an argument is invalid.
+        """
+        from palme_xt.adoption import adopt  # imported here, because few models need it
+
+        names = [argument.name for argument in fields(PalmEConfig)]
+        config = adopt(encoder, decoder, **{name: arguments.pop(name) for name in names if name in arguments})
         model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model.config, model.encoder, model.decoder = describe(encoder, decoder), encoder, decoder
-        warn_unless_described(model.config, encoder, decoder)
+        vars(model)["_adopted"] = config, encoder, decoder  # for `__init__`, which a subclass may extend
+        cls.__init__(model, **{name: getattr(config, name) for name in names}, **arguments)
         return model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, as `torch.nn.Module.load_state_dict` does.
+
+        Raises:
+            RuntimeError: If the weights do not fit. If only their names differ, for example by the prefix `module.`
+                that a wrapper added, the message has the lines of Python that load them.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            from palme_xt.adoption import find_renaming
+
+            if not (strict and (lines := find_renaming(self, state_dict))):
+                raise
+            raise RuntimeError(f"{error}\nThe weights fit under other names. Load them with:\n{lines}") from error
 
     def encode(self, img: Tensor) -> Tensor:
         """Return the patch embeddings of images, the context that the decoder cross-attends to.

@@ -47,6 +47,7 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
         weights: A safetensors file that the program loads, such as that of a run folder. With None, it loads none.
 
     Raises:
+        ValueError: If the config is unproven (see `PalmE.from_modules`).
         TypeError: If an override has no literal form.
     """
     for part in MAPPING:

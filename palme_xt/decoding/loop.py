@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import align_right
 
-from palme_xt.config import PalmEConfig
+from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.decoding.compiled import compiled_step
 from palme_xt.decoding.request import Request, SamplingRequest, SearchRequest
 from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
@@ -30,8 +30,8 @@ def can_cache(net: Any, config: PalmEConfig) -> bool:
     # xPos scales keys by their distance from the middle of the text, which is undefined for memory keys.
     wrong_with_xpos = config.rotary_xpos and config.decoder_kwargs.get("attn_num_mem_kv")
     wrong = wrong_with_xpos or any(config.decoder_kwargs.get(name) for name in WRONG_WITH_CACHE)
-    # A decoder adopted from upstream may crash with its cache, and may have overrides that the config does not show.
-    adopted = not isinstance(net.attn_layers, CachedDecoder)
+    # A decoder adopted from upstream may crash with its cache. An unproven config may lack one of these overrides.
+    adopted = not isinstance(net.attn_layers, CachedDecoder) or isinstance(config, UnprovenConfig)
     return bool(net.can_cache_kv) and not (wrong or adopted or net.looped)
 
 

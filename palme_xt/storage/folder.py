@@ -149,6 +149,7 @@ def save(
 
     Raises:
         FolderError: If the folder cannot be written, or a name in `companions` is not one of `COMPANIONS`.
+        ValueError: If the config of the model is unproven (see `PalmE.from_modules`).
         TypeError: If an argument of the model, or a value of `training`, has no JSON form.
     """
     for name in companions:
