@@ -24,6 +24,7 @@ from palme_xt.parity.numbers import (
     describe_value,
     first_difference,
     first_nan,
+    first_tensor,
     first_unlikely_choice,
 )
 from palme_xt.parity.observation import a_weight, cached_logits, gradients, observe, running
@@ -34,17 +35,8 @@ STATIC = ("parameters", "buffers")  # the checks that call no forward
 
 Pair = tuple[nn.Module, nn.Module]
 Rename = Callable[[str], str]
+Accepted = tuple[float, float]  # the largest absolute difference, and the largest as a share of the largest value
 _Found = Numbers | Exception
-
-_NOTHING = {
-    "parameters": "there are none",
-    "buffers": "there are none in common",
-    "layers": "no two modules that were called have the same name",
-    "outputs": "the output holds no tensor",
-    "gradients": "no parameter gets one",
-    "logits": "forward calls no TransformerWrapper of a Decoder",
-    "cached decoding": "forward calls no TransformerWrapper of a Decoder",
-}
 
 
 class Outcome(NamedTuple):
@@ -149,24 +141,19 @@ def compare(
     models = _module(first), _module(second)
     given = (inputs, kwargs or {}) if inputs or kwargs is not None else _draw(*models)
     renames = _renames(*models)
-    ours, theirs = (_renamed(_state(model), rename) for model, rename in zip(models, renames, strict=True))
-    if different := _different_state(ours, theirs, bitwise=tolerance == 0):
-        return Report({"parameters": Outcome("differs", different)}, tolerance)
-    found: list[dict[str, _Found]] = [{"parameters": ours}, {"parameters": ours}]  # the second gets the first's values
-    for side, buffers in zip(found, _buffers(*models, *renames), strict=True):
-        side["buffers"] = buffers
+    states = [_renamed(_state(model), rename) for model, rename in zip(models, renames, strict=True)]
+    buffers = [_renamed(dict(model.named_buffers()), rename) for model, rename in zip(models, renames, strict=True)]
+    found = [_static(*side, bitwise=tolerance == 0) for side in zip(states, buffers, strict=True)]
+    accepted = (0.0, _rounding(models)) if tolerance is None else (tolerance, 0.0)
+    same_parameters = _judge("parameters", found, accepted)
+    if same_parameters.result == "differs":
+        return Report({"parameters": same_parameters}, tolerance)
     with running(models[1]):
-        for name, value in theirs.items():
-            value.copy_(ours[name])
+        for name, value in states[1].items():
+            value.copy_(states[0][name])
         for side, model, rename in zip(found, models, renames, strict=True):
             side |= _computed(model, given, rename, set(checks) - set(STATIC), greedy=tolerance is None)
-    share = _rounding(models) if tolerance is None else 0.0
-    outcomes = {
-        check: _judge(check, *(side[check] for side in found), tolerance or 0.0, share)
-        for check in CHECKS
-        if check in checks
-    }
-    return Report(outcomes, tolerance)
+    return Report({check: _judge(check, found, accepted) for check in CHECKS if check in checks}, tolerance)
 
 
 def _module(model: nn.Module | Pair) -> nn.Module:
@@ -210,33 +197,23 @@ def _state(model: nn.Module) -> Numbers:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _different_state(ours: Numbers, theirs: Numbers, *, bitwise: bool) -> str | None:
-    """Describe the first name in two state dicts with different shapes, or different dtypes if `bitwise`."""
-    for name in [*ours, *theirs]:
-        found = [describe_value(side.get(name, "missing"), dtype=bitwise) for side in (ours, theirs)]
-        if found[0] != found[1]:
-            return f"{name} is {found[0]} in the first, {found[1]} in the second"
-    return None
-
-
-def _buffers(first: nn.Module, second: nn.Module, *renames: Rename) -> list[Numbers]:
-    """Return copies of the buffers of both models, as far as both have one of the same name and shape."""
-    sides = [
-        _renamed(dict(model.named_buffers()), rename) for model, rename in zip((first, second), renames, strict=True)
-    ]
-    alike = [name for name in sides[0] if name in sides[1] and sides[0][name].shape == sides[1][name].shape]
-    return [{name: side[name].clone() for name in alike} for side in sides]
+def _static(state: Numbers, buffers: Numbers, *, bitwise: bool) -> dict[str, _Found]:
+    """Return what can be compared without calling forward: shapes, and buffers by name and shape."""
+    return {
+        "parameters": {name: describe_value(value, dtype=bitwise) for name, value in state.items()},
+        "buffers": {f"{name} {tuple(value.shape)}": value.clone() for name, value in buffers.items()},
+    }
 
 
 def _rounding(models: Iterable[nn.Module]) -> float:
-    dtypes = [torch.float32 if (weight := a_weight(model)) is None else weight.dtype for model in models]
-    return max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5
+    weights = [weight for model in models if (weight := a_weight(model)) is not None]
+    return float(max(torch.finfo(weight.dtype).eps for weight in weights or [torch.zeros(())]) ** 0.5)
 
 
 def _computed(
     model: nn.Module, inputs: Inputs, rename: Rename, checks: Collection[str], *, greedy: bool
 ) -> dict[str, _Found]:
-    """Return what a model computes for each of the checks that call forward, or the error that it raises."""
+    """Return what a model computes for some of the checks that call forward, or the error that it raises."""
     if not checks:
         return {}
     with running(model):
@@ -246,7 +223,7 @@ def _computed(
         call = seen.call
         numbers: dict[str, Callable[[], Numbers]] = {
             "layers": lambda: _renamed(seen.layers, rename),
-            "outputs": lambda: seen.outputs,
+            "outputs": lambda: seen.outputs if first_tensor(seen.outputs) is not None else {},
             "logits": lambda: {"logits": call.logits} if call else {},
             "cached decoding": lambda: cached_logits(call, greedy=greedy) if call else {},
             "gradients": lambda: _renamed(gradients(model, inputs), rename),  # last, because it leaves eval mode
@@ -262,10 +239,11 @@ def _attempt(function: Callable[[], Any]) -> Any:
         return error
 
 
-def _judge(check: str, ours: _Found, theirs: _Found, absolute: float, share: float) -> Outcome:
-    """Return the outcome of a check."""
-    errors = [describe_crash(side) if isinstance(side, Exception) else None for side in (ours, theirs)]
+def _judge(check: str, found: Iterable[Mapping[str, _Found]], accepted: Accepted) -> Outcome:
+    """Return the outcome of a check, from what was found in each model."""
+    ours, theirs = (side[check] for side in found)
     if isinstance(ours, Exception) or isinstance(theirs, Exception):
+        errors = [describe_crash(side) if isinstance(side, Exception) else None for side in (ours, theirs)]
         if errors[0] == errors[1]:
             return Outcome("could not be checked", f"both raise {errors[0]}")
         raised = [
@@ -274,13 +252,13 @@ def _judge(check: str, ours: _Found, theirs: _Found, absolute: float, share: flo
         # Upstream's cache fails with options with which that of `PalmE` works.
         return Outcome("could not be checked" if check == "cached decoding" else "differs", "; ".join(raised))
     alone = [name for name in [*ours, *theirs] if name not in ours or name not in theirs]
-    if len(alone) == len(ours) + len(theirs) and (check != "gradients" or not alone):
-        return Outcome("could not be checked", _NOTHING[check])
-    greedy = check == "cached decoding" and share > 0
-    difference = first_unlikely_choice(ours, theirs) if greedy else first_difference(ours, theirs, absolute, share)
-    if difference is None and alone and check in ("outputs", "gradients"):
+    exhaustive = check in ("parameters", "outputs", "gradients")
+    if len(alone) == len(ours) + len(theirs) and not (exhaustive and alone):
+        return Outcome("could not be checked", "there is nothing to compare")
+    greedy = check == "cached decoding" and accepted[1] > 0
+    difference = first_unlikely_choice(ours, theirs) if greedy else first_difference(ours, theirs, *accepted)
+    if difference is None and alone and exhaustive:
         difference = f"{alone[0]} is only in the {'first' if alone[0] in ours else 'second'}"
-    if difference is not None:
-        return Outcome("differs", difference)
-    nan = first_nan(ours)
-    return Outcome("agrees") if nan is None else Outcome("could not be checked", f"{nan} has nan in both")
+    if difference is None and (nan := first_nan(ours)) is not None:
+        return Outcome("could not be checked", f"{nan} has nan in both")
+    return Outcome("agrees") if difference is None else Outcome("differs", difference)

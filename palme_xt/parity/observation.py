@@ -68,17 +68,14 @@ def running(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     ]
-    losses = [module for module in model.modules() if isinstance(module, AutoregressiveWrapper)]
     state = random.getstate()
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
-            for loss in losses:
-                loss.exact = True
+            AutoregressiveWrapper.exact = True
             yield
     finally:
+        AutoregressiveWrapper.exact = False
         random.setstate(state)
-        for loss in losses:
-            loss.exact = False
         for module, mode in modules:
             module.training = mode
         with torch.no_grad():
@@ -118,7 +115,8 @@ def cached_logits(call: Call, *, greedy: bool = False) -> Numbers:
         call: The texts to read, and their context.
         greedy: Read the most likely token at each step after the first, instead of that of the text.
     """
-    ids, cache, outputs = call.ids.clone(), None, {}
+    outputs: Numbers = {}
+    ids, cache = call.ids.clone(), None
     for n in range(1, ids.shape[1] + 1):
         if greedy and n > 1:
             ids[:, n - 1] = outputs[f"token {n - 1}"].argmax(dim=-1)
@@ -145,7 +143,7 @@ def gradients(model: nn.Module, inputs: Inputs) -> Numbers:
             return {}
         generator = torch.Generator().manual_seed(0)
         weighted = [(tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum() for tensor in tensors]
-        scalar = tensors[0] if tensors[0].ndim == 0 else sum(weighted)
+        scalar: Any = tensors[0] if tensors[0].ndim == 0 else sum(weighted)
         found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
 

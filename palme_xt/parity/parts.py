@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, TransformerWrapper, ViTransformerWrapper, XTransformer
 from x_transformers.x_transformers import Attention
@@ -26,12 +25,9 @@ class Wired(nn.Module):
 
     def forward(self, img: Tensor, text: Tensor) -> Tensor:
         """Return the loss of `text (b, n)`, for `img (b, c, h, w)` or `(b, m, c, h, w)`."""
-        context = {}
-        if self.decoder.net.attn_layers.cross_attend:
-            images = img if img.ndim == 4 else rearrange(img, "b m c h w -> (b m) c h w")
-            embeddings = self.encoder(images, return_embeddings=True)
-            context = {"context": rearrange(embeddings, "(b m) p d -> b (m p) d", b=len(img))}
-        loss: Tensor = self.decoder(text, **context)
+        embeddings = self.encoder(img.flatten(0, -4), return_embeddings=True)
+        context = embeddings.unflatten(0, (len(img), -1)).flatten(1, 2)
+        loss: Tensor = self.decoder(text, context=context if self.decoder.net.attn_layers.cross_attend else None)
         return loss
 
 
