@@ -54,6 +54,8 @@ def _call(target: str) -> tuple[Any, Any]:
         function = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{target} must be PACKAGE.MODULE:FUNCTION, which can be imported: {error}") from error
+    if not callable(function):
+        raise TypeError(f"{target} is a {type(function).__name__}, must be a function")
     returned = function()
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(f"{target} returns a {type(returned).__name__}, must return a tuple of a module and its inputs")
