@@ -40,6 +40,8 @@ def test_no_change_is_no_difference() -> None:
 class Net(nn.Module):
     """A module that has nothing to do with x-transformers, with nested inputs and outputs."""
 
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
