@@ -34,8 +34,8 @@ import sys
 import warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
-from palme_xt.parity.drift import check
-found = [check(file.parent).difference for file in sorted(Path(sys.argv[1]).glob("*/parity.safetensors"))]
+from palme_xt.parity.drift import check_folder
+found = [check_folder(file.parent).difference for file in sorted(Path(sys.argv[1]).glob("*/parity.safetensors"))]
 different = [difference for difference in found if difference]
 print(f"{len(different)} of {len(found)} differ, first {different[0]}" if different else "equal")
 """

@@ -1,4 +1,4 @@
-"""Compare two models: parameters, the output of every layer, logits, loss, gradients and cached decoding.
+"""Compare two modules: parameters, buffers, the output of every layer, outputs, gradients, and cached decoding.
 
 from palme_xt.parity import compare
 
@@ -7,59 +7,78 @@ assert compare(PalmE(), my_hand_wired_model)
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 
-from palme_xt.adoption import describe, different_shape
-from palme_xt.decoding.loop import evaluating
-from palme_xt.model import PalmE
+from palme_xt.parity.numbers import (
+    Numbers,
+    describe_crash,
+    describe_value,
+    first_difference,
+    first_nan,
+    first_tensor,
+    first_unlikely_choice,
+)
+from palme_xt.parity.observation import a_weight, cached_logits, gradients, observe, running
+from palme_xt.parity.parts import Inputs, Wired, draw_inputs, find_parts, part_name
 
-CHECKS = ("parameters", "layers", "logits", "loss", "gradients", "cached decoding")
+CHECKS = ("parameters", "buffers", "layers", "outputs", "logits", "cached decoding", "gradients")
+STATIC = ("parameters", "buffers")  # the checks that call no forward
 
 Pair = tuple[nn.Module, nn.Module]
-Outputs = dict[str, Tensor]
+Rename = Callable[[str], str]
+Accepted = tuple[float, float]  # the largest absolute difference, and the largest as a share of the largest value
+_Found = Numbers | Exception
 
 
-class Wired(nn.Module):
-    """An encoder and a decoder, named as in `PalmE`. The functions below take either class."""
+class Outcome(NamedTuple):
+    """The outcome of one check, with the difference, or the reason why it could not be checked."""
 
-    encoder: Any
-    decoder: Any
-
-    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+    result: Literal["agrees", "differs", "could not be checked"]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `compare`, which is true if the models agree in everything that was checked. It prints as a table.
+    """The result of `compare`. It prints as a table.
+
+    A report is true if no check differs and at least one agrees: one of those that call forward, unless only parameters
+    and buffers were to be checked. A check that could not be made does not count: the reason may be that both models
+    crash in it, and a model agrees with itself even then.
 
     Attributes:
-        differences: For each check, in order, a description of the first difference, or None if there is none.
-        tolerance: Largest absolute difference that was accepted; 0 is bitwise.
+        outcomes: The outcome of each check, in order.
+        tolerance: Largest absolute difference that was accepted: 0 is bitwise, None is what rounding explains.
     """
 
-    differences: dict[str, str | None]
-    tolerance: float
+    outcomes: dict[str, Outcome]
+    tolerance: float | None
+
+    @property
+    def differences(self) -> dict[str, str]:
+        """The checks that differ, each with its first difference."""
+        return {name: reason for name, (result, reason) in self.outcomes.items() if result == "differs"}
 
     def __bool__(self) -> bool:
-        return not any(self.differences.values())
+        telling = [outcome for name, outcome in self.outcomes.items() if name not in STATIC] or self.outcomes.values()
+        return not self.differences and any(outcome.result == "agrees" for outcome in telling)
 
     def __str__(self) -> str:
-        within = "bitwise" if self.tolerance == 0 else f"within {self.tolerance:g}"
-        width = max(map(len, self.differences))
-        rows = [f"{name:{width}}  {found or f'agree {within}'}" for name, found in self.differences.items()]
+        within = "within rounding" if self.tolerance is None else f"within {self.tolerance:g}"
+        within = "bitwise" if self.tolerance == 0 else within
+        width = max(map(len, self.outcomes))
+        rows = [
+            f"{name:{width}}  {result}{f': {reason}' if reason else f' {within}'}"
+            for name, (result, reason) in self.outcomes.items()
+        ]
         return "\n".join([f"x-transformers {version('x-transformers')}, torch {torch.__version__}", *rows])
 
     __repr__ = __str__  # pytest prints it when `assert compare(...)` fails
@@ -68,198 +87,182 @@ class Report:
 def compare(
     first: nn.Module | Pair,
     second: nn.Module | Pair,
-    img: Tensor | None = None,
-    text: Tensor | None = None,
-    *,
-    tolerance: float = 0.0,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    tolerance: float | None = 0.0,
     checks: Iterable[str] = CHECKS,
 ) -> Report:
-    """Compare two models on the same inputs and with the weights of the first.
+    """Compare two modules on the same inputs and with the weights of the first.
 
-    The models run in eval mode. Afterwards, both have their own weights and modes again, and no gradients are kept.
+    Each module's own forward is called, in eval mode, and in training mode for the gradients, always with the same
+    random numbers. Afterwards, both modules have their own weights, buffers and modes again, and no gradients are kept.
+
+    If the names of the parameters differ, but each module holds one ViT and one decoder, these are compared under the
+    names that they have in `PalmE`. The loss of a `PalmE` is computed as with `return_outputs=True`: the loss alone
+    differs from it by rounding.
+
+    The checks are these:
+
+    - parameters: names, shapes, and dtypes if bitwise, of everything in the state dict. If they differ, nothing else is
+      compared.
+    - buffers: their values before the second module gets those of the first. Buffers outside the state dict may be
+      caches, and are compared if both modules have one of the same name and shape.
+    - layers: the first tensor that each module inside returns, as far as both have a module of that name.
+    - outputs: everything in the output, in tuples, lists, mappings and dataclasses.
+    - gradients: of the first output if it is a floating-point scalar, such as a loss, otherwise of a fixed random
+      projection of the outputs, for each parameter that gets one.
+    - logits, cached decoding: what the first call of a `TransformerWrapper` of a Decoder in forward returns, and what
+      the module returns for the same ids and context, one token at a time, with its key-value cache. If only one side
+      crashes with its cache, as x-transformers does with ALiBi and rotary positions, that could not be checked.
 
     Args:
-        first: A `PalmE`, another module that holds a `ViTransformerWrapper` and an `AutoregressiveWrapper`, or a pair
-            of these two.
-        second: A model in one of the same forms.
-        img: `(b, c, h, w)`. Defaults to random images that fit `first`.
-        text: `(b, n)`. Defaults to random tokens that fit `first`.
-        tolerance: Largest accepted absolute difference between two numbers. The default, 0, is bitwise.
-        checks: The `CHECKS` to run. If parameters differ in name or shape, nothing else is compared.
+        first: Any module, or the pair (encoder, decoder) of a `ViTransformerWrapper` and an `AutoregressiveWrapper`.
+        second: As `first`.
+        *inputs: The positional arguments of forward, which may be nested. Each side gets copies on the device of its
+            parameters, and in their dtype if they are floating point. Without `inputs` and `kwargs`, inputs are drawn
+            for modules of x-transformers and models of these; see `palme_xt.parity.parts.draw_inputs`.
+        kwargs: The keyword arguments of forward.
+        tolerance: Largest accepted absolute difference between two numbers. The default, 0, is bitwise. None accepts
+            what rounding explains, to compare across dtypes and devices: differences up to the square root of the
+            epsilon of the less precise dtype, as a share of the largest value of the tensor. This is half of the
+            digits: 3e-4 for float32, 0.09 for bfloat16. For gradients, in which the rounding of forward and backward
+            adds up, it is four times as much. Cached decoding is greedy then, and compared by
+            `palme_xt.parity.numbers.first_unlikely_choice`.
+        checks: The `CHECKS` to make.
 
     Raises:
-        TypeError: If `first` or `second` is not such a model.
-        ValueError: If a check is unknown, or the tolerance is negative.
+        TypeError: If `first` or `second` is not as above, or if inputs cannot be drawn.
+        ValueError: If a check is unknown, there is none, or the tolerance is negative.
     """
     checks = tuple(checks)
-    if unknown := [check for check in checks if check not in CHECKS]:
-        raise ValueError(f"checks has {unknown[0]!r}, must be some of {', '.join(CHECKS)}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance} must be 0 (bitwise) or more")
-    ours, theirs = _wired(first), _wired(second)
-    if different := different_shape(ours, theirs):
-        name, here, there = different
-        return Report({"parameters": f"{name} is {here} in the first, {there} in the second"}, tolerance)
-    if img is None or text is None:
-        drawn_img, drawn_text = draw_inputs(ours)
-        img, text = drawn_img if img is None else img, drawn_text if text is None else text
-    differences: dict[str, str | None] = {"parameters": None} if "parameters" in checks else {}
-    with _same_weights(ours, theirs), evaluating(ours, theirs):
-        for check, outputs in _COMPARED.items():
-            if check in checks:
-                differences[check] = _differ(outputs, ours, theirs, img, text, tolerance)
-    return Report(differences, tolerance)
+    if not checks or not set(checks) <= set(CHECKS):
+        raise ValueError(f"checks={checks} must be at least one of {', '.join(CHECKS)}")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} must be 0 (bitwise) or more, or None for what rounding explains")
+    models = _module(first), _module(second)
+    given = (inputs, kwargs or {}) if inputs or kwargs is not None else _draw(*models)
+    renames = _renames(*models)
+    states = [_renamed(_state(model), rename) for model, rename in zip(models, renames, strict=True)]
+    buffers = [_renamed(dict(model.named_buffers()), rename) for model, rename in zip(models, renames, strict=True)]
+    found = [_static(*side, bitwise=tolerance == 0) for side in zip(states, buffers, strict=True)]
+    accepted = (0.0, _rounding(models)) if tolerance is None else (tolerance, 0.0)
+    same_parameters = _judge("parameters", found, accepted)
+    if same_parameters.result == "differs":
+        return Report({"parameters": same_parameters}, tolerance)
+    with running(models[1]):
+        for name, value in states[1].items():
+            value.copy_(states[0][name])
+        for side, model, rename in zip(found, models, renames, strict=True):
+            side |= _computed(model, given, rename, set(checks) - set(STATIC), greedy=tolerance is None)
+    return Report({check: _judge(check, found, accepted) for check in CHECKS if check in checks}, tolerance)
 
 
-def draw_inputs(model: Wired | PalmE, b: int = 2, n: int = 12) -> tuple[Tensor, Tensor]:
-    """Return random images and texts that fit a model. They are the same in every call."""
-    config = describe(model.encoder, model.decoder)
-    generator = torch.Generator().manual_seed(0)
-    weight = model.encoder.pos_embedding
-    img = torch.randn(b, config.channels, config.image_size, config.image_size, generator=generator)
-    text = torch.randint(config.num_tokens, (b, max(2, min(n, config.max_seq_len))), generator=generator)
-    return img.to(weight), text.to(weight.device)
-
-
-def forward(model: Wired | PalmE, img: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss and the logits as a hand-wired model computes them."""
-    loss, (logits, _) = model.decoder(text, context=_context(model, img), return_outputs=True)
-    return loss, logits
-
-
-def layer_outputs(model: Wired | PalmE, img: Tensor, text: Tensor) -> Outputs:
-    """Return the output of each module, in the order in which they finish, innermost first.
-
-    Names are those in a state dict of `PalmE`, followed by the number of the call if a module is called repeatedly.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    outputs: Outputs = {}
-    calls: Counter[str] = Counter()
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        tensor = _first_tensor(output)
-        if module in names and tensor is not None:
-            name = names[module]
-            calls[name] += 1
-            outputs[name if calls[name] == 1 else f"{name}#{calls[name]}"] = tensor.clone()
-
-    with register_module_forward_hook(keep):
-        forward(model, img, text)
-    return outputs
-
-
-def cached_logits(model: Wired | PalmE, img: Tensor, text: Tensor) -> Outputs:
-    """Return the logits after each token. Each step reads one more token, with the cache of the previous steps."""
-    decoder, cache, outputs = model.decoder, None, {}
-    text = text.masked_fill(text == decoder.ignore_index, decoder.pad_value)
-    context = _context(model, img)
-    for n in range(1, text.shape[1] + 1):
-        step = text[:, :n] if cache is None else text[:, n - 1 : n]
-        logits, new = decoder.net(
-            step, context=context, cache=cache, input_not_include_cache=cache is not None, return_intermediates=True
-        )
-        cache = new if decoder.net.can_cache_kv else None
-        outputs[f"token {n}"] = logits[:, -1]
-    return outputs
-
-
-def first_difference(ours: Outputs, theirs: Outputs, tolerance: float) -> str | None:
-    """Describe the first output that differs by more than `tolerance`, or return None if there is none.
-
-    A name that only one side has is skipped: the other side computes the output of that module without calling it.
-    """
-    for name, expected in ours.items():
-        if name not in theirs:
-            continue
-        value = theirs[name]
-        if value.shape != expected.shape:
-            return f"{name} is {tuple(expected.shape)} and {tuple(value.shape)}"
-        if torch.equal(value, expected):
-            continue
-        difference = (value.double() - expected.double()).abs().max().item()
-        if not difference <= tolerance:
-            largest = expected.double().abs().max().item()
-            return f"{name} differs by up to {difference:.3g} (values up to {largest:.3g})"
-    return None
-
-
-def describe_crash(error: Exception) -> str:
-    """Return the type of an error and the first line of its message, if it has one."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
-def _wired(model: nn.Module | Pair) -> Wired:
-    """Return the encoder and the decoder of a model, which must hold exactly one of each."""
-    kinds = ViTransformerWrapper, AutoregressiveWrapper
+def _module(model: nn.Module | Pair) -> nn.Module:
+    """Return a module, or the module that a pair of an encoder and a decoder makes."""
     if isinstance(model, tuple | list):
-        if len(model) == 2 and all(map(isinstance, model, kinds)):
+        if len(model) == 2 and all(map(isinstance, model, (ViTransformerWrapper, AutoregressiveWrapper))):
             return Wired(*model)
         given = ", ".join(type(module).__name__ for module in model)
         raise TypeError(f"a pair ({given}) must be (encoder, decoder): ViTransformerWrapper, AutoregressiveWrapper")
     if not isinstance(model, nn.Module):
         raise TypeError(f"{model!r} must be a module, or the pair (encoder, decoder)")
-    encoders, decoders = ([module for module in model.modules() if isinstance(module, kind)] for kind in kinds)
-    if len(encoders) != 1 or len(decoders) != 1:
-        raise TypeError(
-            f"{type(model).__name__} holds {len(encoders)} ViTransformerWrapper and {len(decoders)} "
-            "AutoregressiveWrapper, must hold one of each: pass the pair (encoder, decoder) instead"
-        )
-    return Wired(encoders[0], decoders[0])
+    return model
 
 
-def _context(model: Wired | PalmE, img: Tensor) -> Tensor | None:
-    """Return the patch embeddings if the decoder cross-attends."""
-    if not model.decoder.net.attn_layers.cross_attend:
-        return None
-    images = img if img.ndim == 4 else img.flatten(0, 1)
-    embeddings: Tensor = model.encoder(images, return_embeddings=True)
-    return embeddings.reshape(len(img), -1, embeddings.shape[-1])
-
-
-def _differ(
-    outputs: Callable[..., Outputs], ours: Wired, theirs: Wired, img: Tensor, text: Tensor, tolerance: float
-) -> str | None:
-    results: list[Outputs] = []
-    for which, model in ("first", ours), ("second", theirs):
+def _draw(*models: nn.Module) -> Inputs:
+    """Return inputs that fit the first model, if the forward of each can be called with them."""
+    args, kwargs = draw_inputs(models[0])
+    for model in models:
+        signature = inspect.signature(model.forward)
         try:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                results.append(outputs(model, img, text))
-        except Exception as error:  # any error of upstream is a result
-            return f"{which} crashes: {describe_crash(error)}"
-    return first_difference(results[0], results[1], tolerance)
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            found = f"{type(model).__name__}.forward{signature} does not take the inputs drawn for the first model"
+            raise TypeError(f"{found}: pass inputs that both take, compare(first, second, *inputs)") from error
+    return args, kwargs
 
 
-def _gradients(model: Wired, img: Tensor, text: Tensor) -> Outputs:
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not named:
+def _renames(first: nn.Module, second: nn.Module) -> tuple[Rename, Rename]:
+    """Return functions from the names in each module to common names: those of `PalmE` if more of them are equal."""
+    ours, theirs = (partial(part_name, parts=find_parts(model)) for model in (first, second))
+    kept = _state(first).keys() ^ _state(second).keys()
+    renamed = _renamed(_state(first), ours).keys() ^ _renamed(_state(second), theirs).keys()
+    return (ours, theirs) if len(renamed) < len(kept) else (str, str)
+
+
+def _renamed(values: Numbers, rename: Rename) -> Numbers:
+    return {rename(name): value for name, value in values.items()}
+
+
+def _state(model: nn.Module) -> Numbers:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _static(state: Numbers, buffers: Numbers, *, bitwise: bool) -> dict[str, _Found]:
+    """Return what can be compared without calling forward: shapes, and buffers by name and shape."""
+    return {
+        "parameters": {name: describe_value(value, dtype=bitwise) for name, value in state.items()},
+        "buffers": {f"{name} {tuple(value.shape)}": value.clone() for name, value in buffers.items()},
+    }
+
+
+def _rounding(models: Iterable[nn.Module]) -> float:
+    weights = [weight for model in models if (weight := a_weight(model)) is not None]
+    return float(max(torch.finfo(weight.dtype).eps for weight in weights or [torch.zeros(())]) ** 0.5)
+
+
+def _computed(
+    model: nn.Module, inputs: Inputs, rename: Rename, checks: Collection[str], *, greedy: bool
+) -> dict[str, _Found]:
+    """Return what a model computes for some of the checks that call forward, or the error that it raises."""
+    if not checks:
         return {}
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(forward(model, img, text)[0], list(named.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+    with running(model):
+        seen = _attempt(lambda: observe(model, inputs))
+        if isinstance(seen, Exception):
+            return dict.fromkeys(checks, seen)
+        call = seen.call
+        numbers: dict[str, Callable[[], Numbers]] = {
+            "layers": lambda: _renamed(seen.layers, rename),
+            "outputs": lambda: seen.outputs if first_tensor(seen.outputs) is not None else {},
+            "logits": lambda: {"logits": call.logits} if call else {},
+            "cached decoding": lambda: cached_logits(call, greedy=greedy) if call else {},
+            "gradients": lambda: _renamed(gradients(model, inputs), rename),  # last, because it leaves eval mode
+        }
+        return {check: _attempt(function) for check, function in numbers.items() if check in checks}
 
 
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, tuple | list):
-        return next((tensor for tensor in map(_first_tensor, output) if tensor is not None), None)
-    return output if isinstance(output, Tensor) else None
-
-
-_COMPARED: dict[str, Callable[..., Outputs]] = {
-    "layers": layer_outputs,
-    "logits": lambda *inputs: {"logits": forward(*inputs)[1]},
-    "loss": lambda *inputs: {"loss": forward(*inputs)[0]},
-    "gradients": _gradients,
-    "cached decoding": cached_logits,
-}
-
-
-@contextmanager
-def _same_weights(first: nn.Module, second: nn.Module) -> Iterator[None]:
-    """Give the second model the weights of the first, and restore its own afterwards."""
-    own = copy.deepcopy(second.state_dict())
+def _attempt(function: Callable[[], Any]) -> Any:
+    """Return the result of a function, or the error that it raises: any error of a model is a result."""
     try:
-        second.load_state_dict(first.state_dict())
-        yield
-    finally:
-        second.load_state_dict(own)
+        return function()
+    except Exception as error:
+        return error
+
+
+def _judge(check: str, found: Iterable[Mapping[str, _Found]], accepted: Accepted) -> Outcome:
+    """Return the outcome of a check, from what was found in each model."""
+    ours, theirs = (side[check] for side in found)
+    if isinstance(ours, Exception) or isinstance(theirs, Exception):
+        errors = [describe_crash(side) if isinstance(side, Exception) else None for side in (ours, theirs)]
+        if errors[0] == errors[1]:
+            return Outcome("could not be checked", f"both raise {errors[0]}")
+        raised = [
+            f"the {which} raises {error}" for which, error in zip(("first", "second"), errors, strict=True) if error
+        ]
+        # Upstream's cache fails with options with which that of `PalmE` works.
+        return Outcome("could not be checked" if check == "cached decoding" else "differs", "; ".join(raised))
+    alone = [name for name in [*ours, *theirs] if name not in ours or name not in theirs]
+    exhaustive = check in ("parameters", "outputs", "gradients")
+    if len(alone) == len(ours) + len(theirs) and not (exhaustive and alone):
+        return Outcome("could not be checked", "there is nothing to compare")
+    absolute, share = accepted
+    if check == "cached decoding" and share:
+        difference = first_unlikely_choice(ours, theirs)
+    else:
+        difference = first_difference(ours, theirs, absolute, 4 * share if check == "gradients" else share)
+    if difference is None and alone and exhaustive:
+        difference = f"{alone[0]} is only in the {'first' if alone[0] in ours else 'second'}"
+    if difference is None and (nan := first_nan(ours)) is not None:
+        return Outcome("could not be checked", f"{nan} has nan in both")
+    return Outcome("agrees") if difference is None else Outcome("differs", difference)

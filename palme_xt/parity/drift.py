@@ -1,22 +1,26 @@
-"""Check whether a trained model still computes the same numbers with the installed x-transformers."""
+"""Check whether a module still computes the same numbers, with another release, on another machine, after a change."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import save, save_file
+from torch import Tensor, nn
 
-from palme_xt.decoding.loop import evaluating
-from palme_xt.model import PalmE
-from palme_xt.parity import comparison
-from palme_xt.storage.folder import WEIGHTS, FolderError, load, one_line, write_files
+from palme_xt.parity.numbers import Numbers, describe_crash, first_difference
+from palme_xt.parity.observation import a_weight, cached_logits, observe, running
+from palme_xt.parity.parts import Inputs, draw_inputs
+from palme_xt.storage.folder import FolderError, load, one_line, write_files
 
 PARITY = "parity.safetensors"
 TOLERANCE = 1e-4  # of the largest value; different kernels for the same arithmetic differ by about 1e-6
@@ -27,104 +31,169 @@ class Verdict:
     """The result of `check`.
 
     Attributes:
-        recorded: The versions with which the reference was recorded, by package.
-        installed: The versions that are installed now.
+        recorded: The environment in which the reference was recorded: the versions of the packages that determine the
+            numbers and of Python, the device, the number of threads, and the module's dtype. Older files have less.
+        current: The same of the check.
         difference: A description of the first difference, or None if there is none.
     """
 
     recorded: dict[str, str]
-    installed: dict[str, str]
+    current: dict[str, str]
     difference: str | None
 
+    @property
+    def changes(self) -> dict[str, tuple[str, str]]:
+        """What was recorded of the environment and is different now, with both values. It explains a difference."""
+        pairs = {name: (value, self.current[name]) for name, value in self.recorded.items()}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-def record(folder: str | os.PathLike[str]) -> None:
-    """Write `parity.safetensors` to a model folder: inputs, what the model computes from them now, and versions.
+
+def record(
+    module: nn.Module, inputs: Tensor | Sequence[Tensor] | Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> None:
+    """Write a safetensors file with inputs of a module, what it computes from them now, and the environment.
+
+    The module's own forward is called in eval mode. The file has the outputs, sums over the output of each module
+    inside, and the cached logits if forward calls a `TransformerWrapper` of a Decoder whose cache works. It has no
+    weights, only a digest of them.
+
+    Args:
+        module: Any module.
+        inputs: The arguments of its forward: a tensor, several in a tuple or list, or keyword arguments in a dict.
+        path: The file to write.
+
+    Raises:
+        TypeError: If `inputs` holds anything but tensors.
+        FolderError: If the module computes nan or inf, or the file cannot be written.
+    """
+    args = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    kwargs = inputs if isinstance(inputs, Mapping) else {}
+    if wrong := [type(value).__name__ for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]:
+        found = f"inputs holds a {wrong[0]}, must be a tensor, a tuple of tensors, or a dict of tensors"
+        raise TypeError(f"{found}: wrap the module in one whose forward takes tensors only")
+    _record(module, (args, kwargs), Path(path))
+
+
+def check(module: nn.Module, path: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdict:
+    """Compute again what `record` wrote, from the same weights and inputs, and compare.
+
+    Args:
+        module: The module, with the parameters that it had then.
+        path: The file that `record` wrote.
+        tolerance: Largest accepted difference, as a share of the largest value of the tensor.
+
+    Raises:
+        FolderError: If `path` is not such a file, or the module has other parameters now.
+        ValueError: If the tolerance is negative.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} must be 0 or more")
+    inputs, reference, metadata = _read(Path(path))
+    if metadata.get("parameters", _digest(module)) != _digest(module):
+        remedy = "load them from a file, because a seed gives others if the initialisation changes, or record again"
+        raise FolderError(f"the parameters of the {type(module).__name__} are not those recorded in {path}: {remedy}")
+    current = environment(module)
+    recorded = {name: metadata[name] for name in current if name in metadata}
+    try:
+        numbers = _numbers(module, inputs, reference)
+    except Exception as error:  # any error of upstream is a result
+        return Verdict(recorded, current, f"the model crashes: {describe_crash(error)}")
+    gone = [name for name in reference if name.startswith("the output") and name not in numbers]
+    difference = f"{gone[0]} is missing" if gone else first_difference(reference, numbers, share=tolerance)
+    return Verdict(recorded, current, difference)
+
+
+def record_folder(folder: str | os.PathLike[str]) -> None:
+    """Write `parity.safetensors` to a model folder, as `record` does, for inputs that are drawn.
 
     Raises:
         FolderError: If `folder` is not a model folder or cannot be written, or if its model computes nan or inf.
     """
     model = load(folder)
-    img, text = comparison.draw_inputs(model, b=1)
-    reference = {"img": img, "text": text} | numbers(model, img, text)
-    if bad := [name for name, tensor in reference.items() if not tensor.isfinite().all()]:
-        raise FolderError(f"{folder} computes nan or inf from {bad[0]} on: these cannot be compared")
-    tensors = {name: tensor.contiguous() for name, tensor in reference.items()}
-    order = {f"order.{place:06}": name for place, name in enumerate(tensors)}  # safetensors sorts names
-    metadata = installed_versions() | order | {"weights": _digest(folder)}
-    write_files(folder, {PARITY: lambda path: save_file(tensors, path, metadata)})
+    _record(model, draw_inputs(model, b=1), Path(folder) / PARITY)
 
 
-def check(folder: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdict:
-    """Compute again what `record` wrote, from the same weights and inputs, and compare.
-
-    Args:
-        folder: A model folder with a recorded reference.
-        tolerance: Largest accepted difference, as a share of the largest value of the tensor.
+def check_folder(folder: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdict:
+    """Compare a model folder with its `parity.safetensors`, as `check` does.
 
     Raises:
         FolderError: If `folder` is not a model folder, has no reference, or has other weights now.
         ValueError: If the tolerance is negative.
     """
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance} must be 0 or more")
-    img, text, reference, recorded = _read_reference(Path(folder) / PARITY)
-    model = load(folder)
-    if recorded.pop("weights") != _digest(folder):
-        raise FolderError(f"{Path(folder) / WEIGHTS} has changed since `palme-xt parity record`: record it again")
-    try:
-        found = numbers(model, img, text)
-    except Exception as error:  # any error of upstream is a result
-        difference: str | None = f"the model crashes: {comparison.describe_crash(error)}"
-    else:
-        largest = {name: tensor.abs().max().item() or 1.0 for name, tensor in reference.items()}
-        expected, shares = (
-            {name: tensor / largest[name] for name, tensor in side.items() if name in largest}
-            for side in (reference, found)
-        )
-        difference = comparison.first_difference(expected, shares, tolerance)
-    return Verdict(recorded, installed_versions(), difference)
-
-
-def numbers(model: PalmE, img: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """Return fingerprints of all layers, in the order in which they finish, then logits, loss and cached logits."""
-    with evaluating(model):
-        layers = {name: fingerprint(layer) for name, layer in comparison.layer_outputs(model, img, text).items()}
-        loss, logits = comparison.forward(model, img, text)
-        cached = torch.stack(list(comparison.cached_logits(model, img, text).values()), dim=1)
-    return layers | {"logits": logits, "loss": loss[None], "cached logits": cached}
+    return check(load(folder), Path(folder) / PARITY, tolerance)
 
 
 def fingerprint(output: Tensor) -> Tensor:
     """Return eight differently weighted sums of a tensor. Almost any change to it changes some of them."""
-    values = output.double().flatten()
+    values = output.detach().cpu().double().flatten()
     place = torch.arange(len(values), dtype=torch.float64)
     waves = torch.stack([torch.cos(place * step + step) for step in (0.0, 0.1, 0.37, 0.73, 1.13, 1.71, 2.23, 2.9)])
     sums: Tensor = waves @ values / max(1, len(values)) ** 0.5
     return sums
 
 
-def installed_versions() -> dict[str, str]:
-    """Return the versions of the packages that determine the numbers."""
-    return {name: version(name) for name in ("x-transformers", "torch", "palme-xt")}
+def environment(module: nn.Module) -> dict[str, str]:
+    """Return what may determine the numbers that a module computes."""
+    weight = torch.zeros(()) if (found := a_weight(module)) is None else found
+    processor = f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        **{name: version(name) for name in ("x-transformers", "torch", "palme-xt")},
+        "Python": platform.python_version(),
+        "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else processor,
+        "threads": str(torch.get_num_threads()),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
 
 
-def _read_reference(path: Path) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, str]]:
-    """Return what `record` wrote: img, text, the other tensors in order, the versions, and the weights' digest."""
+def _record(module: nn.Module, inputs: Inputs, path: Path) -> None:
+    reference = _numbers(module, inputs)
+    if bad := [name for name, tensor in reference.items() if not tensor.isfinite().all()]:
+        raise FolderError(f"{type(module).__name__} computes nan or inf from {bad[0]} on: these cannot be compared")
+    given = dict(enumerate(inputs[0])) | dict(inputs[1])
+    tensors = reference | {f"input {key}": value for key, value in given.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    order = {f"order.{place:06}": name for place, name in enumerate(tensors)}  # safetensors sorts names
+    metadata = environment(module) | order | {"parameters": _digest(module), "inputs": json.dumps(list(given))}
+    write_files(path.parent, {path.name: lambda file: save_file(tensors, file, metadata)})
+
+
+def _numbers(module: nn.Module, inputs: Inputs, recorded: Numbers | None = None) -> dict[str, Tensor]:
+    """Return fingerprints of all layers, in the order in which they finish, then the outputs and the cached logits.
+
+    There are no cached logits if upstream crashes while they are recorded, or if none were recorded.
+    """
+    with running(module):
+        seen = observe(module, inputs)
+        numbers = {name: fingerprint(layer) for name, layer in seen.layers.items()}
+        numbers |= {name: value for name, value in seen.outputs.items() if isinstance(value, Tensor)}
+        if seen.call is not None and (recorded is None or "cached logits" in recorded):
+            with contextlib.suppress(*[Exception] if recorded is None else []):
+                numbers["cached logits"] = torch.stack(list(cached_logits(seen.call).values()), dim=1)
+    return numbers
+
+
+def _read(path: Path) -> tuple[Inputs, dict[str, Tensor], dict[str, str]]:
+    """Return what `_write` wrote: the inputs, the other tensors in order, and the metadata."""
     if not path.is_file():
-        raise FolderError(f"{path.parent} has no {PARITY}: write one with `palme-xt parity record {path.parent}`")
+        raise FolderError(f"{path.parent} has no {path.name}: write one with `palme-xt parity record`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             names = [metadata[key] for key in sorted(metadata) if key.startswith("order.")]
             reference = {name: file.get_tensor(name) for name in names}
-        recorded = {name: metadata[name] for name in (*installed_versions(), "weights")}
-        return reference.pop("img"), reference.pop("text"), reference, recorded
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        if "inputs" not in metadata:  # written by palme_xt 0.2 or earlier, which recorded no other modules than PalmE
+            reference |= {f"input {name}": reference.pop(name) for name in ("img", "text")}
+            reference["the output"] = reference.pop("loss")[0]
+            metadata["inputs"] = '["img", "text"]'
+        given = {key: reference.pop(f"input {key}") for key in json.loads(metadata["inputs"])}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise FolderError(
             f"{path} is not a reference that `palme-xt parity record` wrote: {one_line(error)}"
         ) from error
+    args = tuple(value for key, value in given.items() if isinstance(key, int))
+    return (args, {key: value for key, value in given.items() if isinstance(key, str)}), reference, metadata
 
 
-def _digest(folder: str | os.PathLike[str]) -> str:
-    with open(Path(folder) / WEIGHTS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(module: nn.Module) -> str:
+    parameters = {name: value.detach().clone().contiguous() for name, value in module.named_parameters()}
+    return hashlib.sha256(save(parameters)).hexdigest()

@@ -18,7 +18,12 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
     """`x_transformers.AutoregressiveWrapper`, whose loss takes less time and memory.
 
     Upstream's own code handles any call with `return_outputs=True`, and any loss that adds terms to the cross entropy.
+
+    Attributes:
+        exact: Compute every loss as upstream does, bit for bit.
     """
+
+    exact = False
 
     def forward(
         self,
@@ -36,7 +41,7 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
         if "input_not_include_cache" in kwargs:
             return self.net(x, **kwargs)
         more = self.net.looped or self.net.output_is_log_prob or self.add_attn_z_loss or self.add_continuous_pred_head
-        if return_outputs or more or self.mask_prob > 0 or prepend_embeds is not None:
+        if self.exact or return_outputs or more or self.mask_prob > 0 or prepend_embeds is not None:
             return super().forward(x, return_outputs=return_outputs, prepend_embeds=prepend_embeds, lens=lens, **kwargs)
         if lens is not None:
             x = x.masked_fill(torch.arange(x.shape[1], device=x.device) >= lens[:, None], self.ignore_index)

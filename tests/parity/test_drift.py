@@ -13,13 +13,16 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 import palme_xt.upstream.versions
+from benchmarks.hand_wired import HandWired
 from palme_xt.cli import main
-from palme_xt.parity.drift import PARITY, check, fingerprint, record
+from palme_xt.parity import check, record
+from palme_xt.parity.drift import PARITY, check_folder, environment, fingerprint, record_folder
 from palme_xt.storage.folder import FolderError, load, save
 from palme_xt.upstream.attend import Attend
-from tests.models import small
+from tests.models import batch, small
 from tests.parity.goldens.make import FOLDER, GOLDENS
 
 
@@ -27,13 +30,13 @@ from tests.parity.goldens.make import FOLDER, GOLDENS
 def folder(tmp_path: Path) -> Path:
     """Return a model folder with a recorded reference."""
     save(small(), tmp_path / "run")
-    record(tmp_path / "run")
+    record_folder(tmp_path / "run")
     return tmp_path / "run"
 
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_goldens(name: str) -> None:
-    assert check(FOLDER / name).difference is None
+    assert check_folder(FOLDER / name).difference is None
 
 
 def test_goldens_are_sensitive(tmp_path: Path) -> None:
@@ -42,7 +45,7 @@ def test_goldens_are_sensitive(tmp_path: Path) -> None:
     with torch.no_grad():
         model.decoder.net.attn_layers.layers[3][1].to_k.weight[0, 0] += 0.01
     with mock.patch("palme_xt.parity.drift.load", return_value=model):
-        difference = check(folder).difference
+        difference = check_folder(folder).difference
     assert re.match(r"decoder\.net\.attn_layers\.layers\.3\.1\.to_k differs by up to", difference or "")
 
 
@@ -50,7 +53,16 @@ def test_the_same_release_computes_the_same(folder: Path, capsys: pytest.Capture
     assert main(["parity", "check", str(folder)]) == 0
     *versions, verdict = capsys.readouterr().out.splitlines()
     assert verdict == "the same within 0.0001"
-    assert [line.split(":")[0] for line in versions] == ["x-transformers", "torch", "palme-xt"]
+    assert versions == [f"{name}: {value}" for name, value in environment(load(folder)).items()]
+    assert [line.split(":")[0] for line in versions] == [
+        "x-transformers",
+        "torch",
+        "palme-xt",
+        "Python",
+        "device",
+        "threads",
+        "dtype",
+    ]
     assert main(["parity", "check", str(folder), "--tolerance=0"]) == 0  # bitwise, on the same machine
 
 
@@ -73,9 +85,9 @@ def test_a_release_that_scales_twice_is_caught_at_its_first_layer(
 
 def test_a_release_that_crashes_is_caught(folder: Path) -> None:
     with mock.patch.object(Attend, "forward", side_effect=RuntimeError("shapes\nmore")):
-        assert check(folder).difference == "the model crashes: RuntimeError: shapes"
+        assert check_folder(folder).difference == "the model crashes: RuntimeError: shapes"
     with mock.patch.object(Attend, "forward", side_effect=AssertionError):
-        assert check(folder).difference == "the model crashes: AssertionError"
+        assert check_folder(folder).difference == "the model crashes: AssertionError"
 
 
 def test_changed_weights_are_not_taken_for_drift(folder: Path) -> None:
@@ -83,8 +95,10 @@ def test_changed_weights_are_not_taken_for_drift(folder: Path) -> None:
     with torch.no_grad():
         model.encoder.pos_embedding += 1
     save(model, folder)
-    with pytest.raises(FolderError, match=r"model\.safetensors has changed since `palme-xt parity record`: record"):
-        check(folder)
+    with pytest.raises(
+        FolderError, match=r"the parameters of the PalmE are not those recorded in \S+parity\.safetensors"
+    ):
+        check_folder(folder)
 
 
 def test_nan_is_not_recorded(folder: Path) -> None:
@@ -93,7 +107,105 @@ def test_nan_is_not_recorded(folder: Path) -> None:
         model.encoder.pos_embedding.fill_(torch.nan)
     save(model, folder)
     with pytest.raises(FolderError, match=r"computes nan or inf from encoder\.\S+ on"):
-        record(folder)
+        record_folder(folder)
+
+
+def test_the_goldens_say_under_which_torch_they_were_made() -> None:
+    changes = check_folder(FOLDER / "default_flags").changes
+    assert changes.keys() <= {"torch", "palme-xt", "x-transformers"}
+    assert changes["torch"] == ("2.13.0+cpu", torch.__version__.partition("+")[0])
+
+
+class Scaled(nn.Module):
+    """A module that has nothing to do with x-transformers, and can drift."""
+
+    drift: Any = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> dict[str, Any]:
+        return {"y": self.norm(self.linear(x) * scale) + self.drift, "rows": len(x)}
+
+
+def scaled() -> tuple[Scaled, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return Scaled(), {"x": torch.randn(3, 4), "scale": torch.full((), 3.0)}
+
+
+def test_any_module_can_be_recorded(tmp_path: Path) -> None:
+    module, inputs = scaled()
+    record(module.train(), inputs, tmp_path / "new" / "scaled.safetensors")
+    verdict = check(module, tmp_path / "new" / "scaled.safetensors", tolerance=0)
+    assert (verdict.difference, verdict.changes, module.training) == (None, {}, True)
+    module.drift = 0.01
+    difference = check(module, tmp_path / "new" / "scaled.safetensors").difference
+    assert re.match(r"the output\['y'\] differs by up to 0\.01 \(values up to", difference or "")
+    module.norm = nn.LayerNorm(6, eps=0.1)
+    assert (check(module, tmp_path / "new" / "scaled.safetensors").difference or "").startswith("norm differs by up to")
+    module.register_forward_hook(lambda module, args, output: {"rows": output["rows"]})
+    assert check(module, tmp_path / "new" / "scaled.safetensors").difference == "the output['y'] is missing"
+    with pytest.raises(
+        FolderError, match=r"the parameters of the Scaled are not those recorded in \S+: load them from"
+    ):
+        check(Scaled(), tmp_path / "new" / "scaled.safetensors")
+
+
+def test_positional_inputs_and_where_the_cache_crashes(tmp_path: Path) -> None:
+    path = tmp_path / "hand_wired.safetensors"
+    hand_wired = HandWired(small().config)
+    record(hand_wired, batch(small()), path)
+    assert check(hand_wired, path, tolerance=0).difference is None
+    record(small(), batch(small()), path)
+    with mock.patch.object(Attend, "forward", side_effect=RuntimeError("shapes")):
+        assert check(small(), path).difference == "the model crashes: RuntimeError: shapes"
+
+
+def test_another_environment_is_named_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, inputs = scaled()
+    record(module, inputs, tmp_path / "scaled.safetensors")
+    now = environment(module) | {"device": "an abacus", "threads": "99"}
+    monkeypatch.setattr("palme_xt.parity.drift.environment", lambda module: now)
+    verdict = check(module, tmp_path / "scaled.safetensors")
+    assert verdict.difference is None
+    assert verdict.changes == {name: (environment(module)[name], now[name]) for name in ("device", "threads")}
+
+
+@pytest.mark.parametrize("inputs", [("text",), {"x": 1.0}, [[torch.ones(1)]]], ids=str)
+def test_inputs_other_than_tensors_are_rejected(inputs: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match=r"inputs holds a (str|float|list), must be a tensor, a tuple of tensors, or a dict"
+    ):
+        record(scaled()[0], inputs, tmp_path / "scaled.safetensors")
+
+
+def test_the_command_takes_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("from tests.parity.test_drift import scaled\ncount = 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["parity", "record", "mine:scaled", "scaled.safetensors"]) == 0
+    assert capsys.readouterr().out == "scaled.safetensors written\n"
+    assert main(["parity", "check", "mine:scaled", "scaled.safetensors"]) == 0
+    assert capsys.readouterr().out.endswith("the same within 0.0001\n")
+    now = environment(scaled()[0]) | {"threads": "99"}
+    with mock.patch.object(Scaled, "drift", 0.1), mock.patch("palme_xt.parity.drift.environment", return_value=now):
+        assert main(["parity", "check", "mine:scaled", "scaled.safetensors"]) == 1
+    out = capsys.readouterr().out
+    assert f"threads: recorded with {torch.get_num_threads()}, now 99\n" in out
+    assert "differs: the output['y'] differs by up to" in out
+    for target, message in {
+        "mine:other": "mine:other must be PACKAGE.MODULE:FUNCTION, which can be imported: ",
+        "none:scaled": "none:scaled must be PACKAGE.MODULE:FUNCTION, which can be imported: No module named 'none'",
+        "mine:count": "mine:count is a int, must be a function",
+        "builtins:dict": "builtins:dict returns a dict, must return a tuple of a module and its inputs",
+    }.items():
+        assert main(["parity", "record", target, "scaled.safetensors"]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["parity", "record", "mine:scaled"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_record_says_what_it_wrote_and_writes_little(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from palme_xt.parity.drift import record
+from palme_xt.parity.drift import record_folder
 from palme_xt.storage.folder import save
 from tests.models import small
 
@@ -32,7 +32,7 @@ def main() -> None:
         model = small(encoder_dim=16, decoder_dim=16, **arguments)
         shutil.rmtree(FOLDER / name, ignore_errors=True)
         save(model, FOLDER / name, {})
-        record(FOLDER / name)
+        record_folder(FOLDER / name)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""Call a model's own forward, and keep what it computes: layers, outputs, gradients, and cached logits."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_map_only
+
+from palme_xt.parity.numbers import Numbers, first_tensor, leaves
+from palme_xt.parity.parts import Inputs, is_causal
+from palme_xt.upstream.loss import AutoregressiveWrapper
+
+
+class Call(NamedTuple):
+    """A call of a `TransformerWrapper` of a Decoder.
+
+    Attributes:
+        net: The module.
+        ids: The token ids `(b, n)` that it was given.
+        context: Its arguments `context` and `context_mask`, as far as they were given.
+        logits: What it returned, `(b, n, v)`.
+    """
+
+    net: Any
+    ids: Tensor
+    context: dict[str, Any]
+    logits: Tensor
+
+
+class Observation(NamedTuple):
+    """What a forward computes.
+
+    Attributes:
+        layers: The first tensor that each module returned, in the order in which they finished, innermost first. Names
+            are those in the state dict, followed by the number of the call if a module is called repeatedly.
+        outputs: The leaves of the output.
+        call: The first call of a decoder's net, or None if there was none.
+    """
+
+    layers: Numbers
+    outputs: Numbers
+    call: Call | None
+
+
+def a_weight(model: nn.Module) -> Tensor | None:
+    """Return the first floating-point parameter or buffer, whose device and dtype stand for those of the model."""
+    return next((t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), None)
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Allow a model to be run in any mode: on exit, it has its modes, weights and buffers again.
+
+    Inside, the random numbers are others than outside, there are no gradients, and the loss of a `PalmE` is computed as
+    upstream computes it.
+    """
+    modules = [(module, module.training) for module in model.modules()]
+    tensors = [
+        (module, name, tensor, tensor.detach().clone())
+        for module in model.modules()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    ]
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
+            AutoregressiveWrapper.exact = True
+            yield
+    finally:
+        AutoregressiveWrapper.exact = False
+        random.setstate(state)
+        for module, mode in modules:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, tensor, before in tensors:
+                setattr(module, name, tensor)
+                tensor.copy_(before)
+
+
+def observe(model: nn.Module, inputs: Inputs) -> Observation:
+    """Call a model's forward in eval mode."""
+    names = {module: name for name, module in model.named_modules()}
+    layers: Numbers = {}
+    times: Counter[str] = Counter()
+    calls: list[Call] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        tensor = first_tensor(output)
+        if module not in names or tensor is None:
+            return
+        name = names[module]
+        times[name] += 1
+        layers[name if times[name] == 1 else f"{name}#{times[name]}"] = tensor.clone()
+        if is_causal(module) and not calls:
+            context = {key: kwargs[key] for key in ("context", "context_mask") if kwargs.get(key) is not None}
+            calls.append(Call(module, args[0] if args else kwargs["x"], context, tensor.clone()))
+
+    with register_module_forward_hook(keep, with_kwargs=True):
+        outputs = dict(leaves(_forward(model, inputs, training=False)))
+    layers.pop("", None)  # the model itself
+    return Observation(layers, outputs, calls[0] if calls else None)
+
+
+def cached_logits(call: Call, *, greedy: bool = False) -> Numbers:
+    """Return the logits after each token. Each step reads one more token, with the cache of the previous steps.
+
+    Args:
+        call: The texts to read, and their context.
+        greedy: Read the most likely token at each step after the first, instead of that of the text.
+    """
+    outputs: Numbers = {}
+    ids, cache = call.ids.clone(), None
+    for n in range(1, ids.shape[1] + 1):
+        if greedy and n > 1:
+            ids[:, n - 1] = outputs[f"token {n - 1}"].argmax(dim=-1)
+        step = ids[:, :n] if cache is None else ids[:, n - 1 : n]
+        logits, new = call.net(
+            step, **call.context, cache=cache, input_not_include_cache=cache is not None, return_intermediates=True
+        )
+        cache = new if call.net.can_cache_kv else None
+        outputs[f"token {n}"] = logits[:, -1]
+    return outputs
+
+
+def gradients(model: nn.Module, inputs: Inputs) -> Numbers:
+    """Return the gradients that a model's parameters get in training mode.
+
+    They are those of the first differentiable output if it is a scalar, such as a loss, and otherwise of a fixed random
+    projection of all differentiable outputs.
+    """
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.enable_grad():
+        output = _forward(model, inputs, training=True)
+        tensors = [value for _, value in leaves(output) if isinstance(value, Tensor) and value.requires_grad]
+        if not tensors or not named:
+            return {}
+        generator = torch.Generator().manual_seed(0)
+        weighted = [(tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum() for tensor in tensors]
+        scalar: Any = tensors[0] if tensors[0].ndim == 0 else sum(weighted)
+        found = torch.autograd.grad(scalar, list(named.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
+
+
+def _forward(model: nn.Module, inputs: Inputs, *, training: bool) -> Any:
+    """Call forward with copies of the inputs on the model's device and in its dtype, and seeded random numbers."""
+    weight = a_weight(model)
+
+    def copy(tensor: Tensor) -> Tensor:
+        like = tensor if weight is None else weight
+        return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    args, kwargs = tree_map_only(Tensor, copy, inputs)
+    model.train(training)
+    random.seed(0)
+    torch.manual_seed(0)
+    return model(*args, **kwargs)

@@ -1,0 +1,104 @@
+"""Find the encoder and the decoder in a model, and draw inputs that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from x_transformers import AutoregressiveWrapper, TransformerWrapper, ViTransformerWrapper, XTransformer
+from x_transformers.x_transformers import Attention
+
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword arguments of forward
+
+
+class Wired(nn.Module):
+    """An encoder and a decoder, named and composed as in `PalmE`."""
+
+    encoder: Any
+    decoder: Any
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, img: Tensor, text: Tensor) -> Tensor:
+        """Return the loss of `text (b, n)`, for `img (b, c, h, w)` or `(b, m, c, h, w)`."""
+        embeddings = self.encoder(img.flatten(0, -4), return_embeddings=True)
+        context = embeddings.unflatten(0, (len(img), -1)).flatten(1, 2)
+        loss: Tensor = self.decoder(text, context=context if self.decoder.net.attn_layers.cross_attend else None)
+        return loss
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Return whether a module is a `TransformerWrapper` of a Decoder."""
+    return isinstance(module, TransformerWrapper) and bool(module.attn_layers.causal)
+
+
+KINDS: dict[str, Callable[[nn.Module], bool]] = {
+    "encoder": lambda module: isinstance(module, ViTransformerWrapper),
+    "decoder": lambda module: isinstance(module, AutoregressiveWrapper),
+    "decoder.net": is_causal,
+}
+
+
+def find_parts(model: nn.Module) -> dict[str, tuple[str, Any]]:
+    """Return the path and the module of each part that a model has exactly once, by the name of the part in `PalmE`."""
+    found = {part: [item for item in model.named_modules() if kind(item[1])] for part, kind in KINDS.items()}
+    return {part: items[0] for part, items in found.items() if len(items) == 1}
+
+
+def part_name(name: str, parts: Mapping[str, tuple[str, Any]]) -> str:
+    """Return the name that a parameter or module of a model has in `PalmE`, if it belongs to one of the parts."""
+    paths = {f"{path}." if path else "": part for part, (path, _) in parts.items()}
+    for path in sorted(paths, key=len, reverse=True):
+        if f"{name}.".startswith(path):
+            return f"{paths[path]}.{f'{name}.'.removeprefix(path)}".removesuffix(".")
+    return name
+
+
+def draw_inputs(model: nn.Module, b: int = 2, n: int = 12) -> Inputs:
+    """Return random inputs of a model's forward, positional and keyword. They are the same in every call.
+
+    A text for an `AutoregressiveWrapper` has one `ignore_index`, so that it depends on `pad_value`.
+
+    Args:
+        model: A `ViTransformerWrapper`, `TransformerWrapper`, `AutoregressiveWrapper` or `XTransformer`, or a module
+            that holds one ViT and one decoder, and whose forward takes `(img, text)`.
+        b: Batch size.
+        n: Number of tokens, unless `max_seq_len` is smaller.
+
+    Raises:
+        TypeError: If the model is none of these.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parts = {name: module for name, (_, module) in find_parts(model).items()}
+
+    def images(vit: Any) -> Tensor:
+        size = round(vit.pos_embedding.shape[1] ** 0.5) * vit.patch_size
+        channels = vit.patch_to_embedding[1].in_features // vit.patch_size**2
+        return torch.randn(b, channels, size, size, generator=generator)
+
+    def texts(net: Any, wrapper: Any = None) -> Tensor:
+        text = torch.randint(net.num_tokens, (b, max(2, min(n, net.max_seq_len))), generator=generator)
+        if wrapper is not None and text.shape[1] > 3:
+            text[0, text.shape[1] // 2] = wrapper.ignore_index
+        return text
+
+    if isinstance(model, XTransformer):
+        return (texts(model.encoder), texts(model.decoder.net, model.decoder)), {}
+    if isinstance(model, ViTransformerWrapper):
+        return (images(model),), {}
+    if isinstance(model, TransformerWrapper | AutoregressiveWrapper):
+        net = getattr(model, "net", model)
+        text = texts(net, parts.get("decoder"))
+        if not net.attn_layers.cross_attend:
+            return (text,), {}
+        widths = {module.to_k.in_features for module in net.modules() if isinstance(module, Attention)}
+        (width,) = widths - {net.attn_layers.dim} or {net.attn_layers.dim}
+        return (text,), {"context": torch.randn(b, 5, width, generator=generator)}
+    if {"encoder", "decoder.net"} <= parts.keys():
+        return (images(parts["encoder"]), texts(parts["decoder.net"], parts.get("decoder"))), {}
+    rule = "it must be a module of x-transformers, or hold one ViTransformerWrapper and one decoder"
+    raise TypeError(f"no inputs can be drawn for {type(model).__name__}, {rule}: compare(first, second, *inputs)")
