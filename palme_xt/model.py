@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from palme_xt.config import PalmEConfig
 from palme_xt.decoding import loop
+from palme_xt.decoding.probe import probe
 from palme_xt.decoding.request import GenerationRequest, Request, SamplingRequest, SearchRequest, takes_arguments_of
 from palme_xt.inputs import check_batches, check_img, check_source, check_text
 from palme_xt.wiring import DECODER, ENCODER, build
@@ -61,9 +62,9 @@ class PalmE(nn.Module):
         `model.config` is read from the modules: the 17 arguments always, and overrides if they show in the modules'
         attributes. A warning is issued if a model built from the config would have different parameters. Other
         overrides go unnoticed; `palme_xt.parity.compare(PalmE.from_config(model.config), model)` finds them. A plain
-        `x_transformers.Decoder` is kept, and `generate` then reads the whole text at each step, because decoding with
-        upstream's cache may crash. To use the cache, load the modules' state dicts into
-        `PalmE.from_config(model.config)`.
+        `x_transformers.Decoder` is kept, and `generate` then reads the whole text at each step if decoding with
+        upstream's cache crashes, as it does with ALiBi and rotary positions. To use the cache, load the modules' state
+        dicts into `PalmE.from_config(model.config)`.
 
         Raises:
             TypeError: If the modules are not an `x_transformers.ViTransformerWrapper` and an `AutoregressiveWrapper`
@@ -148,8 +149,8 @@ class PalmE(nn.Module):
             restrict_to_max_seq_len: Raise an error if the texts would become longer than `max_seq_len`. False allows it
                 for models without absolute positions; no sliding window is used.
             cache_kv: Cache keys and values, so that a step reads one token. False reads the whole text at each step,
-                and decodes the same tokens. True does so as well with the overrides for which upstream's cache is
-                wrong (`palme_xt.decoding.loop.WRONG_WITH_CACHE`).
+                and decodes the same tokens. True does so as well if upstream's cache is wrong for the model, which the
+                first call finds out (`palme_xt.decoding.probe`).
             compile: Compile the step that reads one token, with `torch.compile`, on its first use. The graph serves all
                 lengths and later calls. Compiling takes about a minute, so it is worth it only for many tokens.
             context: The embeddings that `encode` returned, instead of `img`, to encode once for several calls.
@@ -226,10 +227,15 @@ class PalmE(nn.Module):
         """Check a request, and return a function that encodes its images and returns the texts to decode."""
         net = self.decoder.net
         source = check_source(request.img, request.context, request.context_mask, self.config)
-        request.check(self.config, None if source is None else len(source), loop.can_cache(net, self.config))
-        return lambda: loop.Texts(
-            net, request, None if source is None else self._context(source), self.config.pad_value
-        )
+        reliable = probe(net, self.config)
+        request.check(self.config, None if source is None else len(source), reliable.cache)
+
+        def start() -> loop.Texts:
+            context = None if source is None else self._context(source)
+            texts = loop.Texts(net, request, context, self.config.pad_value)
+            return texts if request.prompt_lens is None or reliable.padding else loop.SeparateTexts(texts)
+
+        return start
 
     def _context(self, source: Tensor) -> Tensor:
         """Return the embeddings of images, or embeddings `(b, p, d)` that are given already, in the encoder's dtype."""

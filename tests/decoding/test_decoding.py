@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from palme_xt import PalmE
-from palme_xt.decoding.loop import WRONG_WITH_CACHE
 from palme_xt.mapping import upstream_keywords
 from palme_xt.strategies import configs
 from tests.models import batch, logits, small
@@ -75,7 +74,6 @@ def test_greedy_decoding_of_any_config(data: st.DataObject) -> None:
 
 
 UNCACHED: list[dict[str, Any]] = [
-    *({"decoder_kwargs": {name: True}} for name in WRONG_WITH_CACHE if name != "attn_data_dependent_alibi"),
     {
         "decoder_kwargs": {"attn_data_dependent_alibi": True, "cross_attn_data_dependent_alibi": False},
         "alibi_pos_bias": False,
