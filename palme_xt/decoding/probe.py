@@ -36,18 +36,19 @@ class Probe:
 
     def __init__(self, net: Any, config: PalmEConfig) -> None:
         self._can_cache_kv = net.can_cache_kv
+        self._dtype = _precise(net)
         self._length = min(LENGTH, net.max_seq_len)
         self._start = self._length // 2  # of the shorter text, after its padding
         self._small: Any = None
         with torch.random.fork_rng(devices=[]), contextlib.suppress(Exception):
             torch.manual_seed(0)
             self._ids = torch.randint(min(IDS, net.num_tokens), (2, self._length))
-            # A context between the two texts in length shows whether anything depends on which of them is longer.
-            context = torch.randn(2, self._length * 3 // 4, config.encoder_dim, dtype=torch.float32)
+            # The texts become longer than the context, in case anything depends on which of the two is longer.
+            context = torch.randn(2, self._length - 1, config.encoder_dim, dtype=self._dtype)
             self._inputs = {"context": context} if config.cross_attend else {}
             if net.attn_layers.need_condition:
-                self._inputs["condition"] = torch.randn(2, net.attn_layers.dim_condition, dtype=torch.float32)
-            self._small = _small_copy(net)
+                self._inputs["condition"] = torch.randn(2, net.attn_layers.dim_condition, dtype=self._dtype)
+            self._small = _small_copy(net, self._dtype)
 
     @cached_property
     def cache(self) -> bool:
@@ -95,24 +96,29 @@ class Probe:
         return False
 
 
-_PROBES: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], Probe]] = weakref.WeakKeyDictionary()
+_PROBES: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Probe]] = weakref.WeakKeyDictionary()
 
 
 def probe(net: nn.Module, config: PalmEConfig) -> Probe:
-    """Return the probe of a network. There is a new one if the network's modules have been replaced."""
-    modules = [id(module) for module in net.modules()]
+    """Return the probe of a network. There is a new one if the network's modules or precision have changed."""
+    state = _precise(net), [id(module) for module in net.modules()]
     known = _PROBES.get(net)
-    if known is None or known[0] != modules:
-        known = _PROBES[net] = modules, Probe(net, config)
+    if known is None or known[0] != state:
+        known = _PROBES[net] = state, Probe(net, config)
     return known[1]
+
+
+def _precise(net: nn.Module) -> torch.dtype:
+    # In float64, upstream's float32 softmax turns the masked rows of a padded text into nan.
+    return torch.promote_types(next(net.parameters()).dtype, torch.float32)
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
 
 
-def _small_copy(net: nn.Module) -> Any:
-    """Return a copy of `net` on the CPU, in eval mode, with random float32 weights and without hooks."""
+def _small_copy(net: nn.Module, dtype: torch.dtype) -> Any:
+    """Return a copy of `net` on the CPU, in eval mode, with random weights and without hooks."""
     memo: dict[int, Any] = {}
     for module in net.modules():
         memo |= {id(value): OrderedDict() for name, value in vars(module).items() if name.endswith("_hooks")}
@@ -125,7 +131,7 @@ def _small_copy(net: nn.Module) -> Any:
             memo[id(module.weight)] = _random((min(IDS, module.num_embeddings), module.embedding_dim))
     for parameter in net.parameters():
         memo.setdefault(id(parameter), _random(parameter.shape))
-    small: Any = copy.deepcopy(net, memo).to("cpu", torch.float32).eval()
+    small: Any = copy.deepcopy(net, memo).to("cpu", dtype).eval()
     if not isinstance(small.to_logits, nn.Module):
         small.to_logits = None  # tied embeddings, for which upstream refers to the network itself
     return small
