@@ -12,6 +12,11 @@ from typing import Any, NoReturn
 from palme_xt.mapping import MAPPING, SET_BY_COMPOSITION, argument_behind, upstream_keywords
 
 _NO_LOGITS_FOR_EACH_TOKEN = ("use_cls_token", "average_pool_embed", "return_only_embed", "num_output_heads")
+# x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, the logits of a token depend on the tokens after it, or
+# on their number. `test_exactly_the_keywords_that_see_later_tokens_are_warned_of` tries all keywords.
+_SEE_LATER_TOKENS = ("orthog_residual", "mv_split_residual", "attn_orthog_projected_values")
+_SEE_LATER_TOKENS += ("attn_orthog_projected_values_per_head", "cross_attn_inverted_attention", "cross_attn_causal")
+_SEE_LATER_TOKENS += ("cross_attn_use_rel_proj_pos_bias",)
 DEFAULT_DIM_HEAD = 64  # upstream's default, independent of the model's dim and heads
 
 
@@ -92,7 +97,9 @@ class PalmEConfig:
             object.__setattr__(self, f"{part}_kwargs", FrozenDict(overrides))
         self._check_sizes()
         self._check_values_of_overrides()
+        self._check_combinations()
         self._warn_of_dropped_positions()
+        self._warn_of_later_tokens()
 
     def _check_overrides(self, part: str, overrides: Any) -> None:
         where = f"{part}_kwargs"
@@ -140,6 +147,28 @@ class PalmEConfig:
         why = "upstream feeds it to the decoder where a target is ignored"
         check_token_id("autoregressive_kwargs['pad_value']", self.pad_value, self.num_tokens, why)
 
+    def _check_combinations(self) -> None:
+        """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with."""
+        transformer, decoder = self.transformer_kwargs, self.decoder_kwargs
+        another_dim = transformer.get("emb_dim") not in (None, self.decoder_dim)
+        flash = self.attn_flash or decoder.get("cross_attn_flash")
+        diff = "qkv_receive_diff_residuals"
+        more = ("integrate_layers", "attn_aggregated_residuals")
+        same = [
+            kwargs.get("num_residual_streams", 1) == 1 and not any(kwargs.get(name) for name in more)
+            for kwargs in (self.encoder_kwargs, decoder)
+        ]
+        for part, name, wrong, rule in (
+            ("transformer", "logits_dim", transformer.get("logits_dim") != self.num_tokens, "must be num_tokens"),
+            ("transformer", "tie_embedding", another_dim, "needs emb_dim=decoder_dim"),
+            ("autoregressive", "add_attn_z_loss", flash, "needs attn_flash=False"),
+            ("encoder", diff, same[0], "needs num_residual_streams=2 or more"),
+            ("decoder", diff, same[1], "needs num_residual_streams=2 or more"),
+        ):
+            value = getattr(self, f"{part}_kwargs").get(name)
+            if value and wrong:
+                raise ValueError(f"{part}_kwargs[{name!r}]={value!r} {rule}: x-transformers crashes without")
+
     def _warn_of_dropped_positions(self) -> None:
         others = ("rotary_pos_emb", "rel_pos_bias", "polar_pos_emb")
         dropped = self.rotary_xpos or any(self.decoder_kwargs.get(name) for name in others)
@@ -148,6 +177,15 @@ class PalmEConfig:
             why = "x-transformers drops absolute positions when the decoder has rotary or relative ones"
             remedy = 'to keep both, pass decoder_kwargs={"disable_abs_pos_emb": False}'
             warnings.warn(f"{found}: {why}; {remedy}", stacklevel=4)
+
+    def _warn_of_later_tokens(self) -> None:
+        inherited = {"cross_attn_use_rel_proj_pos_bias": self.decoder_kwargs.get("attn_use_rel_proj_pos_bias")}
+        for name in _SEE_LATER_TOKENS:
+            value = (inherited | self.decoder_kwargs).get(name)
+            if value and (self.cross_attend or not name.startswith("cross_")):
+                found = f"decoder_kwargs[{name!r}]={value!r} lets the logits of a token depend on the tokens after it"
+                why = "as x-transformers implements it, so that training leaks the targets"
+                warnings.warn(f"{found}, {why}: leave {name!r} out", stacklevel=4)
 
     @property
     def channels(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from palme_xt.config import PalmEConfig
 from palme_xt.decoding import loop
-from palme_xt.decoding.probe import probe
+from palme_xt.decoding.probe import is_right
 from palme_xt.decoding.request import GenerationRequest, Request, SamplingRequest, SearchRequest, takes_arguments_of
 from palme_xt.inputs import check_batches, check_img, check_source, check_text
 from palme_xt.wiring import DECODER, ENCODER, build
@@ -52,7 +52,7 @@ class PalmE(nn.Module):
     def from_config(cls, config: PalmEConfig) -> PalmE:
         """Return the model that `config` describes, newly initialised."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="use_abs_pos_emb")  # the config has already warned
+            warnings.filterwarnings("ignore", message="use_abs_pos_emb|decoder_kwargs")  # the config has already warned
             return cls(**{argument.name: getattr(config, argument.name) for argument in fields(config)})
 
     @classmethod
@@ -227,13 +227,15 @@ class PalmE(nn.Module):
         """Check a request, and return a function that encodes its images and returns the texts to decode."""
         net = self.decoder.net
         source = check_source(request.img, request.context, request.context_mask, self.config)
-        reliable = probe(net, self.config)
-        request.check(self.config, None if source is None else len(source), reliable.cache)
+        can_cache = net.can_cache_kv and is_right(net, self.config, cached=True, padded=False)
+        request.check(self.config, None if source is None else len(source), can_cache)
 
         def start() -> loop.Texts:
             context = None if source is None else self._context(source)
             texts = loop.Texts(net, request, context, self.config.pad_value)
-            return texts if request.prompt_lens is None or reliable.padding else loop.SeparateTexts(texts)
+            ragged = request.prompt_lens is not None
+            together = not ragged or is_right(net, self.config, cached=request.cache_kv, padded=True)
+            return texts if together else loop.SeparateTexts(texts)
 
         return start
 

@@ -18,6 +18,7 @@ from x_transformers.autoregressive_wrapper import align_right
 from palme_xt.decoding.compiled import compiled_step
 from palme_xt.decoding.request import Request, SamplingRequest, SearchRequest
 
+
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put models in eval mode and disable gradients. On exit, every module is back in its previous mode."""
@@ -49,7 +50,11 @@ class Texts:
         if request.prompt_lens is not None:
             seq_start_pos = self.ids.shape[1] - request.prompt_lens
             self.ids = align_right(self.ids, request.prompt_lens, pad_id=pad_value)
-        self.inputs: dict[str, Any] = {"context": context, "context_mask": request.context_mask, "seq_start_pos": seq_start_pos}
+        self.inputs: dict[str, Any] = {
+            "context": context,
+            "context_mask": request.context_mask,
+            "seq_start_pos": seq_start_pos,
+        }
         self.cache: Any = None
 
     def next_logits(self) -> Tensor:
