@@ -14,9 +14,11 @@ from palme_xt.mapping import MAPPING, SET_BY_COMPOSITION, argument_behind, upstr
 _NO_LOGITS_FOR_EACH_TOKEN = ("use_cls_token", "average_pool_embed", "return_only_embed", "num_output_heads")
 # x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, the logits of a token depend on the tokens after it, or
 # on their number. `test_exactly_the_keywords_that_see_later_tokens_are_warned_of` tries all keywords.
-_SEE_LATER_TOKENS = ("orthog_residual", "mv_split_residual", "attn_orthog_projected_values")
-_SEE_LATER_TOKENS += ("attn_orthog_projected_values_per_head", "cross_attn_inverted_attention", "cross_attn_causal")
-_SEE_LATER_TOKENS += ("cross_attn_use_rel_proj_pos_bias",)
+_SEE_LATER_TOKENS = (
+    *("orthog_residual", "mv_split_residual", "attn_orthog_projected_values", "attn_orthog_projected_values_per_head"),
+    *("cross_attn_inverted_attention", "cross_attn_causal"),
+)
+_INHERITED = ("cross_attn_use_rel_proj_pos_bias", "cross_attn_max_attend_past")  # from the same name without `cross_`
 DEFAULT_DIM_HEAD = 64  # upstream's default, independent of the model's dim and heads
 
 
@@ -153,7 +155,7 @@ class PalmEConfig:
         another_dim = transformer.get("emb_dim") not in (None, self.decoder_dim)
         flash = self.attn_flash or decoder.get("cross_attn_flash")
         diff = "qkv_receive_diff_residuals"
-        more = ("integrate_layers", "attn_aggregated_residuals")
+        more = ("integrate_layers", "attn_aggregated_residuals", "gated_multi_residual")
         same = [
             kwargs.get("num_residual_streams", 1) == 1 and not any(kwargs.get(name) for name in more)
             for kwargs in (self.encoder_kwargs, decoder)
@@ -179,13 +181,15 @@ class PalmEConfig:
             warnings.warn(f"{found}: {why}; {remedy}", stacklevel=4)
 
     def _warn_of_later_tokens(self) -> None:
-        inherited = {"cross_attn_use_rel_proj_pos_bias": self.decoder_kwargs.get("attn_use_rel_proj_pos_bias")}
-        for name in _SEE_LATER_TOKENS:
-            value = (inherited | self.decoder_kwargs).get(name)
+        values = {
+            name: self.decoder_kwargs.get(name.removeprefix("cross_")) for name in _INHERITED
+        } | self.decoder_kwargs
+        for name in (*_SEE_LATER_TOKENS, *_INHERITED):
+            value = values.get(name)
             if value and (self.cross_attend or not name.startswith("cross_")):
                 found = f"decoder_kwargs[{name!r}]={value!r} lets the logits of a token depend on the tokens after it"
-                why = "as x-transformers implements it, so that training leaks the targets"
-                warnings.warn(f"{found}, {why}: leave {name!r} out", stacklevel=4)
+                why = "or on their number, as x-transformers implements it, so that training may leak the targets"
+                warnings.warn(f"{found}, {why}: turn {name!r} off", stacklevel=4)
 
     @property
     def channels(self) -> int:

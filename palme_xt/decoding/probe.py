@@ -14,6 +14,7 @@ from palme_xt.config import PalmEConfig
 LENGTH = 16  # tokens of the texts that are tried
 RANK = 8  # of the linear layers in the copy
 TOLERANCE = 2e-4  # of the largest value. Rounding causes differences of 1e-5, and what is wrong, of 2e-3 and more.
+WINDOWS = {"max_attend_past", "axial_dim", "max_dist", "max_pos"}  # attributes that matter only to longer texts
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
@@ -52,7 +53,8 @@ def _try(net: Any, config: PalmEConfig, dtype: torch.dtype, steps: int, padding:
         inputs["condition"] = torch.randn(2, net.attn_layers.dim_condition, dtype=dtype)
 
     def read(rows: slice, start: int, steps: int, seq_start_pos: Tensor | None = None) -> Tensor:
-        values, cache = [], None
+        values: list[Tensor] = []
+        cache = None
         for end in range(length - steps, length + 1):
             output, cache = small(
                 ids[rows, end - 1 if values else start : end],
@@ -92,6 +94,9 @@ def _small_copy(net: nn.Module, dtype: torch.dtype) -> Any:
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             memo[id(module)] = nn.Sequential(*layers)
     small: Any = copy.deepcopy(net, memo).to("cpu", dtype).eval()
+    for module in small.modules():
+        for name in WINDOWS & vars(module).keys():
+            setattr(module, name, getattr(module, name) and min(getattr(module, name), LENGTH // 4))
     if not isinstance(small.to_logits, nn.Module):
         small.to_logits = None  # tied embeddings, for which upstream refers to `net` itself
     return small

@@ -95,7 +95,7 @@ VALUES: dict[str, Any] = {
     "rel_pos_max_distance": 64,
 }
 
-# What a keyword needs beside it, if it does not run without.
+# What a keyword needs beside it in order to run, or to have an effect.
 COMPANIONS: dict[str, dict[str, Any]] = {
     "attn_selective": {"decoder_kwargs": {"cross_attn_selective": False}},
     "attn_use_cope": {"decoder_kwargs": {"cross_attn_use_cope": False}},
@@ -125,6 +125,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     },
     "qkv_receive_diff_residuals": {"decoder_kwargs": {"num_residual_streams": 2}},
     "unet_skips": {"decoder_depth": 3},
+    "scaled_sinu_pos_emb": {"rotary_xpos": False, "use_abs_pos_emb": True},
     "looped": {"decoder_kwargs": {"pre_and_post_norm": True}},
     "memory_tokens_interspersed_every": {"transformer_kwargs": {"num_memory_tokens": 2}},
     "tie_embedding_scale": {"transformer_kwargs": {"tie_embedding": True}},
@@ -159,12 +160,10 @@ def merged(*arguments: Arguments) -> Arguments:
 
 
 def variants(part: str, name: str, flags: list[dict[str, Any]]) -> Iterator[Arguments]:
-    """Yield arguments of configs with a keyword, without and with what it may need beside it."""
+    """Yield arguments of configs with a keyword, and with what it needs beside it, under different flags."""
     given = {f"{part}_kwargs": {name: simple_value(part, name)}}
     for others in flags:
-        yield merged(SMALL, others, given)
-        if name in COMPANIONS:
-            yield merged(SMALL, others, COMPANIONS[name], given)
+        yield merged(SMALL, others, COMPANIONS.get(name, {}), given)
 
 
 def pairs(count: int, seed: int = 0) -> Iterator[Arguments]:

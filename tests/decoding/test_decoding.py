@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE
+from palme_xt.decoding import probe
 from palme_xt.mapping import upstream_keywords
 from palme_xt.strategies import configs
 from tests.models import batch, logits, small
@@ -74,6 +77,8 @@ def test_greedy_decoding_of_any_config(data: st.DataObject) -> None:
 
 
 UNCACHED: list[dict[str, Any]] = [
+    {"decoder_kwargs": {"shift_tokens": True}},
+    {"decoder_kwargs": {"attn_use_rel_proj_pos_bias": True, "cross_attn_use_rel_proj_pos_bias": True}},
     {
         "decoder_kwargs": {"attn_data_dependent_alibi": True, "cross_attn_data_dependent_alibi": False},
         "alibi_pos_bias": False,
@@ -84,6 +89,7 @@ UNCACHED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:decoder_kwargs")
 @pytest.mark.parametrize("arguments", UNCACHED, ids=str)
 @torch.no_grad()
 def test_where_the_cache_would_be_wrong_it_is_not_used(arguments: dict[str, Any]) -> None:
@@ -92,23 +98,70 @@ def test_where_the_cache_would_be_wrong_it_is_not_used(arguments: dict[str, Any]
         return  # this upstream release does not have the override
     model = small(attn_flash=False, **arguments)
     img, text = batch(model, b=1, n=4)
-    context = model.encode(img)
-    expected = text
-    for _ in range(8):
-        values = model.decoder.net(expected, context=context)
-        expected = torch.cat([expected, values[:, -1:].argmax(dim=-1)], dim=1)
-    assert torch.equal(model.generate(img, text, 8, **GREEDY), expected[:, 4:])
+    with mock.patch.object(model.decoder.net, "forward", wraps=model.decoder.net.forward) as net:
+        assert model.generate(img, text, 8, **GREEDY).tolist() == greedy_reference(model, img, list(text), 8)
+    assert [call.args[0].shape[1] for call in net.call_args_list[:8]] == list(range(4, 12))
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"transformer_kwargs": {"num_memory_tokens": 2}}, {"decoder_kwargs": {"attn_num_mem_kv": 2}}], ids=str
-)
-def test_where_padding_would_be_read_prompts_must_be_of_one_length(arguments: dict[str, Any]) -> None:
+ALONE: list[dict[str, Any]] = [
+    {"transformer_kwargs": {"num_memory_tokens": 2}},
+    {"decoder_kwargs": {"attn_num_mem_kv": 2}},
+    {"decoder_kwargs": {"shift_tokens": 1}},
+    {"transformer_kwargs": {"scaled_sinu_pos_emb": True}, "use_abs_pos_emb": True, "rotary_xpos": False},
+]
+
+
+@pytest.mark.parametrize("arguments", ALONE, ids=str)
+@torch.no_grad()
+def test_where_padding_would_be_read_each_text_is_decoded_alone(arguments: dict[str, Any]) -> None:
     model = small(**arguments)
-    img, text = batch(model, b=2, n=4)
-    with pytest.raises(ValueError, match=r"prompts must have the same length with .*=2: x-transformers would not mask"):
-        model.generate(img, [text[0], text[1, :2]], 3, **GREEDY)
-    assert torch.equal(model.generate(img, list(text), 3, **GREEDY), model.generate(img, text, 3, **GREEDY))
+    img, text = batch(model, b=3, n=4)
+    prompts = [text[0], text[1, :2], text[2, :3]]
+    expected = greedy_reference(model, img, prompts, 6)
+    assert model.generate(img, prompts, 6, **GREEDY).tolist() == expected
+    eos_token = expected[0][2]
+    ended = torch.tensor(greedy_reference(model, img, prompts, 6, eos_token))
+    steps = list(model.stream(img, prompts, 6, eos_token=eos_token, **GREEDY))
+    assert torch.equal(torch.stack(steps, dim=1), ended[:, : len(steps)])
+    beams, scores = model.beam_search(img, prompts, 6, beams=3, eos_token=eos_token)
+    for row, prompt in enumerate(prompts):
+        best, score = model.beam_search(img[row : row + 1], prompt, 6, beams=3, eos_token=eos_token)
+        assert torch.equal(beams[:, row], best[:, 0])
+        torch.testing.assert_close(scores[:, row], score[:, 0])
+    with mock.patch("palme_xt.model.is_right", return_value=True), contextlib.suppress(RuntimeError):
+        assert model.generate(img, prompts, 6, **GREEDY).tolist() != expected
+
+
+def test_a_decoder_that_was_wired_by_hand_uses_its_cache_where_that_is_right() -> None:
+    for arguments, cached in ({"rotary_xpos": False}, True), ({}, False):  # with both positions, upstream's crashes
+        theirs = HandWired(small(**arguments).config)
+        model = PalmE.from_modules(theirs.encoder, theirs.decoder)
+        img, text = batch(model, n=3)
+        expected = greedy_reference(model.eval(), img, list(text), 5)
+        with mock.patch.object(model.decoder.net, "forward", wraps=model.decoder.net.forward) as net:
+            assert model.generate(img, text, 5, **GREEDY).tolist() == expected
+        assert net.call_args_list[-1].args[0].shape[1] == (1 if cached else 7)
+
+
+def test_what_decoding_relies_on_is_tried_once_and_again_when_modules_are_replaced() -> None:
+    model, other = small(), small(decoder_kwargs={"shift_tokens": 1})
+    img, text = batch(model, n=3)
+    hook = mock.Mock(return_value=None)
+    model.decoder.net.attn_layers.register_forward_hook(hook)
+    model.train()
+    torch.manual_seed(5)
+    with mock.patch.object(probe, "_try", wraps=probe._try) as tried:
+        for _ in range(2):
+            model.generate(img, text, 3, **GREEDY)
+        assert tried.call_count == 1
+        assert hook.call_count == 6  # one for each step, and none for the trial
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+        model.decoder.net.attn_layers = other.decoder.net.attn_layers
+        assert model.generate(img, text, 3, **GREEDY).tolist() == greedy_reference(model.eval(), img, list(text), 3)
+        assert tried.call_count == 2
+        model.double()
+        model.generate(img.double(), text, 3, **GREEDY)
+        assert tried.call_count == 3
 
 
 def test_a_temperature_near_zero_is_greedy() -> None:

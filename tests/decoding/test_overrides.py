@@ -13,6 +13,7 @@ from torch import Tensor
 from palme_xt import PalmE, PalmEConfig
 from palme_xt.mapping import upstream_keywords
 from tests.decoding.overrides import FLAGS, KEYWORDS, NO_XPOS, Arguments, built, pairs, texts, variants
+from tests.models import small
 
 STEPS = 3
 RANDOM = ("attn_gumbel_softmax", "cross_attn_gumbel_softmax")  # sample noise in eval mode, too
@@ -91,6 +92,18 @@ def first_that_runs(part: str, name: str, flags: list[Arguments] = FLAGS) -> tup
 @pytest.mark.parametrize(("part", "name"), SOME)
 def test_promises_are_kept_under_every_keyword(part: str, name: str) -> None:
     assert_promises(first_that_runs(part, name)[1])
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:decoder_kwargs")
+def test_promises_are_kept_beyond_a_window_that_is_longer_than_the_texts_that_are_tried() -> None:
+    model = small(attn_flash=False, decoder_kwargs={"cross_attn_max_attend_past": 20})
+    ids, _ = texts()
+    context = 3 * torch.randn(2, 40, 24)
+    expected = torch.stack([alone(model, *sample) for sample in zip(ids, context, strict=True)])
+    tokens, logits = decoded(model, list(ids), context, True)
+    assert torch.equal(tokens, expected.argmax(dim=-1))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
