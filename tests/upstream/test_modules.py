@@ -278,6 +278,7 @@ def test_alibi_is_computed_once_and_not_copied_for_each_sample_as_upstream_still
     assert largest_tensor(theirs, img, text) == b * h * n * n
 
 
+@pytest.mark.filterwarnings("ignore:decoder_kwargs")
 @pytest.mark.parametrize(
     "arguments",
     [
