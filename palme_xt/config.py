@@ -14,8 +14,8 @@ from palme_xt.mapping import MAPPING, SET_BY_COMPOSITION, argument_behind, upstr
 _NO_LOGITS_FOR_EACH_TOKEN = ("use_cls_token", "average_pool_embed", "return_only_embed", "num_output_heads")
 # x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, the logits of a token depend on the tokens after it, or
 # on their number. `test_exactly_the_keywords_that_see_later_tokens_are_warned_of` tries all keywords.
-_SEE_LATER_TOKENS = "orthog_residual mv_split_residual cross_attn_inverted_attention cross_attn_causal".split()
-_SEE_LATER_TOKENS += "attn_orthog_projected_values attn_orthog_projected_values_per_head".split()
+_SEE_LATER_TOKENS = ["orthog_residual", "mv_split_residual", "cross_attn_inverted_attention", "cross_attn_causal"]
+_SEE_LATER_TOKENS += ["attn_orthog_projected_values", "attn_orthog_projected_values_per_head"]
 _INHERITED = ("cross_attn_use_rel_proj_pos_bias", "cross_attn_max_attend_past")  # from the same name without `cross_`
 DEFAULT_DIM_HEAD = 64  # upstream's default, independent of the model's dim and heads
 
