@@ -35,7 +35,7 @@ def is_right(net: Any, config: PalmEConfig, *, cached: bool, padded: bool) -> bo
     dtype = torch.promote_types(next(net.parameters()).dtype, torch.float32)
     known, state = _KNOWN.setdefault(net, {}), (cached, padded, dtype, *map(id, net.modules()))
     if state not in known:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]), torch.no_grad():
             torch.manual_seed(0)
             try:
                 known[state] = _try(net, config, dtype, 2 if cached else 0, LENGTH // 2 if padded else 0)

@@ -80,6 +80,8 @@ VALUES: dict[str, Any] = {
     "attend_sdp_kwargs": {"enable_math": True},
     "custom_activation": nn.Tanh(),
     "softclamp_value": 2.0,
+    "glu_gate_softclamp_value": 2.0,
+    "glu_up_softclamp_value": 2.0,
     "embed_num_tokens": {"kind": 3},
     "emb_dim": 16,
     "num_memory_tokens": 2,
@@ -179,7 +181,7 @@ def built(arguments: Arguments) -> PalmE | None:
     """Return a model in float64 whose weights are large enough for every part to matter.
 
     Returns:
-        The model, or None if upstream refuses to build it, or if it cannot read a text.
+        The model, or None if upstream refuses to build it, or cannot compute the logits of a text.
     """
     try:
         with warnings.catch_warnings():
@@ -190,10 +192,10 @@ def built(arguments: Arguments) -> PalmE | None:
             for parameter in model.parameters():
                 parameter.normal_(std=0.3)
             ids, context = texts()
-            model.decoder.net(ids[:1], context=context[:1])
+            logits = model.decoder.net(ids[:1], context=context[:1])
     except (ValueError, TypeError, AssertionError, RuntimeError, ImportError, IndexError):
         return None
-    return model
+    return model if logits.isfinite().all() else None
 
 
 def texts() -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from palme_xt.decoding import probe
 from palme_xt.mapping import upstream_keywords
 from palme_xt.strategies import configs
 from tests.models import batch, logits, small
+from tests.upstream.storages import Storages
 
 FLAGS = ("alibi_pos_bias", "rotary_xpos", "attn_flash", "qk_norm", "use_abs_pos_emb", "cross_attend")
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -163,6 +164,36 @@ def test_what_decoding_relies_on_is_tried_once_and_again_when_modules_are_replac
         model.double()
         model.generate(img.double(), text, 3, **GREEDY)
         assert tried.call_count == 3
+
+
+def test_what_decoding_relies_on_does_not_depend_on_where_it_is_tried() -> None:
+    for context in torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"), torch.inference_mode():
+        net, config = small().decoder.net, small().config
+        with context:
+            assert probe.is_right(net, config, cached=True, padded=False)
+            assert probe.is_right(net, config, cached=True, padded=True)
+    for dtype in torch.bfloat16, torch.float64:
+        assert probe.is_right(small().to(dtype).decoder.net, config, cached=True, padded=True)
+
+
+def test_weights_and_size_do_not_matter_to_what_decoding_relies_on() -> None:
+    shifted = small(decoder_kwargs={"shift_tokens": 1})
+    with torch.no_grad():
+        for parameter in shifted.parameters():
+            parameter.zero_()  # so that no text has any effect
+    assert not probe.is_right(shifted.decoder.net, shifted.config, cached=True, padded=False)
+    deep = small(decoder_depth=16)
+    copied = probe._small_copy(deep.decoder.net, torch.float32)
+    assert probe.is_right(deep.decoder.net, deep.config, cached=True, padded=True)
+    assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in deep.parameters()}
+    with torch.device("meta"):
+        huge = small(decoder_dim=8192, decoder_heads=64, num_tokens=250_000).decoder.net
+    buffers = {name: torch.zeros_like(value, device="cpu") for name, value in huge.named_buffers()}
+    for name, value in buffers.items():
+        huge.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = value
+    with Storages() as storages:
+        probe._small_copy(huge, torch.float32)
+    assert max(storages.sizes()) < 10**6  # of 2 * 10**9
 
 
 def test_a_temperature_near_zero_is_greedy() -> None:
