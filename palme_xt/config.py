@@ -14,6 +14,11 @@ from typing import Any, NoReturn, Self
 from palme_xt.mapping import MAPPING, SET_BY_COMPOSITION, argument_behind, upstream_keywords
 
 _NO_LOGITS_FOR_EACH_TOKEN = ("use_cls_token", "average_pool_embed", "return_only_embed", "num_output_heads")
+# x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, the logits of a token depend on the tokens after it, or
+# on their number. `test_exactly_the_keywords_that_see_later_tokens_are_warned_of` tries all keywords.
+_SEE_LATER_TOKENS = ["orthog_residual", "mv_split_residual", "cross_attn_inverted_attention", "cross_attn_causal"]
+_SEE_LATER_TOKENS += ["attn_orthog_projected_values", "attn_orthog_projected_values_per_head"]
+_INHERITED = ("cross_attn_use_rel_proj_pos_bias", "cross_attn_max_attend_past")  # from the same name without `cross_`
 DEFAULT_DIM_HEAD = 64  # upstream's default, independent of the model's dim and heads
 
 
@@ -93,7 +98,9 @@ class PalmEConfig:
             self._check_overrides(part, getattr(self, f"{part}_kwargs"))
         self._check_sizes()
         self._check_values_of_overrides()
+        self._check_combinations()
         self._warn_of_dropped_positions()
+        self._warn_of_later_tokens()
 
     def _check_overrides(self, part: str, overrides: Any) -> None:
         where = f"{part}_kwargs"
@@ -138,6 +145,28 @@ class PalmEConfig:
         why = "upstream feeds it to the decoder where a target is ignored"
         check_token_id("autoregressive_kwargs['pad_value']", self.pad_value, self.num_tokens, why)
 
+    def _check_combinations(self) -> None:
+        """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with."""
+        transformer, decoder = self.transformer_kwargs, self.decoder_kwargs
+        another_dim = transformer.get("emb_dim") not in (None, self.decoder_dim)
+        flash = self.attn_flash or decoder.get("cross_attn_flash")
+        diff = "qkv_receive_diff_residuals"
+        more = ("integrate_layers", "attn_aggregated_residuals", "gated_multi_residual")
+        same = [
+            kwargs.get("num_residual_streams", 1) == 1 and not any(kwargs.get(name) for name in more)
+            for kwargs in (self.encoder_kwargs, decoder)
+        ]
+        for part, name, wrong, rule in (
+            ("transformer", "logits_dim", transformer.get("logits_dim") != self.num_tokens, "must be num_tokens"),
+            ("transformer", "tie_embedding", another_dim, "needs emb_dim=decoder_dim"),
+            ("autoregressive", "add_attn_z_loss", flash, "needs attn_flash=False"),
+            ("encoder", diff, same[0], "needs num_residual_streams=2 or more"),
+            ("decoder", diff, same[1], "needs num_residual_streams=2 or more"),
+        ):
+            value = getattr(self, f"{part}_kwargs").get(name)
+            if value and wrong:
+                raise ValueError(f"{part}_kwargs[{name!r}]={value!r} {rule}: x-transformers crashes without")
+
     def _warn_of_dropped_positions(self) -> None:
         others = ("rotary_pos_emb", "rel_pos_bias", "polar_pos_emb")
         dropped = self.rotary_xpos or any(self.decoder_kwargs.get(name) for name in others)
@@ -146,6 +175,17 @@ class PalmEConfig:
             why = "x-transformers drops absolute positions when the decoder has rotary or relative ones"
             remedy = 'to keep both, pass decoder_kwargs={"disable_abs_pos_emb": False}'
             warnings.warn(f"{found}: {why}; {remedy}", stacklevel=4)
+
+    def _warn_of_later_tokens(self) -> None:
+        values = {
+            name: self.decoder_kwargs.get(name.removeprefix("cross_")) for name in _INHERITED
+        } | self.decoder_kwargs
+        for name in (*_SEE_LATER_TOKENS, *_INHERITED):
+            value = values.get(name)
+            if value and (self.cross_attend or not name.startswith("cross_")):
+                found = f"decoder_kwargs[{name!r}]={value!r} lets the logits of a token depend on the tokens after it"
+                why = "or on their number, as x-transformers implements it, so that training may leak the targets"
+                warnings.warn(f"{found}, {why}: turn {name!r} off", stacklevel=4)
 
     @property
     def channels(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.decoding import loop
+from palme_xt.decoding.probe import is_right
 from palme_xt.decoding.request import GenerationRequest, Request, SamplingRequest, SearchRequest, takes_arguments_of
 from palme_xt.inputs import check_batches, check_img, check_source, check_text
 from palme_xt.upstream.loss import AutoregressiveWrapper
@@ -59,7 +60,7 @@ class PalmE(nn.Module):
         if isinstance(config, UnprovenConfig):
             config.refuse()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="use_abs_pos_emb")  # the config has already warned
+            warnings.filterwarnings("ignore", message="use_abs_pos_emb|decoder_kwargs")  # the config has already warned
             return cls(**{argument.name: getattr(config, argument.name) for argument in fields(config)})
 
     @classmethod
@@ -73,9 +74,9 @@ class PalmE(nn.Module):
         and pushing. To resolve it, pass what cannot be read, for example `decoder_kwargs={"ff_glu": True}`, or build
         the model from its arguments, and load the modules' state dicts.
 
-        A plain `x_transformers.Decoder` is kept, and `generate` then reads the whole text at each step, because
-        decoding with upstream's cache may crash. To use the cache, load the modules' state dicts into
-        `PalmE.from_config(model.config)`.
+        A plain `x_transformers.Decoder` is kept, and `generate` then reads the whole text at each step if decoding with
+        upstream's cache crashes, as it does with ALiBi and rotary positions. To use the cache, load the modules' state
+        dicts into `PalmE.from_config(model.config)`.
 
         Args:
             encoder: An `x_transformers.ViTransformerWrapper`.
@@ -205,8 +206,8 @@ class PalmE(nn.Module):
             restrict_to_max_seq_len: Raise an error if the texts would become longer than `max_seq_len`. False allows it
                 for models without absolute positions; no sliding window is used.
             cache_kv: Cache keys and values, so that a step reads one token. False reads the whole text at each step,
-                and decodes the same tokens. True does so as well with the overrides for which upstream's cache is
-                wrong (`palme_xt.decoding.loop.WRONG_WITH_CACHE`).
+                and decodes the same tokens. True does so as well if upstream's cache is wrong for the model, which the
+                first call finds out (`palme_xt.decoding.probe`).
             compile: Compile the step that reads one token, with `torch.compile`, on its first use. The graph serves all
                 lengths and later calls. Compiling takes about a minute, so it is worth it only for many tokens.
             context: The embeddings that `encode` returned, instead of `img`, to encode once for several calls.
@@ -285,13 +286,19 @@ class PalmE(nn.Module):
     def _start(self, request: Request) -> Callable[[], loop.Texts]:
         """Check a request, and return a function that encodes its images and returns the texts to decode."""
         source = check_source(request.img, request.context, request.context_mask, self.config)
-        request.check(
-            self.config, None if source is None else len(source), loop.can_cache(self.decoder.net, self.config)
-        )
-        network = self.decoder if isinstance(self.decoder, AutoregressiveWrapper) else self.decoder.net
-        return lambda: loop.Texts(
-            network, request, None if source is None else self._context(source), self.config.pad_value
-        )
+        net = self.decoder.net
+        can_cache = net.can_cache_kv and is_right(net, self.config, cached=True, padded=False)
+        request.check(self.config, None if source is None else len(source), can_cache)
+        network = self.decoder if isinstance(self.decoder, AutoregressiveWrapper) else net
+
+        def start() -> loop.Texts:
+            context = None if source is None else self._context(source)
+            texts = loop.Texts(network, request, context, self.config.pad_value)
+            ragged = request.prompt_lens is not None
+            together = not ragged or is_right(net, self.config, cached=request.cache_kv, padded=True)
+            return texts if together else loop.SeparateTexts(texts)
+
+        return start
 
     def _context(self, source: Tensor) -> Tensor:
         """Return the embeddings of images, or embeddings `(b, p, d)` that are given already, in the encoder's dtype."""

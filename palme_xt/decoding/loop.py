@@ -6,6 +6,7 @@ Letters in shapes: b batch, t tokens of a prompt, n new tokens, k beams, v vocab
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,25 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import align_right
 
-from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.decoding.compiled import compiled_step
 from palme_xt.decoding.request import Request, SamplingRequest, SearchRequest
-from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
-
-# x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, and in a looped network, a cached step crashes or
-# computes different logits than reading the whole text does. In these cases, each step reads the whole text.
-WRONG_WITH_CACHE: tuple[str, ...] = ("shift_tokens", "orthog_residual", "mv_split_residual")
-WRONG_WITH_CACHE += ("attn_use_rel_proj_pos_bias", "attn_data_dependent_alibi")
-
-
-def can_cache(net: Any, config: PalmEConfig) -> bool:
-    """Return whether a cached step of `net` computes the same as reading the whole text."""
-    # xPos scales keys by their distance from the middle of the text, which is undefined for memory keys.
-    wrong_with_xpos = config.rotary_xpos and config.decoder_kwargs.get("attn_num_mem_kv")
-    wrong = wrong_with_xpos or any(config.decoder_kwargs.get(name) for name in WRONG_WITH_CACHE)
-    # A decoder adopted from upstream may crash with its cache. An unproven config may lack one of these overrides.
-    adopted = not isinstance(net.attn_layers, CachedDecoder) or isinstance(config, UnprovenConfig)
-    return bool(net.can_cache_kv) and not (wrong or adopted or net.looped)
 
 
 @contextlib.contextmanager
@@ -66,7 +50,11 @@ class Texts:
         if request.prompt_lens is not None:
             seq_start_pos = self.ids.shape[1] - request.prompt_lens
             self.ids = align_right(self.ids, request.prompt_lens, pad_id=pad_value)
-        self.inputs = {"context": context, "context_mask": request.context_mask, "seq_start_pos": seq_start_pos}
+        self.inputs: dict[str, Any] = {
+            "context": context,
+            "context_mask": request.context_mask,
+            "seq_start_pos": seq_start_pos,
+        }
         self.cache: Any = None
 
     def next_logits(self) -> Tensor:
@@ -104,6 +92,36 @@ class Texts:
             for layer in self.cache.attn_intermediates:
                 if not (same_samples and layer.layer_type == "c"):
                     layer.cached_kv = tuple(None if kv is None else kv[rows] for kv in layer.cached_kv)
+
+
+class SeparateTexts(Texts):
+    """Texts of different lengths that are read one by one, for a network that does not ignore their padding.
+
+    Args:
+        texts: The same texts as a batch, of which nothing has been read yet.
+    """
+
+    def __init__(self, texts: Texts) -> None:
+        self.ids, self.texts = texts.ids, []
+        for row, start in enumerate(texts.inputs["seq_start_pos"].tolist()):
+            text = copy.copy(texts)
+            text.select(torch.tensor([row], device=texts.ids.device))
+            text.ids, text.inputs = text.ids[:, start:], text.inputs | {"seq_start_pos": None}
+            self.texts.append(text)
+
+    def next_logits(self) -> Tensor:
+        """Return the logits `(b, v)` of the next token of each text."""
+        return torch.cat([text.next_logits() for text in self.texts])
+
+    def append(self, tokens: Tensor) -> None:
+        """Append `tokens (b,)`, one to each text."""
+        super().append(tokens)
+        for text, token in zip(self.texts, tokens.split(1), strict=True):
+            text.append(token)
+
+    def select(self, rows: Tensor, *, same_samples: bool = False) -> None:
+        """Keep the texts at the indices `rows`, in this order. A text may be kept several times."""
+        self.ids, self.texts = self.ids[rows], [copy.copy(self.texts[row]) for row in rows.tolist()]
 
 
 def sample(texts: Texts, request: SamplingRequest, pad_value: int) -> Iterator[Tensor]:

@@ -76,8 +76,6 @@ class Request:
         self._check_lengths(self.prompts.shape[1], config)
         if self.eos_token is not None:
             self.eos_token = check_token_id("eos_token", self.eos_token, config.num_tokens, "or pass None")
-        if self.prompt_lens is not None:
-            _check_left_padding(config)
         if not isinstance(self.compile, bool):
             raise TypeError(f"compile={self.compile!r} must be True or False")
         if self.compile and not self.cache_kv:
@@ -169,12 +167,3 @@ def _check_number(name: str, value: Any, least: float, rule: str) -> None:
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")
     if not (value >= least and math.isfinite(value)):
         raise ValueError(f"{name}={value} must be {rule}")
-
-
-def _check_left_padding(config: PalmEConfig) -> None:
-    """Reject prompts of different lengths where x-transformers (up to 2.31.10) does not mask their padding."""
-    for part, name in ("transformer", "num_memory_tokens"), ("decoder", "attn_num_mem_kv"):
-        value = getattr(config, f"{part}_kwargs").get(name)
-        if value:
-            why = "x-transformers would not mask the padding of shorter ones; decode each length in its own call"
-            raise ValueError(f"prompts must have the same length with {part}_kwargs[{name!r}]={value}: {why}")

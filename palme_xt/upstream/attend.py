@@ -31,6 +31,7 @@ class Attend(upstream.Attend):
         # torch allows anyway, through a partial that cannot be pickled. Backends that the user chose are kept.
         if self.flash and set(self.sdp_context_manager.args[0]) == DEFAULT_BACKENDS:
             self.sdp_context_manager = contextlib.nullcontext
+        self.sparse_topk = getattr(self.attn_fn, "keywords", {}).get("sparse_topk", 0)
 
     def forward(
         self,
@@ -42,7 +43,16 @@ class Attend(upstream.Attend):
         causal: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Attend, for `q (b, h, i, d)`, `k` and `v (b, kvh, j, d)`, `mask (b, 1, i, j)`, `attn_bias (h, i, j)`."""
+        """Attend, for `q (b, h, i, d)`, `k` and `v (b, kvh, j, d)`, `mask (b, 1, i, j)`, `attn_bias (h, i, j)`.
+
+        As in upstream, `mask` may also be `(b, j)`.
+
+        Raises:
+            ValueError: If there are fewer keys than `attn_sparse_topk`.
+        """
+        if self.sparse_topk > k.shape[-2]:
+            rule = "must be at most the number of keys: lower it, or pass a longer text or context"
+            raise ValueError(f"attn_sparse_topk={self.sparse_topk} with {k.shape[-2]} keys, {rule}")
         others = ("prev_attn", "attn_delta", "flash_pack_seq_kwargs")
         special = self.add_zero_kv or self.l2_distance or any(kwargs.get(name) is not None for name in others)
         if not self.flash or causal is not False or special:
@@ -51,6 +61,7 @@ class Attend(upstream.Attend):
         # a bias for each sample of the batch to mask it.
         k, v = (repeat(t, "b h n d -> b (r h) n d", r=q.shape[1] // t.shape[1]) for t in (k, v))
         if mask is not None:
+            mask = mask[:, None, None] if mask.ndim == 2 else mask
             return self.flash_attn(q, k, v, mask=mask, attn_bias=attn_bias, causal=False)
         # x-transformers 2.26 to 2.31.10: `flash_attn` compares the numbers of queries and keys even where nothing is
         # causal, so that a graph exported with more text tokens than image patches rejects a shorter text.

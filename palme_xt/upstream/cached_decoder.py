@@ -15,7 +15,8 @@ class Decoder(x_transformers.Decoder):
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what upstream returns, for `x (b, n, d)` and the same keywords."""
+        """Return what upstream returns, for `x (b, n, d)` and the same arguments."""
+        kwargs = self.by_keyword(args, kwargs)
         rotary = self.rotary_pos_emb
         given = any(kwargs.get(name) is not None for name in ("rotary_pos_emb", "pos"))
         if rotary is not None and not given:
@@ -26,4 +27,10 @@ class Decoder(x_transformers.Decoder):
                 offset = 0 if cache is None else cache.cache_length
             pos = torch.arange(x.shape[1] + mem_len + offset, device=x.device)
             kwargs["rotary_pos_emb"] = rotary(pos - mem_len)
-        return super().forward(x, *args, **kwargs)
+        return super().forward(x, **kwargs)
+
+    @staticmethod
+    def by_keyword(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of `forward` that follow `x`, all of them by keyword."""
+        names = x_transformers.Decoder.forward.__code__.co_varnames[2:]
+        return dict(zip(names, args, strict=False)) | kwargs if args else kwargs

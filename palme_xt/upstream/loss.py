@@ -72,7 +72,7 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
             and type(to_logits) is nn.Linear
             and type(to_logits.weight) is nn.Parameter
             and to_logits.bias is None
-            and not (to_logits._forward_hooks or to_logits._forward_pre_hooks)
+            and not (to_logits._forward_hooks or to_logits._forward_pre_hooks or self.net._forward_hooks)
             and not (self.net.sigsoftmax_logits or self.net.squeeze_out_last_dim)
             and self.net.to_mixture is None
             and not torch.is_autocast_enabled(x.device.type)

@@ -18,11 +18,11 @@ MASKS = ("mask", "attn_mask", "self_attn_kv_mask", "mem_masks", "seq_start_pos",
 
 
 class Encoder(x_transformers.Encoder):
-    """`x_transformers.Encoder`, whose modules can be pickled."""
+    """`x_transformers.Encoder`, whose modules can be pickled, and which has no ALiBi state."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        replace_attends(self)
+        _replace_modules(self, kwargs)
 
 
 class Decoder(CachedDecoder):
@@ -40,13 +40,9 @@ class Decoder(CachedDecoder):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        replace_attends(self)
-        if self.rotary_pos_emb is not None:
-            self.rotary_pos_emb = RotaryEmbedding(self.rotary_pos_emb)
+        _replace_modules(self, kwargs)
         self.alibi = None
-        if isinstance(self.rel_pos, upstream.AlibiPositionalBias):
-            slopes = kwargs.get("rel_pos_kwargs", {}).get("slopes")
-            self.rel_pos = AlibiPositionalBias(self.rel_pos.heads, self.rel_pos.total_heads, slopes=slopes)
+        if isinstance(self.rel_pos, AlibiPositionalBias):
             attentions = [module for module in self.modules() if isinstance(module, upstream.Attention)]
             alike = {(module.num_mem_kv, module.attend.flash) for module in attentions if module.causal}
             if len(alike) == 1:
@@ -59,11 +55,12 @@ class Decoder(CachedDecoder):
         Raises:
             ValueError: If `attn_bias` is given with ALiBi, which upstream rejects as well.
         """
+        kwargs = self.by_keyword(args, kwargs)
         if self.alibi is not None:
             if kwargs.get("attn_bias") is not None:
                 raise ValueError("attn_bias is given to a decoder with ALiBi: build it with alibi_pos_bias=False")
             kwargs.update(self._alibi_arguments(x, kwargs))
-        return super().forward(x, *args, **kwargs)
+        return super().forward(x, **kwargs)
 
     def _alibi_arguments(self, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         # x-transformers 1.30 to 2.31.10 computes the bias in each layer, and masks a copy of it for each sample.
@@ -83,6 +80,16 @@ class Decoder(CachedDecoder):
             else:
                 bias = self.alibi(i, past + i)
         return {"attn_bias": F.pad(bias, (self._num_mem_kv, 0)), **arguments}
+
+
+def _replace_modules(layers: Any, kwargs: dict[str, Any]) -> None:
+    """Replace the modules of an encoder or a decoder, which was built with `kwargs`, by those with the workarounds."""
+    replace_attends(layers)
+    if layers.rotary_pos_emb is not None:
+        layers.rotary_pos_emb = RotaryEmbedding(layers.rotary_pos_emb)
+    if isinstance(layers.rel_pos, upstream.AlibiPositionalBias):
+        slopes = kwargs.get("rel_pos_kwargs", {}).get("slopes")
+        layers.rel_pos = AlibiPositionalBias(layers.rel_pos.heads, layers.rel_pos.total_heads, slopes=slopes)
 
 
 class TransformerWrapper(x_transformers.TransformerWrapper):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE
-from palme_xt.decoding.loop import WRONG_WITH_CACHE
+from palme_xt.decoding import probe
 from palme_xt.mapping import upstream_keywords
 from palme_xt.strategies import configs
 from tests.models import batch, logits, small
+from tests.upstream.storages import Storages
 
 FLAGS = ("alibi_pos_bias", "rotary_xpos", "attn_flash", "qk_norm", "use_abs_pos_emb", "cross_attend")
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -69,14 +72,16 @@ def test_greedy_decoding_of_any_config(data: st.DataObject) -> None:
         for parameter in model.parameters():
             parameter.normal_(std=0.5)
         img = torch.randn(2, config.channels, config.image_size, config.image_size)
-        prompts = torch.randint(config.num_tokens, (2, 3))
-        expected = greedy_reference(model, img, list(prompts), 5)
+        ids = torch.randint(config.num_tokens, (2, 3))
+        prompts = [ids[0], ids[1, : data.draw(st.integers(1, 3))]]
+        expected = greedy_reference(model, img, prompts, 5)
     for cache_kv in True, False:
         assert model.generate(img, prompts, 5, cache_kv=cache_kv, **GREEDY).tolist() == expected
 
 
 UNCACHED: list[dict[str, Any]] = [
-    *({"decoder_kwargs": {name: True}} for name in WRONG_WITH_CACHE if name != "attn_data_dependent_alibi"),
+    {"decoder_kwargs": {"shift_tokens": True}},
+    {"decoder_kwargs": {"attn_use_rel_proj_pos_bias": True, "cross_attn_use_rel_proj_pos_bias": True}},
     {
         "decoder_kwargs": {"attn_data_dependent_alibi": True, "cross_attn_data_dependent_alibi": False},
         "alibi_pos_bias": False,
@@ -87,6 +92,7 @@ UNCACHED: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:decoder_kwargs")
 @pytest.mark.parametrize("arguments", UNCACHED, ids=str)
 @torch.no_grad()
 def test_where_the_cache_would_be_wrong_it_is_not_used(arguments: dict[str, Any]) -> None:
@@ -95,23 +101,100 @@ def test_where_the_cache_would_be_wrong_it_is_not_used(arguments: dict[str, Any]
         return  # this upstream release does not have the override
     model = small(attn_flash=False, **arguments)
     img, text = batch(model, b=1, n=4)
-    context = model.encode(img)
-    expected = text
-    for _ in range(8):
-        values = model.decoder.net(expected, context=context)
-        expected = torch.cat([expected, values[:, -1:].argmax(dim=-1)], dim=1)
-    assert torch.equal(model.generate(img, text, 8, **GREEDY), expected[:, 4:])
+    with mock.patch.object(model.decoder.net, "forward", wraps=model.decoder.net.forward) as net:
+        assert model.generate(img, text, 8, **GREEDY).tolist() == greedy_reference(model, img, list(text), 8)
+    assert [call.args[0].shape[1] for call in net.call_args_list[:8]] == list(range(4, 12))
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"transformer_kwargs": {"num_memory_tokens": 2}}, {"decoder_kwargs": {"attn_num_mem_kv": 2}}], ids=str
-)
-def test_where_padding_would_be_read_prompts_must_be_of_one_length(arguments: dict[str, Any]) -> None:
+ALONE: list[dict[str, Any]] = [
+    {"transformer_kwargs": {"num_memory_tokens": 2}},
+    {"decoder_kwargs": {"attn_num_mem_kv": 2}},
+    {"decoder_kwargs": {"shift_tokens": 1}},
+    {"transformer_kwargs": {"scaled_sinu_pos_emb": True}, "use_abs_pos_emb": True, "rotary_xpos": False},
+]
+
+
+@pytest.mark.parametrize("arguments", ALONE, ids=str)
+@torch.no_grad()
+def test_where_padding_would_be_read_each_text_is_decoded_alone(arguments: dict[str, Any]) -> None:
     model = small(**arguments)
-    img, text = batch(model, b=2, n=4)
-    with pytest.raises(ValueError, match=r"prompts must have the same length with .*=2: x-transformers would not mask"):
-        model.generate(img, [text[0], text[1, :2]], 3, **GREEDY)
-    assert torch.equal(model.generate(img, list(text), 3, **GREEDY), model.generate(img, text, 3, **GREEDY))
+    img, text = batch(model, b=3, n=4)
+    prompts = [text[0], text[1, :2], text[2, :3]]
+    expected = greedy_reference(model, img, prompts, 6)
+    assert model.generate(img, prompts, 6, **GREEDY).tolist() == expected
+    eos_token = expected[0][2]
+    ended = torch.tensor(greedy_reference(model, img, prompts, 6, eos_token))
+    steps = list(model.stream(img, prompts, 6, eos_token=eos_token, **GREEDY))
+    assert torch.equal(torch.stack(steps, dim=1), ended[:, : len(steps)])
+    beams, scores = model.beam_search(img, prompts, 6, beams=3, eos_token=eos_token)
+    for row, prompt in enumerate(prompts):
+        best, score = model.beam_search(img[row : row + 1], prompt, 6, beams=3, eos_token=eos_token)
+        assert torch.equal(beams[:, row], best[:, 0])
+        torch.testing.assert_close(scores[:, row], score[:, 0])
+    with mock.patch("palme_xt.model.is_right", return_value=True), contextlib.suppress(RuntimeError):
+        assert model.generate(img, prompts, 6, **GREEDY).tolist() != expected
+
+
+def test_a_decoder_that_was_wired_by_hand_uses_its_cache_where_that_is_right() -> None:
+    for arguments, cached in ({"rotary_xpos": False}, True), ({}, False):  # with both positions, upstream's crashes
+        theirs = HandWired(small(**arguments).config)
+        model = PalmE.from_modules(theirs.encoder, theirs.decoder)
+        img, text = batch(model, n=3)
+        expected = greedy_reference(model.eval(), img, list(text), 5)
+        with mock.patch.object(model.decoder.net, "forward", wraps=model.decoder.net.forward) as net:
+            assert model.generate(img, text, 5, **GREEDY).tolist() == expected
+        assert net.call_args_list[-1].args[0].shape[1] == (1 if cached else 7)
+
+
+def test_what_decoding_relies_on_is_tried_once_and_again_when_modules_are_replaced() -> None:
+    model, other = small(), small(decoder_kwargs={"shift_tokens": 1})
+    img, text = batch(model, n=3)
+    hook = mock.Mock(return_value=None)
+    model.decoder.net.attn_layers.register_forward_hook(hook)
+    model.train()
+    torch.manual_seed(5)
+    with mock.patch.object(probe, "_try", wraps=probe._try) as tried:
+        for _ in range(2):
+            model.generate(img, text, 3, **GREEDY)
+        assert tried.call_count == 1
+        assert hook.call_count == 6  # one for each step, and none for the trial
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+        model.decoder.net.attn_layers = other.decoder.net.attn_layers
+        assert model.generate(img, text, 3, **GREEDY).tolist() == greedy_reference(model.eval(), img, list(text), 3)
+        assert tried.call_count == 2
+        model.double()
+        model.generate(img.double(), text, 3, **GREEDY)
+        assert tried.call_count == 3
+
+
+def test_what_decoding_relies_on_does_not_depend_on_where_it_is_tried() -> None:
+    for context in torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"), torch.inference_mode():
+        net, config = small().decoder.net, small().config
+        with context:
+            assert probe.is_right(net, config, cached=True, padded=False)
+            assert probe.is_right(net, config, cached=True, padded=True)
+    for dtype in torch.bfloat16, torch.float64:
+        assert probe.is_right(small().to(dtype).decoder.net, config, cached=True, padded=True)
+
+
+def test_weights_and_size_do_not_matter_to_what_decoding_relies_on() -> None:
+    shifted = small(decoder_kwargs={"shift_tokens": 1})
+    with torch.no_grad():
+        for parameter in shifted.parameters():
+            parameter.zero_()  # so that no text has any effect
+    assert not probe.is_right(shifted.decoder.net, shifted.config, cached=True, padded=False)
+    deep = small(decoder_depth=16)
+    copied = probe._small_copy(deep.decoder.net, torch.float32)
+    assert probe.is_right(deep.decoder.net, deep.config, cached=True, padded=True)
+    assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in deep.parameters()}
+    with torch.device("meta"):
+        huge = small(decoder_dim=8192, decoder_heads=64, num_tokens=250_000).decoder.net
+    buffers = {name: torch.zeros_like(value, device="cpu") for name, value in huge.named_buffers()}
+    for name, value in buffers.items():
+        huge.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = value
+    with Storages() as storages:
+        probe._small_copy(huge, torch.float32)
+    assert max(storages.sizes()) < 10**6  # of 2 * 10**9
 
 
 def test_a_temperature_near_zero_is_greedy() -> None:

@@ -96,6 +96,10 @@ def test_chunks_are_used_only_where_they_give_the_same() -> None:
     model = small()
     model.decoder.net.to_logits.register_forward_hook(lambda *args: None)
     assert not uses_chunks(model)
+    model, shapes = small(), []
+    model.decoder.net.register_forward_hook(lambda net, inputs, outputs: shapes.append(outputs[0].shape[-1]))
+    assert not uses_chunks(model)
+    assert shapes == [model.config.num_tokens]  # the hook sees logits
     with mock.patch.object(loss, "LOGITS_IN_CACHE", 2 * 10 * 32):
         assert not uses_chunks(small())
 

@@ -86,6 +86,23 @@ def test_memories_of_earlier_segments_still_work() -> None:
     assert not torch.equal(values, net(text[:, 5:], context=context))
 
 
+def test_memories_by_position_are_memories_by_keyword_and_upstreams_are_too() -> None:
+    model = small(rotary_xpos=False)  # with which upstream's own Decoder runs
+    theirs = HandWired(model.config)
+    theirs.load_state_dict(model.state_dict())
+    x, context, mems = torch.randn(2, 5, 32), torch.randn(2, 4, 24), [torch.randn(2, 3, 32)] * 2
+    padding = torch.arange(5) < torch.tensor([[5], [3]])
+    for layers in model.decoder.net.attn_layers, theirs.decoder.net.attn_layers:
+        positional = layers(x, context, padding, None, None, None, mems)
+        assert torch.equal(positional, layers(x, context=context, mask=padding, mems=mems))
+        assert not torch.equal(positional, layers(x, context, padding))
+    ours, upstreams = (m.decoder.net.attn_layers(x, context, padding, None, None, None, mems) for m in (model, theirs))
+    torch.testing.assert_close(ours, upstreams)
+    with_rotary = small().decoder.net.attn_layers
+    positional = with_rotary(x, context, None, None, None, None, mems)
+    assert torch.equal(positional, with_rotary(x, context=context, mems=mems))
+
+
 def test_upstream_still_crashes_with_alibi_rotary_and_a_cache() -> None:
     model = HandWired(small().config)
     img, text = batch(small())
@@ -154,6 +171,49 @@ def test_alibi_slopes_stay_float32() -> None:
     assert model.decoder.net.attn_layers.alibi.slopes.dtype == torch.float32
 
 
+ENCODERS: list[dict[str, Any]] = [{"alibi_pos_bias": True}, {"rotary_pos_emb": True}]
+
+
+def remade(encoder: Any) -> Any:
+    """Return a copy of an encoder that was on the meta device, with the weights of the original."""
+    weights = encoder.state_dict()
+    copied = copy.deepcopy(encoder).to("meta").to_empty(device="cpu")
+    for buffer in copied.buffers():
+        buffer.zero_()  # what `to_empty` leaves in it is arbitrary
+    copied._apply(lambda tensor: tensor)
+    copied.load_state_dict(weights, strict=True)
+    return copied
+
+
+@pytest.mark.parametrize("encoder_kwargs", ENCODERS, ids=str)
+@torch.no_grad()
+def test_positions_of_the_encoder_outlive_the_meta_device_and_bfloat16(encoder_kwargs: dict[str, Any]) -> None:
+    model = small(encoder_kwargs=encoder_kwargs, image_size=16)
+    theirs = HandWired(model.config)
+    theirs.load_state_dict(model.state_dict())
+    img, _ = batch(model)
+    expected = model.encoder(img, return_embeddings=True)
+    assert torch.equal(theirs.encoder(img, return_embeddings=True), expected)
+    assert not torch.equal(small(image_size=16).encoder(img, return_embeddings=True), expected)
+    assert torch.equal(remade(model.encoder)(img, return_embeddings=True), expected)
+    buffers = len(list(model.encoder.buffers()))
+    for contestant, dtype in (model, torch.float32), (theirs, torch.bfloat16):
+        layers = contestant.encoder.to(torch.bfloat16).attn_layers
+        positions = layers.rotary_pos_emb.inv_freq if layers.rel_pos is None else layers.rel_pos.slopes
+        assert positions.dtype == dtype
+    assert len(list(model.encoder.buffers())) == buffers
+
+
+def test_upstream_still_loses_the_slopes_of_an_encoder_on_the_meta_device_and_grows_its_bias() -> None:
+    model = small(encoder_kwargs={"alibi_pos_bias": True}, image_size=16)
+    encoder = HandWired(model.config).encoder
+    img, _ = batch(model)
+    before = len(list(encoder.buffers()))
+    expected = encoder(img, return_embeddings=True)
+    assert len(list(encoder.buffers())) == before + 1
+    assert not torch.equal(remade(encoder)(img, return_embeddings=True), expected)
+
+
 def test_upstream_still_ties_a_copy_to_the_embedding_of_its_source() -> None:
     net = HandWired(small(transformer_kwargs={"tie_embedding": True}, cross_attend=False).config).decoder.net
     text = torch.randint(32, (2, 5))
@@ -218,6 +278,7 @@ def test_alibi_is_computed_once_and_not_copied_for_each_sample_as_upstream_still
     assert largest_tensor(theirs, img, text) == b * h * n * n
 
 
+@pytest.mark.filterwarnings("ignore:decoder_kwargs")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -262,14 +323,27 @@ def test_flash_attention_heeds_causal_false_and_upstreams_still_does_not() -> No
     ours = Attend(upstreams)
     q, k, v = torch.randn(3, 2, 2, 5, 8)
     bias = torch.randn(2, 5, 5)
-    mask = torch.rand(2, 1, 5, 5) > 0.3
-    for kwargs in {}, {"attn_bias": bias}, {"mask": mask}, {"mask": mask, "attn_bias": bias}:
+    mask, keys = torch.rand(2, 1, 5, 5) > 0.3, torch.rand(2, 5) > 0.3
+    rows = {"row_mask": torch.rand(2, 5) > 0.3}  # only inverted attention reads it, which excludes flash attention
+    kwargs: dict[str, Any]
+    for kwargs in {}, {"attn_bias": bias}, {"mask": mask}, {"mask": mask, "attn_bias": bias}, {"mask": keys}, rows:
         causal, _ = upstreams(q, k, v, **kwargs)
         assert torch.equal(upstreams(q, k, v, causal=False, **kwargs)[0], causal)
         assert torch.equal(ours(q, k, v, **kwargs)[0], causal)
         plain, _ = UpstreamAttend(causal=False, flash=True, heads=2)(q, k, v, **kwargs)
         assert torch.equal(ours(q, k, v, causal=False, **kwargs)[0], plain)
         assert not torch.equal(plain, causal)
+
+
+def test_fewer_keys_than_sparse_topk_are_told_of_and_upstream_still_crashes() -> None:
+    model = small(attn_flash=False, decoder_kwargs={"attn_sparse_topk": 3})
+    img, text = batch(model)
+    assert torch.isfinite(model(img, text))
+    message = "attn_sparse_topk=3 with 2 keys, must be at most the number of keys: lower it, or pass a longer text"
+    with pytest.raises(ValueError, match=message):
+        model.generate(img, text[:, :2], 3)
+    with pytest.raises(RuntimeError, match="out of range"):
+        HandWired(model.config)(img, text[:, :2])
 
 
 def test_exported_attention_takes_fewer_queries_than_keys_and_upstreams_still_does_not() -> None:
