@@ -113,7 +113,7 @@ def _depth(layers: Any) -> int:
     return max(1, kinds.count("a") or kinds.count("c"))
 
 
-def _overrides(encoder: Any, decoder: Any) -> dict[str, dict[str, Any]]:
+def _overrides(encoder: Any, decoder: Any) -> dict[str, Any]:
     """Return the five override dicts."""
     net, layers = decoder.net, decoder.net.attn_layers
     attention, cross_attention = _attentions(layers)

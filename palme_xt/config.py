@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, NoReturn
 
@@ -49,6 +49,8 @@ class PalmEConfig:
         transformer_kwargs: Anything else that `x_transformers.TransformerWrapper` accepts.
         decoder_kwargs: Anything else that `x_transformers.Decoder` accepts.
         autoregressive_kwargs: Anything else that `x_transformers.AutoregressiveWrapper` accepts.
+        bos_token: The id that texts begin with, which is the prompt if decoding is given none.
+        eos_token: The id that ends a text, or a list of such ids, if decoding is given none.
 
     Raises:
         ValueError: If a number is out of range, or an override repeats an argument or is unknown to upstream.
@@ -78,6 +80,8 @@ class PalmEConfig:
     transformer_kwargs: dict[str, Any] = field(default_factory=dict)
     decoder_kwargs: dict[str, Any] = field(default_factory=dict)
     autoregressive_kwargs: dict[str, Any] = field(default_factory=dict)
+    bos_token: int | None = None
+    eos_token: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for argument in fields(self):
@@ -109,8 +113,9 @@ class PalmEConfig:
                 raise ValueError(f"{given} is set by PalmE itself: leave {key!r} out of {where}")
             known = upstream_keywords(part)
             if key not in known:
-                closest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
-                raise ValueError(f"{given} is not a keyword of the installed x-transformers: did you mean {closest!r}?")
+                raise ValueError(
+                    f"{given} is not a keyword of the installed x-transformers: {did_you_mean(key, known)}"
+                )
 
     def _check_sizes(self) -> None:
         if self.image_size % self.patch_size:
@@ -139,6 +144,10 @@ class PalmEConfig:
             raise TypeError(f"autoregressive_kwargs['ignore_index']={self.ignore_index!r} must be an int")
         why = "upstream feeds it to the decoder where a target is ignored"
         check_token_id("autoregressive_kwargs['pad_value']", self.pad_value, self.num_tokens, why)
+        if self.bos_token is not None:
+            check_token_id("bos_token", self.bos_token, self.num_tokens, "or pass None")
+        check_eos_token(self.eos_token, self.num_tokens)
+        object.__setattr__(self, "eos_token", _freeze(self.eos_token))
 
     def _warn_of_dropped_positions(self) -> None:
         others = ("rotary_pos_emb", "rel_pos_bias", "polar_pos_emb")
@@ -198,8 +207,7 @@ class PalmEConfig:
         names = [argument.name for argument in fields(cls)]
         for key in values:
             if key not in names:
-                closest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{key!r} is not an argument of PalmEConfig: did you mean {closest!r}?")
+                raise ValueError(f"{key!r} is not an argument of PalmEConfig: {did_you_mean(key, names)}")
         return cls(**values)
 
 
@@ -248,6 +256,11 @@ def to_json_types(value: Any, name: str) -> Any:
     raise TypeError(f"{name}={value!r} has no JSON form: {rule}; leave it out of the config that you save")
 
 
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Return the end of an error message, which names the closest of `names`."""
+    return f"did you mean {difflib.get_close_matches(str(name), sorted(names), n=1, cutoff=0.0)[0]!r}?"
+
+
 def is_int(value: Any) -> bool:
     """Return whether `value` is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
@@ -267,3 +280,11 @@ def check_token_id(name: str, value: Any, num_tokens: int, remedy: str) -> None:
         raise TypeError(f"{name}={value!r} must be a token id, not {type(value).__name__}: {remedy}")
     if not 0 <= value < num_tokens:
         raise ValueError(f"{name}={value} must be a token id within 0..num_tokens-1={num_tokens - 1}: {remedy}")
+
+
+def check_eos_token(value: Any, num_tokens: int) -> tuple[int, ...]:
+    """Return the ids in `eos_token`: one id, several in a list, or None. Reject anything else."""
+    tokens = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+    for token in tokens:
+        check_token_id("eos_token", token, num_tokens, "or pass None")
+    return tokens

@@ -141,7 +141,7 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
 
 
 def check_prompts(
-    prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig
+    prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig, name: str = "prompts"
 ) -> tuple[Tensor, Tensor | None]:
     """Check prompts, and return them in the form that upstream's wrapper takes.
 
@@ -150,6 +150,7 @@ def check_prompts(
         prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left, or None.
         batch: Number of images, or None if the model does not look at any.
         config: The config of the model, for `num_tokens`, `pad_value` and `max_seq_len`.
+        name: What errors call them.
 
     Returns:
         `(b, t)`, int64, and the lengths `(b,)`, or None if all prompts have length t.
@@ -163,7 +164,7 @@ def check_prompts(
         prompts, prompt_lens = _stack_prompts(prompts, config)
     elif isinstance(prompts, Tensor) and prompts.ndim == 1:
         prompts = prompts.expand(batch or 1, -1)
-    _check_token_ids(prompts, config, "prompts")
+    _check_token_ids(prompts, config, name)
     prompts = prompts.long()
     count, longest = prompts.shape
     if batch is not None and count != batch:
@@ -178,7 +179,7 @@ def check_prompts(
             raise ValueError(f"prompt_lens={prompt_lens.tolist()} {rule}")
         within = torch.arange(longest, device=prompts.device) < prompt_lens[:, None]
         prompt_lens = None if bool(within.all()) else prompt_lens
-    _check_range(prompts, within, config, "prompts")
+    _check_range(prompts, within, config, name)
     return prompts.masked_fill(~within, config.pad_value), prompt_lens
 
 

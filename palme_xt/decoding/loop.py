@@ -6,17 +6,19 @@ Letters in shapes: b batch, t tokens of a prompt, n new tokens, k beams, v vocab
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from x_transformers.autoregressive_wrapper import align_right
 
 from palme_xt.config import PalmEConfig
 from palme_xt.decoding.compiled import compiled_step
-from palme_xt.decoding.request import Request, SamplingRequest, SearchRequest
+from palme_xt.decoding.request import DecodingRequest, SamplingRequest, ScoringRequest, SearchRequest
 from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
 
 # x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, and in a looped network, a cached step crashes or
@@ -52,39 +54,51 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 class Texts:
     """A batch of texts that grow by one token per step, decoded by upstream's network with its cache where possible.
 
+    With absolute positions, a text that is longer than `max_seq_len` is read through a sliding window, from its start
+    at each step.
+
     Args:
         net: An `x_transformers.TransformerWrapper` in eval mode.
         request: A checked request. The texts begin with its prompts.
-        context: `(b, p, d)`, or None for a network that does not cross-attend.
-        pad_value: The id that pads shorter prompts on the left.
+        inputs: The network's other inputs, such as `context (b, p, d)`. In nested dicts and lists too, tensors whose
+            first dimension is b hold an entry for each sample.
+        config: The config of the model.
     """
 
-    def __init__(self, net: Any, request: Request, context: Tensor | None, pad_value: int) -> None:
+    def __init__(self, net: Any, request: DecodingRequest, inputs: Mapping[str, Any], config: PalmEConfig) -> None:
         self.net, self.compile, self.cache_kv = net, request.compile, request.cache_kv
+        self.window = config.max_seq_len if config.use_abs_pos_emb else sys.maxsize
         self.ids: Tensor = request.prompts  # type: ignore[assignment]  # (b, t), as `Request.check` left them
         seq_start_pos = None
         if request.prompt_lens is not None:
             seq_start_pos = self.ids.shape[1] - request.prompt_lens
-            self.ids = align_right(self.ids, request.prompt_lens, pad_id=pad_value)
-        self.inputs = {"context": context, "context_mask": request.context_mask, "seq_start_pos": seq_start_pos}
+            self.ids = align_right(self.ids, request.prompt_lens, pad_id=config.pad_value)
+        self.inputs: dict[str, Any] = {**inputs, "seq_start_pos": seq_start_pos}
+        self.of_samples = tree_map(lambda value: has_size(value, len(self.ids)), self.inputs)
         self.cache: Any = None
 
     def next_logits(self) -> Tensor:
         """Return the logits `(b, v)` of the next token of each text."""
+        ids, inputs, beyond = self.ids, self.inputs, self.ids.shape[1] - self.window
+        if beyond > 0:
+            self.cache, ids, start = None, ids[:, beyond:], inputs["seq_start_pos"]
+            inputs = inputs | {"seq_start_pos": None if start is None else (start - beyond).clamp(min=0)}
         cached = self.cache is not None
         # The compiler treats a length of 1 as a constant: its graph would serve that one step only.
         if cached and self.compile and self.cache.cache_length > 1:
-            logits, self.cache = compiled_step(self.net, self.ids[:, -1:], self.cache, self.inputs)
+            logits, self.cache = compiled_step(self.net, ids[:, -1:], self.cache, inputs)
             return logits
         logits, cache = self.net(
-            self.ids[:, -1:] if cached else self.ids,
-            **self.inputs,
+            ids[:, -1:] if cached else ids,
+            **inputs,
             cache=self.cache,
             input_not_include_cache=cached,
             return_intermediates=True,
         )
-        if self.cache_kv:
+        if self.cache_kv and beyond < 0:
             self.cache = cache
+        if not cached:
+            _refuse_nan(logits[:, -1])
         return logits[:, -1]  # type: ignore[no-any-return]
 
     def append(self, tokens: Tensor) -> None:
@@ -99,11 +113,16 @@ class Texts:
         """
         self.ids = self.ids[rows]
         if not same_samples:
-            self.inputs = {name: None if value is None else value[rows] for name, value in self.inputs.items()}
+            self.inputs = tree_map(lambda value, own: value[rows] if own else value, self.inputs, self.of_samples)
         if self.cache is not None:
             for layer in self.cache.attn_intermediates:
                 if not (same_samples and layer.layer_type == "c"):
                     layer.cached_kv = tuple(None if kv is None else kv[rows] for kv in layer.cached_kv)
+
+
+def has_size(value: Any, batch: int) -> bool:
+    """Return whether `value` is a tensor with an entry for each of `batch` samples."""
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
 
 
 def sample(texts: Texts, request: SamplingRequest, pad_value: int) -> Iterator[Tensor]:
@@ -115,31 +134,28 @@ def sample(texts: Texts, request: SamplingRequest, pad_value: int) -> Iterator[T
     Raises:
         ValueError: If the logits are nan.
     """
-    batch = len(texts.ids)
-    going = torch.arange(batch, device=texts.ids.device)
+    device = texts.ids.device
+    going = torch.arange(len(texts.ids), device=device).repeat_interleave(request.num_return_sequences)
+    batch, eos_tokens = len(going), _ids(request.eos_token, device)
     for step in range(1, request.seq_len + 1):
         logits = texts.next_logits()
-        if step == 1:
-            _refuse_nan(logits)
-        tokens = request.choose(logits)
+        if step == 1 and batch > len(logits):  # each image and prompt was read once for all of its texts
+            logits = logits[going]
+            texts.select(going)
+            going = torch.arange(batch, device=device)
+        tokens = request.choose(texts.ids, logits)
         yield tokens.new_full((batch,), pad_value).index_copy(0, going, tokens)
         if step == request.seq_len:
             return
         texts.append(tokens)
-        if request.eos_token is None:
+        if len(eos_tokens) == 0:
             continue
-        stays = (tokens != request.eos_token).nonzero()[:, 0]
+        stays = torch.isin(tokens, eos_tokens, invert=True).nonzero()[:, 0]
         if len(stays) == 0:
             return
         if len(stays) < len(tokens):
             texts.select(stays)
             going = going[stays]
-
-
-def _best(ids: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` best of texts `(b, c, n)` with `scores (b, c)`, best first, and their scores."""
-    scores, best = scores.topk(count, dim=1)
-    return _take(ids, best), scores
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -162,9 +178,10 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     Raises:
         ValueError: If the logits are nan.
     """
-    beams, seq_len, eos_token = request.beams, request.seq_len, request.eos_token
+    beams, seq_len, penalty = request.beams, request.seq_len, request.length_penalty
     batch, prompt_len = texts.ids.shape
     device = texts.ids.device
+    eos_tokens = _ids(request.eos_token, device)
     # The best finished texts of each sample, best first, with the score -inf for missing ones.
     finished = torch.full((batch, beams, seq_len), pad_value, device=device)
     finished_scores = torch.full((batch, beams), -torch.inf, device=device)
@@ -172,33 +189,33 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     scores = torch.zeros(batch, 1, device=device)  # (b, width) of the unfinished beams, best first
     for length in range(1, seq_len + 1):
         logits = texts.next_logits()
-        if length == 1:
-            _refuse_nan(logits)
         width, vocabulary = scores.shape[1], logits.shape[-1]
-        log_probs = rearrange(logits.float().log_softmax(dim=-1), "(b w) v -> b w v", w=width)
-        totals = rearrange(scores[..., None] + log_probs, "b w v -> b (w v)")
-        # Take twice as many candidates as beams: if all of the best ones end here, enough others continue.
-        scores, candidates = totals.topk(min(2 * beams, totals.shape[1]), dim=1)
-        parents, tokens = candidates // vocabulary, candidates % vocabulary
+        log_probs = request.process(texts.ids, logits.float().log_softmax(dim=-1))
+        totals = (scores[..., None] + rearrange(log_probs, "(b w) v -> b w v", w=width)).flatten(1)
+        # Each beam may end with each EOS: take so many candidates that enough others continue.
+        candidates = min(beams * (1 + max(1, len(eos_tokens))), totals.shape[1])
+        scores, best = totals.topk(candidates, dim=1)
+        parents, tokens = best // vocabulary, best % vocabulary
 
         so_far = rearrange(texts.ids[:, prompt_len:], "(b w) n -> b w n", w=width)
-        extended = torch.cat([_take(so_far, parents), tokens[..., None]], dim=-1)
+        extended = torch.cat([_take(so_far, parents), tokens[..., None]], dim=-1)[:, :beams]
         last = length == seq_len
-        ends = torch.full_like(tokens, last, dtype=torch.bool) if eos_token is None else (tokens == eos_token) | last
-        if last or eos_token is not None:
+        ends = torch.isin(tokens, eos_tokens) | last
+        if last or len(eos_tokens):
             padded = nn.functional.pad(extended, (0, seq_len - length), value=pad_value)
-            ended_scores = (scores / length**request.length_penalty).masked_fill(~ends, -torch.inf)
+            ended_scores = (scores / length**penalty).masked_fill(~ends, -torch.inf)[:, :beams]
             all_ids = torch.cat([finished[going], padded], dim=1)
-            all_scores = torch.cat([finished_scores[going], ended_scores], dim=1)
-            finished[going], finished_scores[going] = _best(all_ids, all_scores, beams)
+            finished_scores[going], kept = torch.cat([finished_scores[going], ended_scores], dim=1).topk(beams, dim=1)
+            finished[going] = _take(all_ids, kept)
         if last:
             break
 
         scores, best = scores.masked_fill(ends, -torch.inf).topk(min(beams, scores.shape[1]), dim=1)
-        # From here on, the sum of log probabilities can only fall, and the length that divides it can only grow.
-        longest = seq_len if request.length_penalty > 0 else length + 1
-        reachable = scores[:, 0] / longest**request.length_penalty
-        stays = (reachable > finished_scores[going].amin(dim=1)).nonzero()[:, 0]
+        worst = finished_scores[going].amin(dim=1)
+        # The sum of log probabilities can only fall from here on, and the length that divides it can only grow.
+        longest = seq_len if request.early_stopping == "never" and penalty > 0 else length
+        improvable = worst.isneginf() if request.early_stopping is True else scores[:, 0] / longest**penalty > worst
+        stays = improvable.nonzero()[:, 0]
         if len(stays) == 0:
             break
         parent_rows = parents.gather(1, best) + width * torch.arange(len(going), device=device)[:, None]
@@ -208,6 +225,34 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
         scores, going = scores[stays], going[stays]
     finished.masked_fill_(finished_scores.isneginf()[..., None], pad_value)
     return rearrange(finished, "b k n -> k b n"), rearrange(finished_scores, "b k -> k b")
+
+
+def score(net: Any, request: ScoringRequest, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the log probability of each token of a checked request, `(b, n)`, float32, 0 after EOS.
+
+    Raises:
+        ValueError: If the logits are nan.
+    """
+    prompts: Tensor = request.prompts  # type: ignore[assignment]
+    tokens: Tensor = request.tokens  # type: ignore[assignment]
+    lens = torch.full_like(prompts[:, 0], prompts.shape[1]) if request.prompt_lens is None else request.prompt_lens
+    (batch, _), (rows, n) = prompts.shape, tokens.shape
+    prompts, lens, inputs = tree_map(
+        lambda value: value.repeat_interleave(rows // batch, dim=0) if has_size(value, batch) else value,
+        (prompts, lens, dict(inputs)),
+    )
+    # Padding after the text has no effect: the network is causal.
+    places = lens[:, None] + torch.arange(n, device=tokens.device)
+    text = nn.functional.pad(prompts, (0, n)).scatter(1, places, tokens)
+    logits = net(text[:, :-1], **inputs).take_along_dim(places[..., None] - 1, dim=1)
+    log_probs = logits.float().log_softmax(dim=-1).take_along_dim(tokens[..., None], dim=-1)[..., 0]
+    _refuse_nan(log_probs)
+    ends = torch.isin(tokens, _ids(request.eos_token, tokens.device)).int()
+    return log_probs.masked_fill(ends.cumsum(dim=1) > ends, 0)  # type: ignore[no-any-return]
+
+
+def _ids(tokens: Any, device: torch.device) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.long, device=device)
 
 
 def _refuse_nan(logits: Tensor) -> None:
