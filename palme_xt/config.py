@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
+
 from palme_xt.mapping import MAPPING, SET_BY_COMPOSITION, argument_behind, upstream_keywords
 
 _NO_LOGITS_FOR_EACH_TOKEN = ("use_cls_token", "average_pool_embed", "return_only_embed", "num_output_heads")
@@ -146,7 +149,7 @@ class PalmEConfig:
         check_token_id("autoregressive_kwargs['pad_value']", self.pad_value, self.num_tokens, why)
         if self.bos_token is not None:
             check_token_id("bos_token", self.bos_token, self.num_tokens, "or pass None")
-        check_eos_token(self.eos_token, self.num_tokens)
+        self.check_eos_token(self.eos_token)
         object.__setattr__(self, "eos_token", _freeze(self.eos_token))
 
     def _warn_of_dropped_positions(self) -> None:
@@ -187,6 +190,18 @@ class PalmEConfig:
         if keywords.get("heads") == 1 and dim_head != keywords["dim"]:
             keywords.setdefault("attn_project_out", True)
         return keywords
+
+    def check_eos_token(self, eos_token: Any) -> Tensor:
+        """Return the ids that end a text, `(n,)`, for an `eos_token` of any form. None is that of the config.
+
+        Raises:
+            TypeError, ValueError: If there is anything but token ids.
+        """
+        found = self.eos_token if eos_token is None else eos_token
+        tokens = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
+        for token in tokens:
+            check_token_id("eos_token", token, self.num_tokens, "or pass None")
+        return torch.tensor(tokens, dtype=torch.long)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all arguments, in order, as plain JSON types.
@@ -280,11 +295,3 @@ def check_token_id(name: str, value: Any, num_tokens: int, remedy: str) -> None:
         raise TypeError(f"{name}={value!r} must be a token id, not {type(value).__name__}: {remedy}")
     if not 0 <= value < num_tokens:
         raise ValueError(f"{name}={value} must be a token id within 0..num_tokens-1={num_tokens - 1}: {remedy}")
-
-
-def check_eos_token(value: Any, num_tokens: int) -> tuple[int, ...]:
-    """Return the ids in `eos_token`: one id, several in a list, or None. Reject anything else."""
-    tokens = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
-    for token in tokens:
-        check_token_id("eos_token", token, num_tokens, "or pass None")
-    return tokens

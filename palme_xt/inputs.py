@@ -141,16 +141,17 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
 
 
 def check_prompts(
-    prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig, name: str = "prompts"
+    prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig, device: Any = None, name: str = "prompts"
 ) -> tuple[Tensor, Tensor | None]:
     """Check prompts, and return them in the form that upstream's wrapper takes.
 
     Args:
-        prompts: `(b, t)`, a list of b tensors `(t,)`, or `(t,)` for all of `batch`.
+        prompts: `(b, t)`, a list of b tensors `(t,)`, or `(t,)` for all of `batch`. None is the config's BOS.
         prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left, or None.
         batch: Number of images, or None if the model does not look at any.
         config: The config of the model, for `num_tokens`, `pad_value` and `max_seq_len`.
-        name: What errors call them.
+        device: Where to put prompts that are not given.
+        name: What errors call the prompts.
 
     Returns:
         `(b, t)`, int64, and the lengths `(b,)`, or None if all prompts have length t.
@@ -158,6 +159,9 @@ def check_prompts(
     Raises:
         TypeError, ValueError: As in `check_text`, with the name `prompts` or `prompt_lens`.
     """
+    if prompts is None and config.bos_token is None:
+        raise ValueError("prompts is None, and the model has no bos_token: pass prompts, or build it with a bos_token")
+    prompts = torch.tensor([config.bos_token], device=device) if prompts is None else prompts
     if isinstance(prompts, list | tuple):
         if prompt_lens is not None:
             raise ValueError("prompt_lens is only for prompts (b, t): a list has its own lengths, so leave it out")

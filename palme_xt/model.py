@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from palme_xt.config import PalmEConfig
 from palme_xt.decoding import loop
 from palme_xt.decoding import request as requests
 from palme_xt.decoding.request import takes_arguments_of
-from palme_xt.inputs import check_batches, check_img, check_source, check_text
+from palme_xt.inputs import check_batches, check_img, check_prompts, check_source, check_text
 from palme_xt.wiring import DECODER, ENCODER, build
 
 
@@ -121,11 +122,7 @@ class PalmE(nn.Module):
             ValueError: If `img` or `text` has the wrong shape or values, or their batch sizes differ.
         """
         check_text(text, self.config, kwargs.get("lens"))
-        source = check_source(img, kwargs.pop("context", None), kwargs.get("context_mask"), self.config)
-        if source is not None:
-            check_batches(source, text)
-            kwargs["context"] = self._context(source)
-        return self.decoder(text.long(), **kwargs)
+        return self.decoder(text.long(), **self._with_context(img, text, kwargs))
 
     @takes_arguments_of(requests.GenerationRequest)
     def generate(self, request: requests.GenerationRequest, **kwargs: Any) -> Tensor:
@@ -169,9 +166,9 @@ class PalmE(nn.Module):
                 returned; `beam_search` returns all of them.
             length_penalty, early_stopping: As in `beam_search`.
             **kwargs: Other inputs of the network, such as `condition`, `embed_ids` or `recycle_steps`
-                (`palme_xt.decoding.request.Request.PASSED_ON`). Tensors whose first dimension is b hold an entry for each
-                sample. Those with an entry for each token must have size 1 there, and so hold for all tokens. Type
-                checkers, which do not know these names, accept them from a `dict[str, Any]`.
+                (`palme_xt.decoding.request.Request.PASSED_ON` lists them). Tensors whose first dimension is b hold an
+                entry for each sample. Those with an entry for each token must have size 1 there, and so hold for all
+                tokens. Type checkers, which do not know these names, accept them from a `dict[str, Any]`.
 
         Returns:
             The new tokens alone, `(b * num_return_sequences, seq_len)`, int64, with the wrapper's `pad_value` after
@@ -186,7 +183,7 @@ class PalmE(nn.Module):
             if request.beams > 1:
                 best, _ = loop.beam_search(start(), request, self.config.pad_value)
                 return rearrange(best[: request.num_return_sequences], "k b n -> (b k) n")
-            steps = list(loop.sample(start(), request, self.config.pad_value))
+            steps = list(loop.sample(start, request, self.config.pad_value))
         return F.pad(torch.stack(steps, dim=1), (0, request.seq_len - len(steps)), value=self.config.pad_value)
 
     @takes_arguments_of(requests.SamplingRequest)
@@ -204,16 +201,9 @@ class PalmE(nn.Module):
         """
         start = self._start(request, kwargs)
 
-        def steps() -> Iterator[Tensor]:
-            with loop.evaluating(self):
-                tokens = loop.sample(start(), request, self.config.pad_value)
-                step = next(tokens, None)
-            while step is not None:
-                yield step
-                with loop.evaluating(self):
-                    step = next(tokens, None)
-
-        return steps()
+        tokens = loop.sample(start, request, self.config.pad_value)
+        advance = loop.evaluating(self)(partial(next, tokens, None))
+        return iter(advance, None)
 
     @takes_arguments_of(requests.SearchRequest)
     def beam_search(self, request: requests.SearchRequest, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -245,40 +235,60 @@ class PalmE(nn.Module):
         with loop.evaluating(self):
             return loop.beam_search(start(), request, self.config.pad_value)
 
-    @takes_arguments_of(requests.ScoringRequest)
-    def score(self, request: requests.ScoringRequest, **kwargs: Any) -> Tensor:
+    def score(
+        self, img: Tensor | None, prompts: Any, tokens: Tensor, *, eos_token: Any = None, **kwargs: Any
+    ) -> Tensor:
         """Return the log probability of each new token of texts, such as those that `generate` returned.
 
         The probabilities are the model's own: before `temperature`, `filter_logits_fn` and `logits_processor`. As in
-        `forward`, the model stays in its mode, and gradients flow, unless it is called in eval mode and under
-        `torch.no_grad()`.
+        `forward`, the model stays in its mode, and gradients flow unless they are disabled.
 
         Args:
-            tokens: `(b, n)`, or `(b * k, n)` for k texts of each sample, one after another.
-            img, prompts, eos_token, prompt_lens, context, context_mask, **kwargs: As in `generate`.
+            img, prompts, eos_token: As in `generate`.
+            tokens: `(b, n)`, of an integer dtype.
+            **kwargs: `prompt_lens`, `context` and `context_mask`, as in `generate`, and any keyword of
+                `x_transformers.TransformerWrapper.forward`.
 
         Returns:
-            Log probabilities of the shape of `tokens`, float32, in nats, 0 after the first EOS. Their sum over n is the
-            log probability of the text, which `beam_search` returns as its score if `length_penalty` is 0.
+            `(b, n)`, float32, in nats, 0 after the first EOS. The sum over n is the log probability of the text, its
+            score in a `beam_search` with `length_penalty=0`.
 
         Raises:
-            TypeError, ValueError: As in `generate`, or if the text exceeds `max_seq_len` with `use_abs_pos_emb`.
+            TypeError, ValueError: As in `forward`, with the names of `generate`.
         """
-        return loop.score(self.decoder.net, request, self._check(request, kwargs)())
+        tokens, _ = check_prompts(tokens, None, None, self.config, name="tokens")
+        prompts, lens = check_prompts(prompts, kwargs.pop("prompt_lens", None), len(tokens), self.config, tokens.device)
+        lens = torch.full_like(tokens[:, 0], prompts.shape[1]) if lens is None else lens
+        # Tokens follow their prompts at once. What follows them has no effect, because the network is causal.
+        places = lens[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        text = F.pad(prompts, (0, tokens.shape[1])).scatter(1, places, tokens)
+        check_text(text, self.config)
+        kwargs = self._with_context(img, text, kwargs)
+        logits = self.decoder.net(text[:, :-1], **kwargs).take_along_dim(places[..., None] - 1, dim=1)
+        log_probs = logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+        loop.refuse_nan(log_probs)
+        ends = torch.isin(tokens, self.config.check_eos_token(eos_token).to(tokens.device)).int()
+        return log_probs.masked_fill(ends.cumsum(dim=1) > ends, 0)  # type: ignore[no-any-return]
 
-    def _start(self, request: requests.DecodingRequest, kwargs: dict[str, Any]) -> Callable[[], loop.Texts]:
-        inputs = self._check(request, kwargs)
-        return lambda: loop.Texts(self.decoder.net, request, inputs(), self.config)
-
-    def _check(self, request: requests.Request, kwargs: dict[str, Any]) -> Callable[[], dict[str, Any]]:
-        """Check a request, and return a function that encodes its images and returns the inputs of the network."""
+    def _start(self, request: requests.Request, kwargs: dict[str, Any]) -> Callable[[], loop.Texts]:
+        """Check a request, and return a function that encodes its images and returns the texts to decode."""
         net = self.decoder.net
         source = check_source(request.img, request.context, request.context_mask, self.config)
         requests.check_network_inputs(kwargs)
-        request.check(self.config, None if source is None else len(source), net, loop.can_cache(net, self.config))
-        mask = {"context_mask": request.context_mask}
-        return lambda: {"context": None if source is None else self._context(source)} | mask | kwargs
+        batch, device = None if source is None else len(source), next(net.parameters()).device
+        request.check(self.config, batch, device, loop.can_cache(net, self.config))
 
-    def _context(self, source: Tensor) -> Tensor:
+        return lambda: loop.Texts(net, request, {"context": self._context(source), **kwargs}, self.config)
+
+    def _with_context(self, img: Tensor | None, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return keywords for the decoder with the context of `text (b, n)`, if the model cross-attends."""
+        source = check_source(img, kwargs.pop("context", None), kwargs.get("context_mask"), self.config)
+        if source is not None:
+            check_batches(source, text)
+        return kwargs | {"context": self._context(source)}
+
+    def _context(self, source: Tensor | None) -> Tensor | None:
         """Return the embeddings of images, or embeddings `(b, p, d)` that are given already, in the encoder's dtype."""
+        if source is None:
+            return None
         return source.to(self.encoder.pos_embedding.dtype) if source.ndim == 3 else self.encode(source)

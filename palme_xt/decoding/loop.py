@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from x_transformers.autoregressive_wrapper import align_right
 
 from palme_xt.config import PalmEConfig
 from palme_xt.decoding.compiled import compiled_step
-from palme_xt.decoding.request import DecodingRequest, SamplingRequest, ScoringRequest, SearchRequest
+from palme_xt.decoding.request import Request, SamplingRequest, SearchRequest
 from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
 
 # x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, and in a looped network, a cached step crashes or
@@ -65,7 +65,7 @@ class Texts:
         config: The config of the model.
     """
 
-    def __init__(self, net: Any, request: DecodingRequest, inputs: Mapping[str, Any], config: PalmEConfig) -> None:
+    def __init__(self, net: Any, request: Request, inputs: Mapping[str, Any], config: PalmEConfig) -> None:
         self.net, self.compile, self.cache_kv = net, request.compile, request.cache_kv
         self.window = config.max_seq_len if config.use_abs_pos_emb else sys.maxsize
         self.ids: Tensor = request.prompts  # type: ignore[assignment]  # (b, t), as `Request.check` left them
@@ -73,8 +73,8 @@ class Texts:
         if request.prompt_lens is not None:
             seq_start_pos = self.ids.shape[1] - request.prompt_lens
             self.ids = align_right(self.ids, request.prompt_lens, pad_id=config.pad_value)
-        self.inputs: dict[str, Any] = {**inputs, "seq_start_pos": seq_start_pos}
-        self.of_samples = tree_map(lambda value: has_size(value, len(self.ids)), self.inputs)
+        self.inputs: dict[str, Any] = {**inputs, "context_mask": request.context_mask, "seq_start_pos": seq_start_pos}
+        self.of_samples = tree_map(lambda value: isinstance(value, Tensor) and len(value) == len(self.ids), self.inputs)
         self.cache: Any = None
 
     def next_logits(self) -> Tensor:
@@ -88,17 +88,13 @@ class Texts:
         if cached and self.compile and self.cache.cache_length > 1:
             logits, self.cache = compiled_step(self.net, ids[:, -1:], self.cache, inputs)
             return logits
-        logits, cache = self.net(
-            ids[:, -1:] if cached else ids,
-            **inputs,
-            cache=self.cache,
-            input_not_include_cache=cached,
-            return_intermediates=True,
-        )
+        read = ids[:, -1:] if cached else ids
+        how = {"cache": self.cache, "input_not_include_cache": cached, "return_intermediates": True}
+        logits, cache = self.net(read, **inputs, **how)
         if self.cache_kv and beyond < 0:
             self.cache = cache
         if not cached:
-            _refuse_nan(logits[:, -1])
+            refuse_nan(logits[:, -1])
         return logits[:, -1]  # type: ignore[no-any-return]
 
     def append(self, tokens: Tensor) -> None:
@@ -120,37 +116,31 @@ class Texts:
                     layer.cached_kv = tuple(None if kv is None else kv[rows] for kv in layer.cached_kv)
 
 
-def has_size(value: Any, batch: int) -> bool:
-    """Return whether `value` is a tensor with an entry for each of `batch` samples."""
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-
-
-def sample(texts: Texts, request: SamplingRequest, pad_value: int) -> Iterator[Tensor]:
+def sample(start: Callable[[], Texts], request: SamplingRequest, pad_value: int) -> Iterator[Tensor]:
     """Decode token by token. Texts that have ended leave the batch and cause no further computation.
 
     Yields:
-        The tokens `(b,)` of each step, at most `seq_len` times, with `pad_value` for texts that have ended.
+        The tokens of each step, `num_return_sequences` for each sample, at most `seq_len` times, with `pad_value` for
+        texts that have ended.
 
     Raises:
         ValueError: If the logits are nan.
     """
-    device = texts.ids.device
-    going = torch.arange(len(texts.ids), device=device).repeat_interleave(request.num_return_sequences)
-    batch, eos_tokens = len(going), _ids(request.eos_token, device)
+    texts = start()
+    rows = torch.arange(len(texts.ids), device=texts.ids.device)
+    texts.select(rows.repeat_interleave(request.num_return_sequences))
+    batch = len(texts.ids)
+    going = torch.arange(batch, device=rows.device)
     for step in range(1, request.seq_len + 1):
         logits = texts.next_logits()
-        if step == 1 and batch > len(logits):  # each image and prompt was read once for all of its texts
-            logits = logits[going]
-            texts.select(going)
-            going = torch.arange(batch, device=device)
         tokens = request.choose(texts.ids, logits)
         yield tokens.new_full((batch,), pad_value).index_copy(0, going, tokens)
         if step == request.seq_len:
             return
         texts.append(tokens)
-        if len(eos_tokens) == 0:
+        if len(request.eos_tokens) == 0:
             continue
-        stays = torch.isin(tokens, eos_tokens, invert=True).nonzero()[:, 0]
+        stays = torch.isin(tokens, request.eos_tokens, invert=True).nonzero()[:, 0]
         if len(stays) == 0:
             return
         if len(stays) < len(tokens):
@@ -158,18 +148,13 @@ def sample(texts: Texts, request: SamplingRequest, pad_value: int) -> Iterator[T
             going = going[stays]
 
 
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """Return `values (b, c, n)` at `index (b, k)`, as `(b, k, n)`."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-
-
 def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[Tensor, Tensor]:
     """Decode the `beams` most likely texts of each sample that a beam search of that width finds.
 
     The score of a text is the sum of its tokens' log probabilities, divided by its length to the power
     `length_penalty`. The length is that of the new tokens, EOS included (as in Hugging Face's generate; Wu et al. 2016,
-    arXiv:1609.08144, section 7, has a variant). A sample is done, and causes no further computation, once no unfinished
-    text can reach a better score than the finished ones.
+    arXiv:1609.08144, section 7, has a variant). A sample that is done, as `early_stopping` defines it, causes no
+    further computation.
 
     Returns:
         Token ids `(k, b, seq_len)`, best first, with `pad_value` after EOS, and their scores `(k, b)`, float32. If a
@@ -181,7 +166,6 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     beams, seq_len, penalty = request.beams, request.seq_len, request.length_penalty
     batch, prompt_len = texts.ids.shape
     device = texts.ids.device
-    eos_tokens = _ids(request.eos_token, device)
     # The best finished texts of each sample, best first, with the score -inf for missing ones.
     finished = torch.full((batch, beams, seq_len), pad_value, device=device)
     finished_scores = torch.full((batch, beams), -torch.inf, device=device)
@@ -193,22 +177,20 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
         log_probs = request.process(texts.ids, logits.float().log_softmax(dim=-1))
         totals = (scores[..., None] + rearrange(log_probs, "(b w) v -> b w v", w=width)).flatten(1)
         # Each beam may end with each EOS: take so many candidates that enough others continue.
-        candidates = min(beams * (1 + max(1, len(eos_tokens))), totals.shape[1])
+        candidates = min(beams * (1 + max(1, len(request.eos_tokens))), totals.shape[1])
         scores, best = totals.topk(candidates, dim=1)
         parents, tokens = best // vocabulary, best % vocabulary
 
         so_far = rearrange(texts.ids[:, prompt_len:], "(b w) n -> b w n", w=width)
-        extended = torch.cat([_take(so_far, parents), tokens[..., None]], dim=-1)[:, :beams]
+        extended = torch.cat([so_far.take_along_dim(parents[..., None], dim=1), tokens[..., None]], dim=-1)[:, :beams]
         last = length == seq_len
-        ends = torch.isin(tokens, eos_tokens) | last
-        if last or len(eos_tokens):
+        ends = torch.isin(tokens, request.eos_tokens) | last
+        if last or len(request.eos_tokens):
             padded = nn.functional.pad(extended, (0, seq_len - length), value=pad_value)
             ended_scores = (scores / length**penalty).masked_fill(~ends, -torch.inf)[:, :beams]
             all_ids = torch.cat([finished[going], padded], dim=1)
             finished_scores[going], kept = torch.cat([finished_scores[going], ended_scores], dim=1).topk(beams, dim=1)
-            finished[going] = _take(all_ids, kept)
-        if last:
-            break
+            finished[going] = all_ids.take_along_dim(kept[..., None], dim=1)
 
         scores, best = scores.masked_fill(ends, -torch.inf).topk(min(beams, scores.shape[1]), dim=1)
         worst = finished_scores[going].amin(dim=1)
@@ -216,7 +198,7 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
         longest = seq_len if request.early_stopping == "never" and penalty > 0 else length
         improvable = worst.isneginf() if request.early_stopping is True else scores[:, 0] / longest**penalty > worst
         stays = improvable.nonzero()[:, 0]
-        if len(stays) == 0:
+        if last or len(stays) == 0:
             break
         parent_rows = parents.gather(1, best) + width * torch.arange(len(going), device=device)[:, None]
         same_samples = len(stays) == len(going) and best.shape[1] == width
@@ -227,35 +209,8 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     return rearrange(finished, "b k n -> k b n"), rearrange(finished_scores, "b k -> k b")
 
 
-def score(net: Any, request: ScoringRequest, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the log probability of each token of a checked request, `(b, n)`, float32, 0 after EOS.
-
-    Raises:
-        ValueError: If the logits are nan.
-    """
-    prompts: Tensor = request.prompts  # type: ignore[assignment]
-    tokens: Tensor = request.tokens  # type: ignore[assignment]
-    lens = torch.full_like(prompts[:, 0], prompts.shape[1]) if request.prompt_lens is None else request.prompt_lens
-    (batch, _), (rows, n) = prompts.shape, tokens.shape
-    prompts, lens, inputs = tree_map(
-        lambda value: value.repeat_interleave(rows // batch, dim=0) if has_size(value, batch) else value,
-        (prompts, lens, dict(inputs)),
-    )
-    # Padding after the text has no effect: the network is causal.
-    places = lens[:, None] + torch.arange(n, device=tokens.device)
-    text = nn.functional.pad(prompts, (0, n)).scatter(1, places, tokens)
-    logits = net(text[:, :-1], **inputs).take_along_dim(places[..., None] - 1, dim=1)
-    log_probs = logits.float().log_softmax(dim=-1).take_along_dim(tokens[..., None], dim=-1)[..., 0]
-    _refuse_nan(log_probs)
-    ends = torch.isin(tokens, _ids(request.eos_token, tokens.device)).int()
-    return log_probs.masked_fill(ends.cumsum(dim=1) > ends, 0)  # type: ignore[no-any-return]
-
-
-def _ids(tokens: Any, device: torch.device) -> Tensor:
-    return torch.tensor(tokens, dtype=torch.long, device=device)
-
-
-def _refuse_nan(logits: Tensor) -> None:
+def refuse_nan(logits: Tensor) -> None:
+    """Raise a ValueError if there is a nan."""
     # Decoding from nan would silently return token 0.
     if logits.isnan().any():
         raise ValueError("the logits are nan: check img, context and the model's weights for nan and inf")

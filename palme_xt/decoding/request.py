@@ -7,14 +7,14 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN
 
-from palme_xt.config import PalmEConfig, check_eos_token, check_positive_int, did_you_mean
+from palme_xt.config import PalmEConfig, check_positive_int, did_you_mean
 from palme_xt.inputs import check_prompts
 
 FilterLogits = Callable[..., Tensor]
@@ -44,11 +44,10 @@ def takes_arguments_of(
     ) -> Callable[Concatenate[Holder, P], Returned]:
         @functools.wraps(method)
         def call(self: Holder, /, *args: P.args, **kwargs: P.kwargs) -> Returned:
-            for name in kwargs:
-                if name not in (known := [*arguments, *passed_on]):
-                    unexpected = f"{method.__qualname__}() got an unexpected keyword argument {name!r}"
-                    raise TypeError(f"{unexpected}: {did_you_mean(name, known)}")
             others = {name: kwargs.pop(name) for name in passed_on if name in kwargs}
+            for name in kwargs.keys() - arguments.keys():
+                unexpected = f"{method.__qualname__}() got an unexpected keyword argument {name!r}"
+                raise TypeError(f"{unexpected}: {did_you_mean(name, [*arguments, *passed_on])}")
             return method(self, kind(*args, **kwargs), **others)
 
         own = inspect.signature(method)
@@ -61,105 +60,69 @@ def takes_arguments_of(
 
 @dataclass(eq=False)
 class Request:
-    """The arguments that all methods share. `PalmE.generate` documents them.
+    """The arguments that all decoding methods share. `PalmE.generate` documents them.
 
     Attributes:
         PASSED_ON: Further inputs of `x_transformers.TransformerWrapper` that methods pass on to it. For each of them, a
             test compares cached steps with reading the whole text, and prompts of different lengths with each alone.
     """
 
-    PASSED_ON = (
-        *("condition", "embed_ids", "in_attn_cond", "layers_execute_order", "looped_steps", "max_looped_steps"),
-        *("recycle_steps", "sum_embeds", "to_logits_kwargs", "token_emb_kwargs", "transform_token_embeds"),
-    )
+    PASSED_ON: ClassVar[tuple[str, ...]] = ("condition", "embed_ids", "in_attn_cond", "layers_execute_order")
+    PASSED_ON += ("looped_steps", "max_looped_steps", "recycle_steps", "sum_embeds", "to_logits_kwargs")
+    PASSED_ON += ("token_emb_kwargs", "transform_token_embeds")
 
     img: Tensor | None
     prompts: Tensor | Sequence[Tensor] | None = None
+    seq_len: int = None  # type: ignore[assignment]  # an int from `check` on
     _: KW_ONLY
     eos_token: int | Sequence[int] | None = None
     prompt_lens: Tensor | None = None
-    context: Tensor | None = None
-    context_mask: Tensor | None = None
-
-    def check(self, config: PalmEConfig, batch: int | None, net: Any, can_cache: bool) -> None:
-        """Reject what the model cannot do, and fill in its BOS and EOS.
-
-        Afterwards, prompts have the form `(b, t)`, with `prompt_lens (b,)` or None, and `eos_token` is a tuple.
-
-        Args:
-            config: The config of the model.
-            batch: Number of images, or None if the model does not look at any.
-            net: The model's network.
-            can_cache: Whether its cached steps are correct.
-        """
-        if self.prompts is None:
-            if config.bos_token is None:
-                raise ValueError("prompts is None, and the model has no bos_token: pass prompts, or build it with one")
-            self.prompts = torch.tensor([config.bos_token], device=next(net.parameters()).device)
-        self.prompts, self.prompt_lens = check_prompts(self.prompts, self.prompt_lens, batch, config)
-        eos_token = config.eos_token if self.eos_token is None else self.eos_token
-        self.eos_token = check_eos_token(eos_token, config.num_tokens)
-
-
-@dataclass(eq=False)
-class ScoringRequest(Request):
-    """The arguments of `PalmE.score`."""
-
-    tokens: Tensor | None = None
-
-    def check(self, config: PalmEConfig, batch: int | None, net: Any, can_cache: bool) -> None:
-        """Check the request as `Request.check` does, and that tokens are ids `(b, n)`, b a multiple of the prompts."""
-        super().check(config, batch, net, can_cache)
-        self.tokens, _ = check_prompts(self.tokens, None, None, config, "tokens")
-        (texts, prompt_len), (rows, length) = self.prompts.shape, self.tokens.shape  # type: ignore[union-attr]
-        if rows % texts:
-            raise ValueError(f"tokens has batch size {rows}, must have {texts}, the number of prompts, or a multiple")
-        if config.use_abs_pos_emb and prompt_len + length > config.max_seq_len:
-            rule = f"exceed max_seq_len={config.max_seq_len}, and use_abs_pos_emb=True has no positions beyond"
-            raise ValueError(f"prompts of {prompt_len} tokens + {length} tokens {rule}: shorten one")
-
-
-@dataclass(eq=False)
-class DecodingRequest(Request):
-    """The arguments of `PalmE.generate`, `stream` and `beam_search`."""
-
-    seq_len: int = None  # type: ignore[assignment]  # an int from `check` on
-    _: KW_ONLY
     restrict_to_max_seq_len: bool = True
     cache_kv: bool = True
     compile: bool = False
-    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
+    logits_processor: LogitsProcessor | None = None
+    eos_tokens: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.compile, bool):
             raise TypeError(f"compile={self.compile!r} must be True or False")
-        if self.compile and not self.cache_kv:
-            raise ValueError("compile=True needs the key-value cache: leave out cache_kv=False")
         if not (self.logits_processor is None or callable(self.logits_processor)):
             raise TypeError(f"logits_processor={self.logits_processor!r} must be a function of ids and logits")
 
-    def check(self, config: PalmEConfig, batch: int | None, net: Any, can_cache: bool) -> None:
-        """Check the request as `Request.check` does, and lengths. `cache_kv` becomes False if it cannot be used."""
-        super().check(config, batch, net, can_cache)
-        if self.prompt_lens is not None:
-            _check_left_padding(config)
-        prompt_len, most = self.prompts.shape[1], config.max_seq_len  # type: ignore[union-attr]
-        if self.seq_len is None:
-            self.seq_len = max(1, most - prompt_len)
+    def check(self, config: PalmEConfig, batch: int | None, device: torch.device, can_cache: bool) -> None:
+        """Reject what the model cannot do, and fill in its defaults.
+
+        Afterwards, prompts have the form `(b, t)`, with `prompt_lens (b,)` or None, and `eos_tokens` holds the ids.
+
+        Args:
+            config: The config of the model.
+            batch: Number of images, or None if the model does not look at any.
+            device: The model's device.
+            can_cache: Whether the model's cached steps are correct. If not, `cache_kv` becomes False.
+        """
+        self.prompts, self.prompt_lens = check_prompts(self.prompts, self.prompt_lens, batch, config, device)
+        prompt_len, most = self.prompts.shape[1], config.max_seq_len
+        self.seq_len = max(1, most - prompt_len) if self.seq_len is None else self.seq_len
         check_positive_int("seq_len", self.seq_len, "it is the maximum number of new tokens")
         if prompt_len + self.seq_len > most and self.restrict_to_max_seq_len:
             how = "slide a window over the text" if config.use_abs_pos_emb else "extrapolate"
             found = f"prompt of {prompt_len} tokens + seq_len={self.seq_len} exceeds max_seq_len={most}"
             raise ValueError(f"{found}: shorten one, or pass restrict_to_max_seq_len=False to {how}")
-        if self.compile and not can_cache:
-            raise ValueError("compile=True needs the key-value cache, which cannot be used with this model: omit it")
+        self.eos_tokens = config.check_eos_token(self.eos_token).to(device)
+        if self.prompt_lens is not None:
+            _check_left_padding(config)
+        if self.compile and not (self.cache_kv and can_cache):
+            remedy = "leave out cache_kv=False" if can_cache else "leave out compile, this model cannot use the cache"
+            raise ValueError(f"compile=True needs the key-value cache: {remedy}")
         self.cache_kv = self.cache_kv and can_cache
 
     def process(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Return what `logits_processor` makes of the logits, or log probabilities, `(b, v)` after texts `(b, t)`."""
         if self.logits_processor is None:
             return logits
-        processed = self.logits_processor(ids, logits)
+        processed = self.logits_processor(ids, logits.float())
         if not isinstance(processed, Tensor) or processed.shape != logits.shape or processed.isnan().any():
             rule = f"must return logits {tuple(logits.shape)}, with -inf for tokens that are not allowed"
             raise ValueError(f"logits_processor {rule}, not {processed!r}")
@@ -167,7 +130,7 @@ class DecodingRequest(Request):
 
 
 @dataclass(eq=False, kw_only=True)
-class SamplingRequest(DecodingRequest):
+class SamplingRequest(Request):
     """The arguments of `PalmE.stream`."""
 
     temperature: float = 1.0
@@ -182,7 +145,7 @@ class SamplingRequest(DecodingRequest):
         _check_number("temperature", self.temperature, 0, "0 (greedy) or more, and finite")
         check_positive_int("num_return_sequences", self.num_return_sequences, "it is the number of texts of a sample")
         name, keywords = self.filter_logits_fn, self.filter_kwargs or {}
-        self._filter = FILTER_LOGITS_FN.get(name, name)
+        self._filter = FILTER_LOGITS_FN.get(name, name) if isinstance(name, str) else name
         if not callable(self._filter):
             rule = f"must be one of {', '.join(FILTER_LOGITS_FN)}, or a function of logits (b, v)"
             raise ValueError(f"filter_logits_fn={name!r} {rule}: {did_you_mean(name, FILTER_LOGITS_FN)}")
@@ -207,7 +170,7 @@ class SamplingRequest(DecodingRequest):
 
 
 @dataclass(eq=False, kw_only=True)
-class SearchRequest(DecodingRequest):
+class SearchRequest(Request):
     """The arguments of `PalmE.beam_search`."""
 
     beams: int = 4

@@ -12,18 +12,18 @@ from torch import Tensor
 from palme_xt import PalmE
 from tests.models import batch, small
 
-transformers = pytest.importorskip("transformers")
+transformers: Any = pytest.importorskip("transformers")
 
 PROMPTS, SEQ_LEN = 3, 9
 PAD = 1  # transformers fills beams with EOS instead if it is 0
 EOS: tuple[Any, ...] = (None, 3, [3, 7, 11])
 
 
-class Config(transformers.PretrainedConfig):  # type: ignore[misc]
+class Config(transformers.PretrainedConfig):
     model_type = "palme_of_the_tests"
 
 
-class HuggingFace(transformers.PreTrainedModel, transformers.GenerationMixin):  # type: ignore[misc]
+class HuggingFace(transformers.PreTrainedModel, transformers.GenerationMixin):
     """A network of x-transformers for the loops of transformers, which give it the whole text at each step."""
 
     config_class = Config
@@ -84,12 +84,12 @@ def theirs(model: PalmE, img: Tensor, prompts: list[Tensor], eos_token: Any, **k
 def test_greedy_decoding_is_that_of_transformers(eos_token: Any) -> None:
     texts = set()
     for seed in range(40):
-        model, img, prompts = draw(seed, num_tokens=16)
+        model, img, prompts = draw(seed, num_tokens=24)
         expected, _ = theirs(model, img, prompts, eos_token)
         tokens = model.generate(img, prompts, SEQ_LEN, eos_token=eos_token, temperature=0.0)
         assert torch.equal(tokens, expected), seed
         texts |= {tuple(row) for row in tokens.tolist()}
-    assert len(texts) > 100  # of 120 searches
+    assert len(texts) > 80  # of 120
 
 
 @pytest.mark.slow
@@ -105,4 +105,4 @@ def test_beam_search_is_that_of_transformers(eos_token: Any, early_stopping: boo
         assert torch.equal(found.transpose(0, 1).flatten(0, 1), expected), (seed, beams, penalty)
         torch.testing.assert_close(found_scores.T.flatten(), scores, rtol=1e-4, atol=1e-4)
         texts |= {tuple(row) for row in expected.tolist()}
-    assert len(texts) > 300  # of 40 searches for 3 images with 2 to 5 beams
+    assert len(texts) > 300  # of 420
