@@ -6,10 +6,13 @@ import difflib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, FrozenInstanceError, dataclass, field, fields
 from numbers import Integral
 from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
 
 from palme_xt.mapping import MAPPING, SET_BY_COMPOSITION, argument_behind, upstream_keywords
 
@@ -56,6 +59,8 @@ class PalmEConfig:
         transformer_kwargs: Anything else that `x_transformers.TransformerWrapper` accepts.
         decoder_kwargs: Anything else that `x_transformers.Decoder` accepts.
         autoregressive_kwargs: Anything else that `x_transformers.AutoregressiveWrapper` accepts.
+        bos_token: The id that texts begin with, which is the prompt if decoding is given none.
+        eos_token: The id that ends a text, or a list of such ids, if decoding is given none.
 
     Raises:
         ValueError: If a number is out of range, or an override repeats an argument or is unknown to upstream.
@@ -85,6 +90,8 @@ class PalmEConfig:
     transformer_kwargs: dict[str, Any] = field(default_factory=dict)
     decoder_kwargs: dict[str, Any] = field(default_factory=dict)
     autoregressive_kwargs: dict[str, Any] = field(default_factory=dict)
+    bos_token: int | None = None
+    eos_token: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         for argument in fields(self):
@@ -117,8 +124,9 @@ class PalmEConfig:
                 raise ValueError(f"{given} is set by PalmE itself: leave {key!r} out of {where}")
             known = upstream_keywords(part)
             if key not in known:
-                closest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
-                raise ValueError(f"{given} is not a keyword of the installed x-transformers: did you mean {closest!r}?")
+                raise ValueError(
+                    f"{given} is not a keyword of the installed x-transformers: {did_you_mean(key, known)}"
+                )
 
     def _check_sizes(self) -> None:
         if self.image_size % self.patch_size:
@@ -144,6 +152,10 @@ class PalmEConfig:
             raise TypeError(f"autoregressive_kwargs['ignore_index']={self.ignore_index!r} must be an int")
         why = "upstream feeds it to the decoder where a target is ignored"
         check_token_id("autoregressive_kwargs['pad_value']", self.pad_value, self.num_tokens, why)
+        if self.bos_token is not None:
+            check_token_id("bos_token", self.bos_token, self.num_tokens, "or pass None")
+        self.check_eos_token(self.eos_token)
+        object.__setattr__(self, "eos_token", _freeze(self.eos_token))
 
     def _check_combinations(self) -> None:
         """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with."""
@@ -217,6 +229,18 @@ class PalmEConfig:
             keywords.setdefault("attn_project_out", True)
         return keywords
 
+    def check_eos_token(self, eos_token: Any) -> Tensor:
+        """Return the ids that end a text, `(n,)`, for an `eos_token` of any form. None is that of the config.
+
+        Raises:
+            TypeError, ValueError: If there is anything but token ids.
+        """
+        found = self.eos_token if eos_token is None else eos_token
+        tokens = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
+        for token in tokens:
+            check_token_id("eos_token", token, self.num_tokens, "or pass None")
+        return torch.tensor(tokens, dtype=torch.long)
+
     def to_dict(self) -> dict[str, Any]:
         """Return all arguments, in order, as plain JSON types.
 
@@ -240,8 +264,7 @@ class PalmEConfig:
         names = [argument.name for argument in fields(cls)]
         for key in values:
             if key not in names:
-                closest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{key!r} is not an argument of PalmEConfig: did you mean {closest!r}?")
+                raise ValueError(f"{key!r} is not an argument of PalmEConfig: {did_you_mean(key, names)}")
         return cls(**values)
 
 
@@ -332,6 +355,11 @@ def to_json_types(value: Any, name: str) -> Any:
         return value
     rule = "only None, bool, int, finite float, str, lists and dicts can be saved with a config"
     raise TypeError(f"{name}={value!r} has no JSON form: {rule}; leave it out of the config that you save")
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Return the end of an error message, which names the closest of `names`."""
+    return f"did you mean {difflib.get_close_matches(str(name), sorted(names), n=1, cutoff=0.0)[0]!r}?"
 
 
 def is_int(value: Any) -> bool:

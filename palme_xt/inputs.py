@@ -126,15 +126,17 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
 
 
 def check_prompts(
-    prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig
+    prompts: Any, prompt_lens: Any, batch: int | None, config: PalmEConfig, device: Any = None, name: str = "prompts"
 ) -> tuple[Tensor, Tensor | None]:
     """Check prompts, and return them in the form that upstream's wrapper takes.
 
     Args:
-        prompts: `(b, t)`, a list of b tensors `(t,)`, or `(t,)` for all of `batch`.
+        prompts: `(b, t)`, a list of b tensors `(t,)`, or `(t,)` for all of `batch`. None is the config's BOS.
         prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left, or None.
         batch: Number of images, or None if the model does not look at any.
         config: The config of the model, for `num_tokens`, `pad_value` and `max_seq_len`.
+        device: Where to put prompts that are not given.
+        name: What errors call the prompts.
 
     Returns:
         `(b, t)`, int64, and the lengths `(b,)`, or None if all prompts have length t.
@@ -142,18 +144,21 @@ def check_prompts(
     Raises:
         TypeError, ValueError: As in `check_text`, with the name `prompts` or `prompt_lens`.
     """
+    if prompts is None and config.bos_token is None:
+        raise ValueError("prompts is None, and the model has no bos_token: pass prompts, or build it with a bos_token")
+    prompts = torch.tensor([config.bos_token], device=device) if prompts is None else prompts
     if isinstance(prompts, list | tuple):
         if prompt_lens is not None:
             raise ValueError("prompt_lens is only for prompts (b, t): a list has its own lengths, so leave it out")
         prompts, prompt_lens = _stack_prompts(prompts, config)
     elif isinstance(prompts, Tensor) and prompts.ndim == 1:
         prompts = prompts.expand(batch or 1, -1)
-    prompts = _token_ids(prompts, config, "prompts")
+    prompts = _token_ids(prompts, config, name)
     if batch is not None and len(prompts) != batch:
         remedy = "pass one prompt (t,) for all images, or one for each image"
         raise ValueError(f"prompts has batch size {len(prompts)}, must have {batch}, the number of images: {remedy}")
     within = _within(prompts, prompt_lens, "prompt_lens")
-    _check_range(prompts, within, config, "prompts")
+    _check_range(prompts, within, config, name)
     return prompts.masked_fill(~within, config.pad_value), None if bool(within.all()) else prompt_lens
 
 

@@ -79,7 +79,8 @@ def test_a_run_folder_holds_what_it_promises(run: Path) -> None:
     given = {"steps": 4, "batch_size": 4, "eval_every": 2, "eval_images": 10, "mixed_precision": "no"}
     fingerprints = {"rows_fingerprint": "", "held_out_fingerprint": ""}
     assert values.pop("training") == asdict(Data()) | asdict(Training()) | given | fingerprints
-    assert PalmEConfig.from_dict(values).encoder_dim == 16
+    config = PalmEConfig.from_dict(values)
+    assert (config.encoder_dim, config.bos_token, config.eos_token) == (16, 256, 257)  # of the tokenizer
 
 
 def test_one_unreadable_image_does_not_keep_the_others_from_captions(

@@ -39,21 +39,22 @@ CONTRACT = {
     "attn_flash": True,
     "qk_norm": True,
 }
+TOKENS = ["bos_token", "eos_token"]
 OVERRIDES = ["vit_kwargs", "encoder_kwargs", "transformer_kwargs", "decoder_kwargs", "autoregressive_kwargs"]
 
 
 @pytest.mark.parametrize("constructor", [PalmE, PalmEConfig])
 def test_the_signature_is_the_public_contract(constructor: type) -> None:
     parameters = inspect.signature(constructor).parameters
-    assert list(parameters) == [*CONTRACT, *OVERRIDES]
+    assert list(parameters) == [*CONTRACT, *OVERRIDES, *TOKENS]
     assert {name: parameters[name].default for name in CONTRACT} == CONTRACT
     assert {parameters[name].kind for name in CONTRACT} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    assert {parameters[name].kind for name in OVERRIDES} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {parameters[name].kind for name in [*OVERRIDES, *TOKENS]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_help_shows_the_arguments() -> None:
     assert "image_size: 'int' = 256" in str(inspect.signature(PalmE.__init__))
-    for name in [*CONTRACT, *OVERRIDES]:
+    for name in [*CONTRACT, *OVERRIDES, *TOKENS]:
         assert f"        {name}: " in (PalmEConfig.__doc__ or ""), name
 
 
@@ -143,6 +144,32 @@ def test_no_other_attribute_can_be_set(name: str) -> None:
     message = f"cannot assign to '{name}': build another with dataclasses.replace(config, ...)"
     with pytest.raises(dataclasses.FrozenInstanceError, match=re.escape(message)):
         setattr(PalmEConfig(), name, 64)
+
+
+@pytest.mark.parametrize(("eos_token", "ids"), [(None, []), (3, [3]), ([3, 5], [3, 5])])
+def test_bos_and_eos_are_the_same_after_json(eos_token: int | list[int] | None, ids: list[int]) -> None:
+    config = PalmEConfig(bos_token=1, eos_token=eos_token)
+    again = PalmEConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+    assert config != PalmEConfig(bos_token=2, eos_token=eos_token)
+    assert config != PalmEConfig(bos_token=1, eos_token=[4])
+    assert again.check_eos_token(None).tolist() == ids
+    assert again.check_eos_token([7]).tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"bos_token": 20000}, ValueError, "bos_token=20000 must be a token id within 0..num_tokens-1=19999"),
+        ({"bos_token": [1]}, TypeError, "bos_token=[1] must be a token id, not list: or pass None"),
+        ({"eos_token": -1}, ValueError, "eos_token=-1 must be a token id within 0..num_tokens-1=19999: or pass None"),
+        ({"eos_token": [1, "</s>"]}, TypeError, "eos_token='</s>' must be a token id, not str: or pass None"),
+    ],
+)
+def test_bos_and_eos_are_token_ids(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        PalmEConfig(**arguments)
 
 
 def test_lists_and_tuples_mean_the_same() -> None:

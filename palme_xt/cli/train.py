@@ -28,6 +28,7 @@ from palme_xt.config import PalmEConfig
 from palme_xt.tokens import printable
 
 FLAGS = ("--strict", "--streaming")  # options that may stand alone
+NAMES_OF_TOKENS = {"bos_token": None, "eos_token": None}  # names here, ids in a config: `open_task` sets those
 HELP = ("-h", "--help")
 SHOWN = 8
 WIDEST = 60
@@ -46,8 +47,9 @@ def parse(argv: list[str]) -> dict[str, Any]:
         description=__doc__,
         allow_abbrev=False,
     )
-    for options in RunOptions, Data, Training, PalmEConfig:
+    for options in RunOptions, Data, Training:
         parser.add_class_arguments(options)
+    parser.add_class_arguments(PalmEConfig, skip={*NAMES_OF_TOKENS})
 
     argv = [_with_value(argument, following) for argument, following in zip(argv, [*argv[1:], "--"], strict=False)]
     named = given(parser, [argument for argument in argv if argument not in HELP])
@@ -78,7 +80,7 @@ def run(options: dict[str, Any]) -> int:
     else:
         values = options
         tokenizer = load_tokenizer(*(options[name] for name in ("tokenizer", "bos_token", "eos_token")))
-        config = from_options(PalmEConfig, options)
+        config = from_options(PalmEConfig, options | NAMES_OF_TOKENS)
         name = re.sub(r"[^\w.-]+", "-", Path(options["data"].rpartition(":")[2]).stem).strip("-.") or "data"
         folder = Run(options["run"] or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
     try:

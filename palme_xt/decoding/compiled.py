@@ -11,7 +11,7 @@ from torch import Tensor
 from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import LayerIntermediates
 
-Inputs = Mapping[str, Tensor | None]  # the other inputs of the network: context, context_mask, ...
+Inputs = Mapping[str, Any]  # the other inputs of the network: context, context_mask, ...
 
 
 def _step(

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from x_transformers.autoregressive_wrapper import align_right
 
+from palme_xt.config import PalmEConfig
 from palme_xt.decoding.compiled import compiled_step
 from palme_xt.decoding.request import Request, SamplingRequest, SearchRequest
 
@@ -36,43 +39,47 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 class Texts:
     """A batch of texts that grow by one token per step, decoded by upstream's network with its cache where possible.
 
+    With absolute positions, a text that is longer than `max_seq_len` is read through a sliding window, from its start
+    at each step.
+
     Args:
         net: An `x_transformers.TransformerWrapper` in eval mode, or a module that passes a call on to one.
         request: A checked request. The texts begin with its prompts.
-        context: `(b, p, d)`, or None for a network that does not cross-attend.
-        pad_value: The id that pads shorter prompts on the left.
+        inputs: The network's other inputs, such as `context (b, p, d)`. In nested dicts and lists too, tensors whose
+            first dimension is b hold an entry for each sample.
+        config: The config of the model.
     """
 
-    def __init__(self, net: Any, request: Request, context: Tensor | None, pad_value: int) -> None:
+    def __init__(self, net: Any, request: Request, inputs: Mapping[str, Any], config: PalmEConfig) -> None:
         self.net, self.compile, self.cache_kv = net, request.compile, request.cache_kv
+        self.window = config.max_seq_len if config.use_abs_pos_emb else sys.maxsize
         self.ids: Tensor = request.prompts  # type: ignore[assignment]  # (b, t), as `Request.check` left them
         seq_start_pos = None
         if request.prompt_lens is not None:
             seq_start_pos = self.ids.shape[1] - request.prompt_lens
-            self.ids = align_right(self.ids, request.prompt_lens, pad_id=pad_value)
-        self.inputs: dict[str, Any] = {
-            "context": context,
-            "context_mask": request.context_mask,
-            "seq_start_pos": seq_start_pos,
-        }
+            self.ids = align_right(self.ids, request.prompt_lens, pad_id=config.pad_value)
+        self.inputs: dict[str, Any] = {**inputs, "context_mask": request.context_mask, "seq_start_pos": seq_start_pos}
+        self.of_samples = tree_map(lambda value: isinstance(value, Tensor) and len(value) == len(self.ids), self.inputs)
         self.cache: Any = None
 
     def next_logits(self) -> Tensor:
         """Return the logits `(b, v)` of the next token of each text."""
+        ids, inputs, beyond = self.ids, self.inputs, self.ids.shape[1] - self.window
+        if beyond > 0:
+            self.cache, ids, start = None, ids[:, beyond:], inputs["seq_start_pos"]
+            inputs = inputs | {"seq_start_pos": None if start is None else (start - beyond).clamp(min=0)}
         cached = self.cache is not None
         # The compiler treats a length of 1 as a constant: its graph would serve that one step only.
         if cached and self.compile and self.cache.cache_length > 1:
-            logits, self.cache = compiled_step(self.net, self.ids[:, -1:], self.cache, self.inputs)
+            logits, self.cache = compiled_step(self.net, ids[:, -1:], self.cache, inputs)
             return logits
-        logits, cache = self.net(
-            self.ids[:, -1:] if cached else self.ids,
-            **self.inputs,
-            cache=self.cache,
-            input_not_include_cache=cached,
-            return_intermediates=True,
-        )
-        if self.cache_kv:
+        read = ids[:, -1:] if cached else ids
+        how = {"cache": self.cache, "input_not_include_cache": cached, "return_intermediates": True}
+        logits, cache = self.net(read, **inputs, **how)
+        if self.cache_kv and beyond < 0:
             self.cache = cache
+        if not cached:
+            refuse_nan(logits[:, -1])
         return logits[:, -1]  # type: ignore[no-any-return]
 
     def append(self, tokens: Tensor) -> None:
@@ -87,7 +94,7 @@ class Texts:
         """
         self.ids = self.ids[rows]
         if not same_samples:
-            self.inputs = {name: None if value is None else value[rows] for name, value in self.inputs.items()}
+            self.inputs = tree_map(lambda value, own: value[rows] if own else value, self.inputs, self.of_samples)
         if self.cache is not None:
             for layer in self.cache.attn_intermediates:
                 if not (same_samples and layer.layer_type == "c"):
@@ -124,29 +131,31 @@ class SeparateTexts(Texts):
         self.ids, self.texts = self.ids[rows], [copy.copy(self.texts[row]) for row in rows.tolist()]
 
 
-def sample(texts: Texts, request: SamplingRequest, pad_value: int) -> Iterator[Tensor]:
+def sample(start: Callable[[], Texts], request: SamplingRequest, pad_value: int) -> Iterator[Tensor]:
     """Decode token by token. Texts that have ended leave the batch and cause no further computation.
 
     Yields:
-        The tokens `(b,)` of each step, at most `seq_len` times, with `pad_value` for texts that have ended.
+        The tokens of each step, `num_return_sequences` for each sample, at most `seq_len` times, with `pad_value` for
+        texts that have ended.
 
     Raises:
         ValueError: If the logits are nan.
     """
+    texts = start()
+    rows = torch.arange(len(texts.ids), device=texts.ids.device)
+    texts.select(rows.repeat_interleave(request.num_return_sequences))
     batch = len(texts.ids)
-    going = torch.arange(batch, device=texts.ids.device)
+    going = torch.arange(batch, device=rows.device)
     for step in range(1, request.seq_len + 1):
         logits = texts.next_logits()
-        if step == 1:
-            _refuse_nan(logits)
-        tokens = request.choose(logits)
+        tokens = request.choose(texts.ids, logits)
         yield tokens.new_full((batch,), pad_value).index_copy(0, going, tokens)
         if step == request.seq_len:
             return
         texts.append(tokens)
-        if request.eos_token is None:
+        if len(request.eos_tokens) == 0:
             continue
-        stays = (tokens != request.eos_token).nonzero()[:, 0]
+        stays = torch.isin(tokens, request.eos_tokens, invert=True).nonzero()[:, 0]
         if len(stays) == 0:
             return
         if len(stays) < len(tokens):
@@ -154,24 +163,13 @@ def sample(texts: Texts, request: SamplingRequest, pad_value: int) -> Iterator[T
             going = going[stays]
 
 
-def _best(ids: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` best of texts `(b, c, n)` with `scores (b, c)`, best first, and their scores."""
-    scores, best = scores.topk(count, dim=1)
-    return _take(ids, best), scores
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """Return `values (b, c, n)` at `index (b, k)`, as `(b, k, n)`."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-
-
 def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[Tensor, Tensor]:
     """Decode the `beams` most likely texts of each sample that a beam search of that width finds.
 
     The score of a text is the sum of its tokens' log probabilities, divided by its length to the power
     `length_penalty`. The length is that of the new tokens, EOS included (as in Hugging Face's generate; Wu et al. 2016,
-    arXiv:1609.08144, section 7, has a variant). A sample is done, and causes no further computation, once no unfinished
-    text can reach a better score than the finished ones.
+    arXiv:1609.08144, section 7, has a variant). A sample that is done, as `early_stopping` defines it, causes no
+    further computation.
 
     Returns:
         Token ids `(k, b, seq_len)`, best first, with `pad_value` after EOS, and their scores `(k, b)`, float32. If a
@@ -180,7 +178,7 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     Raises:
         ValueError: If the logits are nan.
     """
-    beams, seq_len, eos_token = request.beams, request.seq_len, request.eos_token
+    beams, seq_len, penalty = request.beams, request.seq_len, request.length_penalty
     batch, prompt_len = texts.ids.shape
     device = texts.ids.device
     # The best finished texts of each sample, best first, with the score -inf for missing ones.
@@ -190,34 +188,32 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     scores = torch.zeros(batch, 1, device=device)  # (b, width) of the unfinished beams, best first
     for length in range(1, seq_len + 1):
         logits = texts.next_logits()
-        if length == 1:
-            _refuse_nan(logits)
         width, vocabulary = scores.shape[1], logits.shape[-1]
-        log_probs = rearrange(logits.float().log_softmax(dim=-1), "(b w) v -> b w v", w=width)
-        totals = rearrange(scores[..., None] + log_probs, "b w v -> b (w v)")
-        # Take twice as many candidates as beams: if all of the best ones end here, enough others continue.
-        scores, candidates = totals.topk(min(2 * beams, totals.shape[1]), dim=1)
-        parents, tokens = candidates // vocabulary, candidates % vocabulary
+        log_probs = request.process(texts.ids, logits.float().log_softmax(dim=-1))
+        totals = (scores[..., None] + rearrange(log_probs, "(b w) v -> b w v", w=width)).flatten(1)
+        # Each beam may end with each EOS: take so many candidates that enough others continue.
+        candidates = min(beams * (1 + max(1, len(request.eos_tokens))), totals.shape[1])
+        scores, best = totals.topk(candidates, dim=1)
+        parents, tokens = best // vocabulary, best % vocabulary
 
         so_far = rearrange(texts.ids[:, prompt_len:], "(b w) n -> b w n", w=width)
-        extended = torch.cat([_take(so_far, parents), tokens[..., None]], dim=-1)
+        extended = torch.cat([so_far.take_along_dim(parents[..., None], dim=1), tokens[..., None]], dim=-1)[:, :beams]
         last = length == seq_len
-        ends = torch.full_like(tokens, last, dtype=torch.bool) if eos_token is None else (tokens == eos_token) | last
-        if last or eos_token is not None:
+        ends = torch.isin(tokens, request.eos_tokens) | last
+        if last or len(request.eos_tokens):
             padded = nn.functional.pad(extended, (0, seq_len - length), value=pad_value)
-            ended_scores = (scores / length**request.length_penalty).masked_fill(~ends, -torch.inf)
+            ended_scores = (scores / length**penalty).masked_fill(~ends, -torch.inf)[:, :beams]
             all_ids = torch.cat([finished[going], padded], dim=1)
-            all_scores = torch.cat([finished_scores[going], ended_scores], dim=1)
-            finished[going], finished_scores[going] = _best(all_ids, all_scores, beams)
-        if last:
-            break
+            finished_scores[going], kept = torch.cat([finished_scores[going], ended_scores], dim=1).topk(beams, dim=1)
+            finished[going] = all_ids.take_along_dim(kept[..., None], dim=1)
 
         scores, best = scores.masked_fill(ends, -torch.inf).topk(min(beams, scores.shape[1]), dim=1)
-        # From here on, the sum of log probabilities can only fall, and the length that divides it can only grow.
-        longest = seq_len if request.length_penalty > 0 else length + 1
-        reachable = scores[:, 0] / longest**request.length_penalty
-        stays = (reachable > finished_scores[going].amin(dim=1)).nonzero()[:, 0]
-        if len(stays) == 0:
+        worst = finished_scores[going].amin(dim=1)
+        # The sum of log probabilities can only fall from here on, and the length that divides it can only grow.
+        longest = seq_len if request.early_stopping == "never" and penalty > 0 else length
+        improvable = worst.isneginf() if request.early_stopping is True else scores[:, 0] / longest**penalty > worst
+        stays = improvable.nonzero()[:, 0]
+        if last or len(stays) == 0:
             break
         parent_rows = parents.gather(1, best) + width * torch.arange(len(going), device=device)[:, None]
         same_samples = len(stays) == len(going) and best.shape[1] == width
@@ -228,7 +224,8 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
     return rearrange(finished, "b k n -> k b n"), rearrange(finished_scores, "b k -> k b")
 
 
-def _refuse_nan(logits: Tensor) -> None:
+def refuse_nan(logits: Tensor) -> None:
+    """Raise a ValueError if there is a nan."""
     # Decoding from nan would silently return token 0.
     if logits.isnan().any():
         raise ValueError("the logits are nan: check img, context and the model's weights for nan and inf")

@@ -89,17 +89,17 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def read_config(folder: str | os.PathLike[str]) -> PalmEConfig:
-    """Return the arguments in `config.json`, none of which may be missing.
+    """Return the arguments in `config.json`, none of which may be missing except those with the default None.
 
     Raises:
         FolderError: As in `read_json`, and if an argument is missing, unknown or invalid.
     """
     values = read_json(folder)
     values.pop(TRAINING, None)
-    names = [argument.name for argument in fields(PalmEConfig)]
-    missing = [name for name in names if name not in values]
+    names = {argument.name: argument.default for argument in fields(PalmEConfig)}
+    missing = [name for name, default in names.items() if name not in values and default is not None]
     with _reading_arguments(folder):
-        if missing and set(values) <= set(names):
+        if missing and values.keys() <= names.keys():
             raise ValueError(f"{', '.join(missing)} missing; defaults could build a different model than the saved one")
         return PalmEConfig.from_dict(values)
 

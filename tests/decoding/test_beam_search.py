@@ -106,6 +106,57 @@ def test_as_wide_as_the_vocabulary_allows_it_finds_the_optimum(
         assert (tokens[len(best) :, row] == 0).all()
 
 
+@torch.no_grad()
+def rule_of_transformers(
+    model: PalmE, img: Tensor, prompt: list[int], seq_len: int, beams: int, eos: list[int], how: dict[str, Any]
+) -> list[tuple[list[int], float]]:
+    """Search for one sample as transformers 5.24 does (`GenerationMixin._beam_search`), in lists."""
+    penalty, early_stopping = how["length_penalty"], how["early_stopping"]
+    alive: list[tuple[list[int], float]] = [(list(prompt), 0.0)]
+    done: list[tuple[list[int], float]] = []
+    for length in range(1, seq_len + 1):
+        rows = log_probs(model, img, [text for text, _ in alive]).tolist()
+        extended = [
+            ([*text, token], score + row[token])
+            for (text, score), row in zip(alive, rows, strict=True)
+            for token in range(len(row))
+        ]
+        candidates = sorted(extended, key=lambda pair: -pair[1])[: beams * (1 + max(1, len(eos)))]
+        for text, score in candidates[:beams]:
+            if text[-1] in eos or length == seq_len:
+                done.append((text[len(prompt) :] + [0] * (seq_len - length), score / length**penalty))
+        done = sorted(done, key=lambda pair: -pair[1])[:beams]
+        alive = [pair for pair in candidates if pair[0][-1] not in eos][:beams]
+        longest = seq_len if early_stopping == "never" and penalty > 0 else length
+        if len(done) == beams and (early_stopping is True or alive[0][1] / longest**penalty <= done[-1][1]):
+            break
+    return done
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("eos_token", [3, [3, 7, 11]], ids=str)
+def test_it_ends_and_finishes_texts_as_transformers_does(
+    eos_token: int | list[int], early_stopping: bool | str
+) -> None:
+    others = 0
+    for seed, length_penalty in enumerate([-1.0, 0.0, 1.0, 2.0]):
+        model = small(seed, num_tokens=20)
+        img, text = batch(model, b=3, n=4, seed=seed)
+        prompts = [text[0], text[1, :2], text[2, :3]]
+        how: dict[str, Any] = {"length_penalty": length_penalty, "early_stopping": early_stopping}
+        tokens, scores = model.beam_search(img, prompts, 8, beams=3, eos_token=eos_token, **how)
+        for row, prompt in enumerate(prompts):
+            eos = [eos_token] if isinstance(eos_token, int) else eos_token
+            args = model, img[row : row + 1], prompt.tolist(), 8, 3, eos
+            expected = rule_of_transformers(*args, how)
+            assert tokens[:, row].tolist() == [found for found, _ in expected]
+            best = torch.tensor([score for _, score in expected])
+            torch.testing.assert_close(scores[:, row], best, rtol=1e-4, atol=1e-3)
+            other = {"length_penalty": length_penalty, "early_stopping": early_stopping is False}
+            others += rule_of_transformers(*args, other) != expected
+    assert others > 0  # negative control: the three meanings differ
+
+
 def test_negative_control_greedy_decoding_misses_the_optimum() -> None:
     missed = 0
     for seed in range(4):
@@ -162,6 +213,13 @@ def test_beams_of_several_images_and_beyond_max_seq_len() -> None:
         ({"beams": 0}, ValueError, "beams=0 must be a positive int: 1 decodes without a search"),
         ({"beams": 2.0}, TypeError, "beams=2.0 must be a positive int, not float"),
         ({"length_penalty": 1.0}, ValueError, "length_penalty=1.0 has no effect with beams=1: pass beams=4"),
+        ({"early_stopping": True}, ValueError, "early_stopping=True has no effect with beams=1: pass beams=4"),
+        (
+            {"beams": 2, "early_stopping": "always"},
+            ValueError,
+            "early_stopping='always' must be False, True or 'never'",
+        ),
+        ({"beams": 2, "num_return_sequences": 3}, ValueError, "num_return_sequences=3 must be at most beams=2"),
         ({"beams": 2, "length_penalty": "long"}, TypeError, "length_penalty='long' must be a number, not str"),
         ({"beams": 2, "length_penalty": float("inf")}, ValueError, "length_penalty=inf must be finite"),
         (

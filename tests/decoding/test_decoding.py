@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE
+from palme_xt.decoding import compiled as compiled_step
 from palme_xt.decoding import probe
 from palme_xt.mapping import upstream_keywords
 from palme_xt.strategies import configs
@@ -26,6 +28,8 @@ from tests.upstream.storages import Storages
 
 FLAGS = ("alibi_pos_bias", "rotary_xpos", "attn_flash", "qk_norm", "use_abs_pos_emb", "cross_attend")
 GREEDY: dict[str, Any] = {"temperature": 0.0}
+MODEL = small()
+IMG, TEXT = batch(MODEL, b=2, n=4)
 
 
 def reference(
@@ -316,6 +320,154 @@ def test_an_eos_in_the_prompt_does_not_count() -> None:
     )
 
 
+def test_bos_and_eos_of_the_config_are_defaults() -> None:
+    model = small()
+    img, _ = batch(model, b=3, n=3)
+    start = torch.tensor([5])
+    free = model.generate(img, start, 12, **GREEDY)
+    eos = int(free[0, 3])
+    config = dataclasses.replace(model.config, bos_token=5, eos_token=eos)
+    known = PalmE.from_config(config)
+    known.load_state_dict(model.state_dict())
+    ended = model.generate(img, start, 12, eos_token=eos, **GREEDY)
+    assert not torch.equal(ended, free)
+    assert torch.equal(known.generate(img, seq_len=12, **GREEDY), ended)
+    assert torch.equal(known.generate(img, **GREEDY), known.generate(img, seq_len=15, **GREEDY))  # max_seq_len=16
+    assert torch.equal(known.beam_search(img, seq_len=12)[0], model.beam_search(img, start, 12, eos_token=eos)[0])
+    # Explicit arguments win, and an empty list is no EOS.
+    assert torch.equal(known.generate(img, seq_len=12, eos_token=[], **GREEDY), free)
+    assert torch.equal(
+        known.generate(img, torch.tensor([7]), 12, eos_token=[], **GREEDY),
+        model.generate(img, torch.tensor([7]), 12, **GREEDY),
+    )
+
+    text_only = small(cross_attend=False, bos_token=5)
+    assert torch.equal(text_only.generate(None, seq_len=6, **GREEDY), text_only.generate(None, start, 6, **GREEDY))
+
+
+def test_each_of_several_eos_ids_ends_a_text() -> None:
+    model = small()
+    img, text = batch(model, b=4, n=3)
+    free = model.generate(img, text, 8, **GREEDY).tolist()
+    eos = [free[0][2], free[2][3]]
+    until = [next((n + 1 for n, token in enumerate(row) if token in eos), 8) for row in free]
+    assert len(set(until)) > 1
+    expected = [row[:end] + [0] * (8 - end) for row, end in zip(free, until, strict=True)]
+    for eos_token in eos, tuple(eos), eos[::-1]:
+        assert model.generate(img, text, 8, eos_token=eos_token, **GREEDY).tolist() == expected
+    assert model.generate(img, text, 8, eos_token=eos[:1], **GREEDY).tolist() != expected
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_logits_processor_decides_from_the_text_so_far(beams: int) -> None:
+    model = small()
+    img, text = batch(model, b=3, n=4)
+    prompts = [text[0], text[1, :2], text[2, :3]]
+    seen: list[Tensor] = []
+
+    def once(ids: Tensor, logits: Tensor) -> Tensor:
+        """Allow each token once in a text."""
+        seen.append(ids)
+        assert logits.dtype == torch.float32
+        return logits.scatter(1, ids, -torch.inf)
+
+    tokens = model.generate(img, prompts, 12, logits_processor=once, beams=beams, temperature=0.0)
+    for row, prompt in zip(tokens.tolist(), prompts, strict=True):
+        assert len({*row, *prompt.tolist()}) == len(row) + len(set(prompt.tolist()))
+    assert [ids.shape for ids in seen] == [(3, 4)] + [(3 * beams, 4 + step) for step in range(1, 12)]
+    assert seen[0][1].tolist() == [0, 0, *text[1, :2].tolist()]  # padded on the left
+    assert not torch.equal(tokens, model.generate(img, prompts, 12, beams=beams, temperature=0.0))
+    keep = model.generate(img, prompts, 12, logits_processor=lambda _, logits: logits, beams=beams, temperature=0.0)
+    assert torch.equal(keep, model.generate(img, prompts, 12, beams=beams, temperature=0.0))
+
+
+def test_a_logits_processor_comes_before_the_filter() -> None:
+    model = small()
+    img, text = batch(model, b=3, n=3)
+    how: dict[str, Any] = {"filter_logits_fn": lambda logits: logits.clamp(max=0), "temperature": 2.0}
+    processed = model.generate(
+        img, text, 8, logits_processor=lambda _, logits: 3 * logits, generator=torch.Generator().manual_seed(0), **how
+    )
+    how["filter_logits_fn"] = lambda logits: (3 * logits).clamp(max=0)
+    assert torch.equal(processed, model.generate(img, text, 8, generator=torch.Generator().manual_seed(0), **how))
+
+
+def test_several_samples_for_each_image() -> None:
+    model = small()
+    img, text = batch(model, b=2, n=4)
+    prompts = [text[0], text[1, :2]]
+    eos = int(model.generate(img, prompts, 3, **GREEDY)[0, 2])
+    seeded = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    with mock.patch.object(model.encoder, "forward", wraps=model.encoder.forward) as encoder:
+        tokens = model.generate(img, prompts, 9, num_return_sequences=3, eos_token=eos, generator=seeded())
+    assert [len(call.args[0]) for call in encoder.call_args_list] == [2]  # each image once
+    repeated = [prompts[0]] * 3 + [prompts[1]] * 3
+    expected = model.generate(img.repeat_interleave(3, 0), repeated, 9, eos_token=eos, generator=seeded())
+    assert torch.equal(tokens, expected)
+    assert len(tokens[:3].unique(dim=0)) > 1
+    steps = list(model.stream(img, prompts, 9, num_return_sequences=3, eos_token=eos, generator=seeded()))
+    assert torch.equal(torch.stack(steps, dim=1), tokens[:, : len(steps)])
+
+    best = model.generate(img, prompts, 9, beams=4, num_return_sequences=3)
+    beams, _ = model.beam_search(img, prompts, 9, beams=4)
+    assert torch.equal(best, beams[:3].transpose(0, 1).flatten(0, 1))
+
+
+def test_scores_are_the_log_probabilities_of_a_full_forward() -> None:
+    model = small().eval()
+    img, text = batch(model, b=3, n=4)
+    prompts = [text[0], text[1, :2], text[2, :3]]
+    tokens = model.generate(img, prompts, 8, temperature=2.0)
+    eos = int(tokens[0, 4])
+    scores = model.score(img, prompts, tokens, eos_token=eos)
+    for row, prompt in enumerate(prompts):
+        whole = torch.cat([prompt, tokens[row]])
+        values = logits(model, img[row : row + 1], whole[None])[0, len(prompt) - 1 :].log_softmax(dim=-1)
+        expected = values[range(8), tokens[row]]
+        until = tokens[row].tolist().index(eos) + 1 if eos in tokens[row] else 8
+        torch.testing.assert_close(scores[row, :until], expected[:until], rtol=1e-5, atol=1e-5)
+        assert (scores[row, until:] == 0).all()
+    assert (scores == 0).any()
+    lens = torch.tensor([4, 2, 3])
+    context = model.encode(img)
+    same = model.score(None, text, tokens.int(), eos_token=eos, prompt_lens=lens, context=context)
+    torch.testing.assert_close(same, scores)
+    assert not torch.allclose(model.score(-img, prompts, tokens, eos_token=eos), scores)
+
+
+def test_scores_add_up_to_those_of_beams_and_have_gradients() -> None:
+    model = small(bos_token=5, eos_token=3).eval()
+    img, _ = batch(model, b=2, n=3)
+    tokens, expected = model.beam_search(img, seq_len=7, beams=4)
+    for beam, total in zip(tokens, expected, strict=True):
+        torch.testing.assert_close(model.score(img, None, beam).sum(dim=1), total, rtol=1e-4, atol=1e-3)
+    model.train()
+    model.score(img, None, tokens[0]).sum().backward()
+    assert model.training
+    assert all(p.grad is not None for p in model.decoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.score(IMG, TEXT, TEXT.float()), TypeError, "tokens has dtype torch.float32, must be an integer"),
+        (lambda m: m.score(IMG, TEXT, TEXT + 32), ValueError, "tokens must have ids within 0..num_tokens-1=31"),
+        (lambda m: m.score(IMG, TEXT, TEXT[:1]), ValueError, "prompts has batch size 2, must have 1"),
+        (lambda m: m.score(IMG, None, TEXT), ValueError, "prompts is None, and the model has no bos_token"),
+        (lambda m: m.score(IMG[:1], TEXT, TEXT), ValueError, "must have the same batch size, not 2 and 1"),
+        (
+            lambda m: small(use_abs_pos_emb=True, rotary_xpos=False).score(IMG, TEXT, TEXT.repeat(1, 4)),
+            ValueError,
+            "text has 20 tokens, must have at most max_seq_len=16 with use_abs_pos_emb=True",
+        ),
+        (lambda m: m.score(IMG * torch.nan, TEXT, TEXT), ValueError, "the logits are nan: check img, context and the"),
+    ],
+)
+def test_bad_scores(call: Callable[[PalmE], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call(MODEL)
+
+
 def test_the_pad_value_of_the_wrapper_fills_up() -> None:
     model = small(autoregressive_kwargs={"pad_value": 7})
     img, text = batch(model, b=1, n=3)
@@ -452,8 +604,50 @@ def test_beyond_max_seq_len() -> None:
     assert beyond.tolist() == greedy_reference(model, img, list(text), 30)
 
     absolute = small(use_abs_pos_emb=True, rotary_xpos=False)
-    with pytest.raises(ValueError, match=re.escape("use_abs_pos_emb=True has no positions beyond: shorten one")):
-        absolute.generate(img, text, 13, restrict_to_max_seq_len=False)
+    with pytest.raises(ValueError, match=r"restrict_to_max_seq_len=False to slide a window over the text"):
+        absolute.generate(img, text, 13, **GREEDY)
+
+
+@torch.no_grad()
+def test_absolute_positions_slide_beyond_max_seq_len() -> None:
+    model = small(use_abs_pos_emb=True, rotary_xpos=False)  # max_seq_len=16
+    img, text = batch(model, b=3, n=6)
+    prompts = [text[0], text[1, :2], text[2, :4]]
+
+    def slide(row: int, window: int = 16) -> list[int]:
+        text, context = prompts[row][None], model.encode(img[row : row + 1])
+        for _ in range(30):
+            values = model.decoder.net(text[:, -window:], context=context)
+            text = torch.cat([text, values[:, -1:].argmax(dim=-1)], dim=1)
+        return text[0, len(prompts[row]) :].tolist()
+
+    expected = [slide(row) for row in range(3)]
+    assert expected != [slide(row, window=15) for row in range(3)]  # negative control
+    how: dict[str, Any] = {"restrict_to_max_seq_len": False, **GREEDY}
+    for cache_kv in True, False:
+        assert model.generate(img, prompts, 30, cache_kv=cache_kv, **how).tolist() == expected
+    compiled = mock.Mock(wraps=compiled_step._step)
+    with mock.patch.object(compiled_step, "_compiled", return_value=compiled):
+        assert model.generate(img, prompts, 30, compile=True, **how).tolist() == expected
+    assert compiled.call_count == 10  # from 7 to 16 tokens
+    beams, _ = model.beam_search(img, prompts, 30, beams=3, restrict_to_max_seq_len=False)
+    for row in range(3):
+        alone, _ = model.beam_search(
+            img[row : row + 1], prompts[row], 30, beams=3, restrict_to_max_seq_len=False, cache_kv=False
+        )
+        assert torch.equal(beams[:, row], alone[:, 0])
+
+
+def test_upstream_still_shows_the_padding_of_prompts_when_it_slides() -> None:
+    model = small(use_abs_pos_emb=True, rotary_xpos=False)
+    img, text = batch(model, b=2, n=6)
+    context, lens = model.encode(img), torch.tensor([6, 2])
+    kwargs: dict[str, Any] = {"temperature": 0.0, "cache_kv": False}
+    together = model.decoder.generate(text, 30, prompt_lens=lens, context=context, **kwargs)
+    alone = model.decoder.generate(text[1:, :2], 30, context=context[1:], **kwargs)
+    assert not torch.equal(together[1:], alone)
+    ours = model.generate(None, text, 30, prompt_lens=lens, context=context, restrict_to_max_seq_len=False, **kwargs)
+    assert torch.equal(ours[1:], alone)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"cross_attend": False}, {"use_abs_pos_emb": True, "rotary_xpos": False}])
@@ -480,8 +674,6 @@ def test_text_only_takes_one_prompt() -> None:
     assert torch.equal(model.generate(torch.randn(2, 3, 8, 8), text, 6, **GREEDY), tokens)
 
 
-MODEL = small()
-IMG, TEXT = batch(MODEL, b=2, n=4)
 BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(None, TEXT, 3), ValueError, "neither img nor context is given"),
     (lambda f: f(IMG, TEXT, 3, context=MODEL.encode(IMG)), ValueError, "both img and context are given"),
@@ -518,7 +710,35 @@ BAD: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda f: f(IMG, TEXT, 3, temperature=float("nan")), ValueError, "temperature=nan must be 0 (greedy) or more"),
     (lambda f: f(IMG, TEXT, 3, temperature="hot"), TypeError, "temperature='hot' must be a number, not str"),
     (lambda f: f(IMG, TEXT, 3, filter_logits_fn="topp"), ValueError, "did you mean 'top_p'?"),
-    (lambda f: f(IMG, TEXT, 3, filter_logits_fn=3), TypeError, "filter_logits_fn=3 must be a name or a function"),
+    (
+        lambda f: f(IMG, TEXT, 3, filter_logits_fn=3),
+        ValueError,
+        "filter_logits_fn=3 must be one of top_p, top_k, top_a",
+    ),
+    (
+        lambda f: f(IMG, TEXT, 3, filter_kwargs={"thres": 0.9}),
+        ValueError,
+        "filter_kwargs={'thres': 0.9} must have the keywords of top_k: frac_num_tokens, k; instead of thres, pass frac",
+    ),
+    (
+        lambda f: f(IMG, TEXT, 3, filter_logits_fn="top_p", filter_kwargs={"p": 0.9}),
+        ValueError,
+        "filter_kwargs={'p': 0.9} must have the keywords of top_p: thres",
+    ),
+    (lambda f: f(IMG, None, 3), ValueError, "prompts is None, and the model has no bos_token: pass prompts, or"),
+    (lambda f: f(IMG, TEXT, 3, eos_token=[1, 32]), ValueError, "eos_token=32 must be a token id within 0..num_tokens"),
+    (lambda f: f(IMG, TEXT, 3, num_return_sequences=0), ValueError, "num_return_sequences=0 must be a positive int"),
+    (lambda f: f(IMG, TEXT, 3, logits_processor=1), TypeError, "logits_processor=1 must be a function of ids and"),
+    (
+        lambda f: list(f(IMG, TEXT, 3, logits_processor=lambda ids, logits: logits[:1])),
+        ValueError,
+        "logits_processor must return logits (2, 32), with -inf for tokens that are not allowed, not tensor",
+    ),
+    (
+        lambda f: list(f(IMG, TEXT, 3, logits_processor=lambda ids, logits: logits - torch.inf)),
+        ValueError,
+        "logits_processor returned -inf for all tokens of a text: it must allow at least one",
+    ),
     (lambda f: list(f(IMG * torch.nan, TEXT, 3)), ValueError, "the logits are nan: check img, context and the model's"),
 ]
 

@@ -54,6 +54,15 @@ def test_tensors_that_share_memory(tmp_path: Path) -> None:
     assert not same(loaded, small())
 
 
+def test_a_folder_without_bos_and_eos_still_loads(folder: Path, tmp_path: Path) -> None:
+    values = json.loads((folder / CONFIG).read_text())
+    assert (values.pop("bos_token"), values.pop("eos_token")) == (None, None)
+    (folder / CONFIG).write_text(json.dumps(values))
+    assert load(folder).config == small().config
+    save(small(bos_token=1, eos_token=[2, 3]), tmp_path / "other")
+    assert load(tmp_path / "other").config == small(bos_token=1, eos_token=[2, 3]).config != small().config
+
+
 def test_weights_are_cast_to_the_models_dtype(tmp_path: Path) -> None:
     model = small().bfloat16()
     save(model, tmp_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from palme_xt.captioner.data.batches import DataError, Source
@@ -56,6 +56,7 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
     if config.num_tokens < tokenizer.num_tokens:
         rule = "for the tokenizer" if tokenizer.num_tokens != NUM_TOKENS else "to train on bytes: 256, BOS and EOS"
         raise ValueError(f"num_tokens={config.num_tokens} must be at least {tokenizer.num_tokens} {rule}")
+    config = replace(config, bos_token=tokenizer.bos, eos_token=tokenizer.eos)
     count = training.eval_images
     if data.data == DIGITS:
         preprocessing = Preprocessing.plain(config)
