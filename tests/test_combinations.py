@@ -39,13 +39,7 @@ RUNNING: list[dict[str, Any]] = [
     {"autoregressive_kwargs": {"add_attn_z_loss": True}, "attn_flash": False},
     {"decoder_kwargs": {"qkv_receive_diff_residuals": True, "num_residual_streams": 2}},
     {"decoder_kwargs": {"qkv_receive_diff_residuals": True, "integrate_layers": True}},
-    {
-        "decoder_kwargs": {
-            "qkv_receive_diff_residuals": True,
-            "attn_aggregated_residuals": True,
-            "attn_aggregated_residual_kwargs": {"lora_rank": 4},
-        }
-    },
+    {"decoder_kwargs": {"qkv_receive_diff_residuals": True, "attn_aggregated_residuals": True}, "decoder_dim": 96},
 ]
 
 

@@ -198,7 +198,7 @@ def test_weights_and_size_do_not_matter_to_what_decoding_relies_on() -> None:
         huge.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = value
     with Storages() as storages:
         probe._small_copy(huge, torch.float32)
-    assert max(storages.sizes()) < 10**6  # of 2 * 10**9
+    assert max(storages.sizes()) < 10**7  # the vocabulary alone has 2 * 10**9
 
 
 def test_a_temperature_near_zero_is_greedy() -> None:
