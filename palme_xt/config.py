@@ -155,7 +155,6 @@ class PalmEConfig:
         if self.bos_token is not None:
             check_token_id("bos_token", self.bos_token, self.num_tokens, "or pass None")
         self.check_eos_token(self.eos_token)
-        object.__setattr__(self, "eos_token", _freeze(self.eos_token))
 
     def _check_combinations(self) -> None:
         """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with."""

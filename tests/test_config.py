@@ -162,7 +162,7 @@ def test_bos_and_eos_are_the_same_after_json(eos_token: int | list[int] | None, 
     ("arguments", "error", "message"),
     [
         ({"bos_token": 20000}, ValueError, "bos_token=20000 must be a token id within 0..num_tokens-1=19999"),
-        ({"bos_token": [1]}, TypeError, "bos_token=[1] must be a token id, not list: or pass None"),
+        ({"bos_token": [1]}, TypeError, "bos_token=(1,) must be a token id, not tuple: or pass None"),
         ({"eos_token": -1}, ValueError, "eos_token=-1 must be a token id within 0..num_tokens-1=19999: or pass None"),
         ({"eos_token": [1, "</s>"]}, TypeError, "eos_token='</s>' must be a token id, not str: or pass None"),
     ],
