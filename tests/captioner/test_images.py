@@ -89,7 +89,7 @@ def test_inputs_are_bit_by_bit_those_of_transformers(make: Make, mode: str) -> N
             expected = theirs(image, return_tensors="pt")["pixel_values"][0]
             assert expected.shape == (3, image_size, image_size)
             assert torch.equal(inputs(preprocessing, image), expected), size
-            untouched = size == (image_size,) * 2 or (preprocessing.crop and min(size) == image_size)
+            untouched = size == (image_size,) * 2 or (preprocessing.fit == "crop" and min(size) == image_size)
             bilinear = other(image, return_tensors="pt")["pixel_values"][0]
             assert torch.equal(bilinear, expected) == untouched
 
@@ -271,8 +271,8 @@ def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path
     assert not torch.equal(inputs(found, image), inputs(other(config), image))
     values = json.loads(preprocessing.to_json())
     assert values["crop_size"] == {"height": 16, "width": 16}
-    assert values["size"] == ({"shortest_edge": 16} if preprocessing.crop else values["crop_size"])
-    assert values["do_normalize"] == values["do_center_crop"] == preprocessing.crop
+    assert values["size"] == ({"shortest_edge": 16} if preprocessing.fit == "crop" else values["crop_size"])
+    assert values["do_normalize"] == values["do_center_crop"] == (preprocessing.fit == "crop")
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,9 @@ class Task:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `data` and `training`, by name."""
-        return asdict(self.data) | asdict(self.training)
+        """The options of `data` and `training`, by name, without those that only concern digits if there are none."""
+        options = asdict(self.data) | asdict(self.training)
+        return {name: value for name, value in options.items() if self.data.data == DIGITS or name != "jitter"}
 
 
 def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer) -> Task:
@@ -63,7 +64,7 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
         rows = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
         return Task(config, training, data, tokenizer, preprocessing, rows, held_out_scenes, count)
-    preprocessing = Preprocessing.like_clip(config)
+    preprocessing = Preprocessing.like_clip(config, data.fit)
     loaded = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
     return Task(config, training, data, tokenizer, preprocessing, *loaded, min(len(loaded[1]), count))
 
