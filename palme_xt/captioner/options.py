@@ -39,10 +39,11 @@ class RunOptions:
     Args:
         run: New run folder (default: runs/NAME-DATE-TIME).
         resume: Run to resume from its last checkpoint, as if it had never stopped. No other options are allowed, except
-            `data` if the data have moved.
+            `data` if the data have moved, and `device`.
         tokenizer: A `tokenizer.json` of the tokenizers library, or a repository on the hub (default: bytes).
         bos_token: Token that begins a text (default: the tokenizer's usual one).
         eos_token: Token that ends a text (default: the tokenizer's usual one).
+        device: Device to train on, such as `cpu` or `cuda:1`, in one process (default: what accelerate chooses).
     """
 
     run: str | None = None
@@ -50,6 +51,7 @@ class RunOptions:
     tokenizer: str | None = None
     bos_token: str | None = None
     eos_token: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from palme_xt.captioner.data.batches import DataError, Source
+from palme_xt.captioner.data.batches import DataError, Defect, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing
@@ -88,3 +88,5 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
         files = task.tokenizer.files() | {PREPROCESSING: task.preprocessing.to_json().encode()}
         run.create(task.config, task.options | now, files)
     run.lock()
+    held_out = (task.held_out_rows.read(range(number, number + 1)) for number in range(task.held_out_images))
+    run.log_skipped(asdict(row) for (row,) in held_out if isinstance(row, Defect))
