@@ -157,7 +157,7 @@ def load_tokenizer(file_or_name: str | None, bos_token: str | None = None, eos_t
 
     path = Path(file_or_name)
     path = path / TOKENIZER if path.is_dir() else path
-    may_be_on_the_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path)) and path.suffix != ".json"
+    may_be_on_the_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", file_or_name) and path.suffix != ".json"
     try:
         # The hub is not asked for what must be a file, because that may take half a minute.
         local = path.is_file() or not may_be_on_the_hub
