@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from palme_xt import PalmEConfig, tokens
@@ -288,7 +289,7 @@ def test_errors_of_reading_processes_are_one_line(tmp_path: Path, capsys: pytest
     rows = [{"file_name": f"{n:03}.png", "text": f"picture {n}", "size": n} for n in range(9)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = ["train", f"--data={folder}", "--steps=3", "--batch_size=2", *TINY, "--num_workers=1"]
-    message = "text_column=size holds int, must hold one text: choose another column"
+    message = "text_column=size holds int, must hold a text or a list of texts: choose another column"
     fails(capsys, [*train, "--text_column=size", f"--run={tmp_path / 'run'}"], message)
     message = "held_out takes all rows of the stream, must leave some: pass a smaller --held_out"
     fails(capsys, [*train, "--streaming", f"--run={tmp_path / 'stream'}"], message)
@@ -318,6 +319,19 @@ def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "run").exists()
     assert main([*train, "--max_seq_len=128"]) == 0
     assert "skipped: none" in capsys.readouterr().out
+
+
+def test_a_thousand_unusable_rows_in_succession_end_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(write_folder(tmp_path / "images", 1) / "000.png")
+    (tmp_path / "data").mkdir()
+    for split, count in ("train", 3000), ("validation", 1):
+        rows = [{"image": f"none-{number}.png" if number else image, "text": "x"} for number in range(count)]
+        Dataset.from_list(rows).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    train = ["train", f"--data={tmp_path / 'data'}", "--steps=90", "--batch_size=100", *TINY, "--eval_every=100"]
+    message = r"data=\S+ has 1000 unusable rows in succession: none-\d+.png cannot be read: No such file or directory"
+    fails(capsys, [*train, f"--run={tmp_path / 'run'}"], message)
 
 
 def test_training_learns_one_s_own_pictures_and_captions_them(

@@ -20,7 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from palme_xt import PalmEConfig, tokens
 from palme_xt.captioner.caption import caption, caption_ids, stream_caption
-from palme_xt.captioner.data.batches import Defect, Example
+from palme_xt.captioner.data.batches import DataError, Defect, Example
 from palme_xt.captioner.data.digits import LONGEST_CAPTION
 from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import Preprocessing
@@ -600,11 +600,9 @@ def test_captions_are_as_long_as_their_tokens(files: dict[str, Path], tmp_path: 
     for row in read(words, longest):
         assert isinstance(row, Example)
         assert row.ids == words.encode(row.caption)
-    for row in read(in_bytes, min(length.values())):
-        assert isinstance(row, Defect)
-        assert row.reason == "caption longer than the model"
-        assert re.fullmatch(
-            rf"the caption of \S+ has \d\d tokens, more than max_seq_len={min(length.values())}", row.detail
-        )
-    for row in read(words, min(length.values()) - 1):
-        assert isinstance(row, Defect)
+    shortest = min(length.values())
+    message = rf"no usable row .*: the caption of \S+ has \d\d tokens, more than max_seq_len={shortest}; 99% of the "
+    with pytest.raises(DataError, match=rf"{message}captions need --max_seq_len=\d\d$"):
+        read(in_bytes, shortest)
+    with pytest.raises(DataError, match=f"no usable row .* more than max_seq_len={shortest - 1}"):
+        read(words, shortest - 1)

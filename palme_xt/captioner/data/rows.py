@@ -148,16 +148,13 @@ class MapStyleSource(Source):
         """Return the rows with these numbers, as `Source.read` does."""
         return [self._row(*divmod(number, len(self.rows))) for number in numbers]
 
-    def captions(self) -> list[Any]:
-        """Return the captions of all rows, in order, each as it is in the data."""
-        column = self.reader.text_column
-        with reading("data cannot be read"):
-            return [row[column] for row in self.rows] if isinstance(self.rows, list) else list(self.rows[column][:])
-
     def fingerprint(self) -> str:
         """Return a digest of the number of rows and of their captions, in order."""
+        column = self.reader.text_column
         digest = sha256(f"{len(self.rows)}\n".encode())
-        for caption in self.captions():
+        with reading("data cannot be read"):
+            captions = [row[column] for row in self.rows] if isinstance(self.rows, list) else self.rows[column][:]
+        for caption in captions:
             digest.update(json.dumps(caption, default=repr).encode() + b"\n")
         return digest.hexdigest()
 
@@ -249,12 +246,11 @@ def load_data(
     if not held_out:
         raise DataError(f"data={data.data} has no held-out rows: choose another split or number with --held_out")
     _check_usable(train, reader, data)
-    evaluated = MapStyleSource(held_out, reader)
-    warn_if_lossy(tokenizer, chain(*evaluated.captions()))
+    warn_if_lossy(tokenizer, chain(*map(reader.captions, held_out)))
     if not data.streaming:
-        return MapStyleSource(train, reader, seed), evaluated
+        return MapStyleSource(train, reader, seed), MapStyleSource(held_out, reader)
     train = train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer)
-    return StreamedSource(train, reader, () if other else identities), evaluated
+    return StreamedSource(train, reader, () if other else identities), MapStyleSource(held_out, reader)
 
 
 def _chosen_splits(splits: Mapping[str, Any], data: Data) -> tuple[str, str | None, str | None]:

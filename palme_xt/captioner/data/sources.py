@@ -131,19 +131,14 @@ def _captioned_by_files(folder: Path) -> dict[str, Any]:
     from datasets import Dataset
     from PIL import Image
 
-    endings, texts = Image.registered_extensions(), dict[str, list[str | None]]()
+    endings, splits = Image.registered_extensions(), {}
     folders = {split: folder / split for split in SPLITS if (folder / split).is_dir()}
-    folders = folders if SPLITS[0] in folders else {SPLITS[0]: folder}
-    images = {
-        split: sorted(str(path) for path in below.rglob("*") if path.suffix.lower() in endings)
-        for split, below in folders.items()
-    }
-    for split, paths in images.items():
-        beside = [Path(path).with_suffix(".txt") for path in paths]
-        texts[split] = [text.read_text("utf-8-sig").strip() if text.is_file() else None for text in beside]
-    if not any(any(found) for found in texts.values()):
-        return {}
-    return {split: Dataset.from_dict({"image": images[split], "text": texts[split]}) for split in images}
+    for split, below in (folders if SPLITS[0] in folders else {SPLITS[0]: folder}).items():
+        images = sorted(str(path) for path in below.rglob("*") if path.suffix.lower() in endings)
+        beside = [Path(image).with_suffix(".txt") for image in images]
+        texts = [file.read_text("utf-8-sig").strip() if file.is_file() else None for file in beside]
+        splits[split] = Dataset.from_dict({"image": images, "text": texts})
+    return splits if any(any(rows["text"]) for rows in splits.values()) else {}
 
 
 def _features_of_shards(arguments: Mapping[str, Any]) -> Any:
