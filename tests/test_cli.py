@@ -720,6 +720,16 @@ def test_hyphens_do_as_well_as_underscores(capsys: pytest.CaptureFixture[str]) -
     assert "dim=48" in programs[0]
 
 
+def test_options_have_one_spelling() -> None:
+    root = Path(__file__).parent.parent
+    documents = [root / "README.md", *(root / "palme_xt").rglob("*.md"), *(root / "benchmarks").rglob("*.md")]
+    lines = [line for path in documents for line in path.read_text().splitlines() if "palme-xt " in line]
+    sources = [path.read_text() for path in (root / "palme_xt").rglob("*.py")]
+    for text in [*lines, *sources]:
+        assert re.findall(r"--[a-z]+-[a-z-]+", text) == []
+    assert any("--held_out" in line for line in lines)
+
+
 def test_a_run_is_never_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(
         capsys,

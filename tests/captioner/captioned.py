@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def write_folder(folder: Path, count: int) -> Path:
     return folder
 
 
-def write_rows(folder: Path, rows: list[dict[str, object]]) -> Path:
+def write_rows(folder: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     """Write these rows as the captions of a folder of images."""
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

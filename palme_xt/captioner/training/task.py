@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from palme_xt.captioner.data.batches import DataError, Defect, Source
+from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing
 from palme_xt.captioner.options import DIGITS, Data, Training
-from palme_xt.captioner.tokenizer import Tokenizer
+from palme_xt.captioner.tokenizer import Tokenizer, warn_if_lossy
 from palme_xt.captioner.training.run import Run
 from palme_xt.config import PalmEConfig
 from palme_xt.tokens import NUM_TOKENS
@@ -63,6 +63,8 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
         scans, held_out_scans = load_scans()
         rows = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
+        examples = [row for row in held_out_scenes.read(range(count)) if isinstance(row, Example)]
+        warn_if_lossy(tokenizer, [example.caption for example in examples])
         return Task(config, training, data, tokenizer, preprocessing, rows, held_out_scenes, count)
     preprocessing = Preprocessing.like_clip(config, data.fit)
     loaded = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)

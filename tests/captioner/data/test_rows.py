@@ -235,7 +235,8 @@ def test_a_batch_without_a_usable_row_counts_for_nothing(tmp_path: Path) -> None
         path.unlink()
     (batch,) = load_batches(source, range(1), Share(4), CONFIG, 0)
     assert batch.targets == 0
-    assert batch.captions == batch.references == []
+    assert batch.captions == []
+    assert batch.references == []
     assert batch.img.shape == (1, 3, 16, 16)
     assert batch.text.shape == (1, 2)
     assert len(batch.defects) == 4
