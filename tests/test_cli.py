@@ -680,9 +680,7 @@ def test_devices(
     assert main(["train", f"--resume={tmp_path / 'run'}", "--device=cpu"]) == 0
     capsys.readouterr()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fails(
-        capsys, [*train, "--device=cpu"], "--device=cpu is for one process only: accelerate launch has its own options"
-    )
+    fails(capsys, [*train, "--device=cpu"], "--device=cpu is for one process: accelerate launch has its own options")
 
 
 def test_a_run_without_its_preprocessing_captions_nothing(

@@ -46,9 +46,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
         description=__doc__,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file of options; later ones override it"
-    )
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options; later ones win")
     for options in RunOptions, Data, Training, PalmEConfig:
         parser.add_class_arguments(options)
 
@@ -77,9 +75,7 @@ def run(options: dict[str, Any]) -> int:
     """Train, print what was learned, and return the exit status."""
     if options["device"] is not None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError(
-                f"--device={options['device']} is for one process only: accelerate launch has its own options"
-            )
+            raise ValueError(f"--device={options['device']} is for one process: accelerate launch has its own options")
         device = device_of(options["device"])
         os.environ |= {"ACCELERATE_TORCH_DEVICE": str(device), "ACCELERATE_USE_CPU": str(device.type == "cpu")}
     if options["resume"] is not None:
