@@ -30,7 +30,7 @@ ROUNDS = 4
 BLOCK = 10  # steps per turn of each contestant
 AHEAD = 3  # uncounted steps per block: their batches were read during the turn of the other loop
 EPOCHS = {"five epochs": range(1, 16), "the first, which decodes": range(1, 3), "the others": range(4, 16)}  # in blocks
-BARE, OURS = "bare loop: forward, backward, step on batches in memory", "`palme-xt train --log-with tensorboard`"
+BARE, OURS = "bare loop: forward, backward, step on batches in memory", "`palme-xt train --log_with tensorboard`"
 TRAINING = Training(steps=STEPS, lr=1e-3, eval_every=STEPS, eval_images=1, save_every=STEPS, log_with="tensorboard")
 
 

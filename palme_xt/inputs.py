@@ -29,7 +29,8 @@ def check_img(img: Any, config: PalmEConfig) -> None:
         remedy = "add the batch dimension with img[None]" if img.ndim == 3 else "reshape it"
         raise ValueError(f"img has shape {shape}, must be (b, c, h, w), or (b, m, c, h, w) for m images each: {remedy}")
     if not img.is_floating_point():
-        remedy = "scale it to 0..1 with img / 255" if img.dtype == torch.uint8 else "convert it with img.float()"
+        remedy = "preprocess it as the model's training images were, for example with img / 255"
+        remedy = remedy if img.dtype == torch.uint8 else "convert it with img.float()"
         raise TypeError(f"img has dtype {img.dtype}, must be floating point: {remedy}")
     if 0 in shape:
         raise ValueError(f"img has shape {shape}, must not be empty: every dimension must be at least 1")

@@ -23,7 +23,7 @@ BAD_IMAGES: list[tuple[Any, type[Exception], str]] = [
     (
         (IMG * 255).to(torch.uint8),
         TypeError,
-        "img has dtype torch.uint8, must be floating point: scale it to 0..1 with img / 255",
+        "img has dtype torch.uint8, must be floating point: preprocess it as the model's training images were, for",
     ),
     (IMG.long(), TypeError, "img has dtype torch.int64, must be floating point: convert it with img.float()"),
     (IMG.tolist(), TypeError, "img is a list, must be a torch.Tensor (b, c, h, w)"),

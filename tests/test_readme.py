@@ -150,7 +150,7 @@ def test_the_options_of_each_command_are_there(command: str, tmp_path: Path, mon
 
 def test_commands_with_unknown_options_are_noticed() -> None:
     assert len(COMMANDS) > 20
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="unrecognized arguments: --dat images"):
         parse(["train", "--dat", "images"])
 
 

@@ -19,6 +19,7 @@ from palme_xt.config import PalmEConfig
 from palme_xt.storage.folder import one_line
 
 PREPROCESSING = "preprocessor_config.json"
+FITS = ("crop", "pad", "squash")
 
 # Pillow's modes by number of channels.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -27,15 +28,25 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-MAX_ASPECT = 100  # resized by its shorter side, a narrower image could fill the memory
+MAX_ASPECT = 100  # resized by its shorter side or padded to a square, a narrower image could fill the memory
 
 
 class ImageError(ValueError):
-    """Raised if an image cannot be read, or the preprocessing is unknown."""
+    """Raised if an image cannot be read, or the preprocessing is unknown. `reason` says why in a few words."""
+
+    reason = "unusable image"
 
 
 class MissingImageError(ImageError):
     """Raised if an image does not exist."""
+
+    reason = "missing image"
+
+
+class BrokenImageError(ImageError):
+    """Raised if the content of an image file is damaged."""
+
+    reason = "broken image"
 
 
 @dataclass(frozen=True)
@@ -45,17 +56,18 @@ class Preprocessing:
     Args:
         image_size: Height and width of the result.
         channels: 1 for grey, 3 for RGB, 4 for RGBA. Transparent images are put on white, except for RGBA.
-        crop: Resize the shorter side to `image_size` and crop the centre, as CLIP does. False resizes both sides.
+        fit: How an image becomes a square. `crop` resizes the shorter side and crops the centre, as CLIP does. `pad`
+            extends the shorter side with the mean colour, as LLaVA does. `squash` resizes both sides.
         mean: Mean of each channel, for values in 0..1.
         std: Standard deviation of each channel.
 
     Raises:
-        ImageError: If image files cannot have that number of channels.
+        ImageError: If image files cannot have that number of channels, or the fit is unknown.
     """
 
     image_size: int
     channels: int
-    crop: bool
+    fit: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -64,27 +76,33 @@ class Preprocessing:
             raise ImageError(
                 f"channels={self.channels} must be one of {list(MODES)}, as image files have: set vit_kwargs"
             )
+        if self.fit not in FITS:
+            raise ImageError(f"fit={self.fit} must be one of {', '.join(FITS)}")
 
     @classmethod
-    def like_clip(cls, config: PalmEConfig) -> Preprocessing:
-        """Crop and normalise as CLIP does, with a mean and deviation of 0.5 unless there are 3 channels."""
+    def like_clip(cls, config: PalmEConfig, fit: str = "crop") -> Preprocessing:
+        """Normalise as CLIP does, with a mean and deviation of 0.5 unless there are 3 channels."""
         mean, std = (CLIP_MEAN, CLIP_STD) if config.channels == 3 else ((0.5,) * config.channels,) * 2
-        return cls(config.image_size, config.channels, True, mean, std)
+        return cls(config.image_size, config.channels, fit, mean, std)
 
     @classmethod
     def plain(cls, config: PalmEConfig) -> Preprocessing:
         """Resize both sides and keep values in 0..1, for scenes of digits."""
-        return cls(config.image_size, config.channels, False, (0.0,) * config.channels, (1.0,) * config.channels)
+        return cls(config.image_size, config.channels, "squash", (0.0,) * config.channels, (1.0,) * config.channels)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """Return an image as `(c, h, w)`, uint8, resized and cropped but not normalised.
+        """Return an image as `(c, h, w)`, uint8, resized to a square but not normalised.
+
+        Values of 16 bits are scaled from 0..65535 to 0..255.
 
         Raises:
-            ImageError: If the image has more than 8 bits per channel, or is too long and narrow.
+            ImageError: If the image has more than 16 bits per channel, or is too long and narrow.
         """
-        if image.mode.startswith(("I", "F")):
-            raise ImageError(f"has pixels of mode {image.mode}, must have 8 bits per channel: convert it")
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ImageError(f"has pixels of mode {image.mode}, must have 8 or 16 bits per channel: convert it")
         if self.channels != 4 and image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -100,15 +118,19 @@ class Preprocessing:
 
     def _resized(self, image: Image.Image) -> Image.Image:
         size = self.image_size
-        if not self.crop:
-            return image.resize((size, size), Image.Resampling.BICUBIC)
-        # Sizes and offsets are rounded as transformers' CLIPImageProcessor rounds them.
+        # Sizes, offsets and colours are rounded as transformers' CLIPImageProcessor and LlavaImageProcessor round them.
         width, height = image.size
-        shorter = min(width, height)
-        if max(width, height) > MAX_ASPECT * shorter:
+        shorter, longer = sorted(image.size)
+        if self.fit != "squash" and longer > MAX_ASPECT * shorter:
             raise ImageError(
                 f"has {width}x{height} pixels, must be at most {MAX_ASPECT} times as long as wide: crop it"
             )
+        if self.fit == "pad":
+            square = Image.new(image.mode, (longer, longer), tuple(int(255 * mean) for mean in self.mean))
+            square.paste(image, ((longer - width) // 2, (longer - height) // 2))
+            image = square
+        if self.fit != "crop":
+            return image.resize((size, size), Image.Resampling.BICUBIC)
         width, height = (size if side == shorter else int(size * side / shorter) for side in (width, height))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - size) // 2, (height - size) // 2
@@ -131,28 +153,30 @@ class Preprocessing:
 
         Raises:
             MissingImageError: If the file does not exist.
-            ImageError: If the file cannot be read, or is not an image.
+            BrokenImageError: If the content of the file is damaged.
+            ImageError: If the file cannot be read, is not an image, or is one of a kind that is not supported.
         """
         name = name or ("image" if isinstance(file, bytes) else str(file))
         with image_errors(name):
             content = file if isinstance(file, bytes) else Path(file).read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                return self.pixels(image)
+        with image_errors(name, BrokenImageError), Image.open(io.BytesIO(content)) as image:
+            return self.pixels(image)
 
     @staticmethod
     def _column(values: tuple[float, ...], img: Tensor) -> Tensor:
         return torch.tensor(values, device=img.device)[:, None, None]
 
     def to_json(self) -> str:
-        """Return the content of `preprocessor_config.json`, which `transformers.CLIPImageProcessor` reads as well."""
+        """Return the content of `preprocessor_config.json`, which transformers' image processors read as well."""
         size = {"height": self.image_size, "width": self.image_size}
         values = {
-            "image_processor_type": "CLIPImageProcessor",
+            "image_processor_type": "LlavaImageProcessor" if self.fit == "pad" else "CLIPImageProcessor",
             "do_convert_rgb": self.channels == 3,
             "do_resize": True,
-            "size": {"shortest_edge": self.image_size} if self.crop else size,
+            "size": {"shortest_edge": self.image_size} if self.fit == "crop" else size,
             "resample": int(Image.Resampling.BICUBIC),
-            "do_center_crop": self.crop,
+            "do_center_crop": self.fit == "crop",
+            "do_pad": self.fit == "pad",
             "crop_size": size,
             "do_rescale": True,
             "rescale_factor": 1 / 255,
@@ -164,12 +188,12 @@ class Preprocessing:
 
 
 @contextlib.contextmanager
-def image_errors(name: str) -> Iterator[None]:
+def image_errors(name: str, kind: type[ImageError] = ImageError) -> Iterator[None]:
     """Turn any error while an image is read into a one-line error that begins with `name`.
 
     Raises:
         MissingImageError: If the file does not exist.
-        ImageError: If any other error was raised.
+        ImageError: If any other error was raised. It is of the given `kind` if nothing else is known of its cause.
     """
     try:
         yield
@@ -178,7 +202,9 @@ def image_errors(name: str) -> Iterator[None]:
     except ImageError as error:
         raise ImageError(f"{name} {error}") from error
     except Exception as error:  # Pillow's plugins raise errors of many types
-        kind = MissingImageError if isinstance(error, FileNotFoundError) else ImageError
+        if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)):
+            kind = ImageError
+        kind = MissingImageError if isinstance(error, FileNotFoundError) else kind
         reason = one_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {one_line(error)}"
         raise kind(f"{name} cannot be read: {reason}") from error
 
@@ -210,7 +236,12 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
             raise ValueError("crop_size is not square, or image_std has a zero or not the length of image_mean")
         if (size, len(mean)) != (config.image_size, config.channels):
             raise ValueError(f"has {len(mean)} channels of {size} pixels, not {config.channels} of {config.image_size}")
-        return Preprocessing(size, len(mean), bool(values["do_center_crop"]), mean, std)
+        fit = "crop" if values["do_center_crop"] else "pad" if values.get("do_pad") else "squash"
+        preprocessing = Preprocessing(size, len(mean), fit, mean, std)
+        for name, expected in json.loads(preprocessing.to_json()).items():
+            if values.get(name, expected) != expected:
+                raise ValueError(f"{name}={values[name]} must be {expected}")
+        return preprocessing
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = (
             "restore the file that training wrote, or for a run of version 0.1, Preprocessing.plain(config).to_json()"

@@ -9,7 +9,7 @@ from palme_xt import tokens
 from palme_xt.config import PalmEConfig
 
 DIGITS = "digits"
-NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "streaming", "strict")
+NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "fit", "streaming", "strict")
 PRECISIONS = ("no", "bf16")
 
 DIGITS_MODEL = PalmEConfig(
@@ -39,10 +39,11 @@ class RunOptions:
     Args:
         run: New run folder (default: runs/NAME-DATE-TIME).
         resume: Run to resume from its last checkpoint, as if it had never stopped. No other options are allowed, except
-            `data` if the data have moved.
+            `data` if the data have moved, and `device`.
         tokenizer: A `tokenizer.json` of the tokenizers library, or a repository on the hub (default: bytes).
         bos_token: Token that begins a text (default: the tokenizer's usual one).
         eos_token: Token that ends a text (default: the tokenizer's usual one).
+        device: Device to train on, such as `cpu` or `cuda:1`, in one process (default: what accelerate chooses).
     """
 
     run: str | None = None
@@ -50,6 +51,7 @@ class RunOptions:
     tokenizer: str | None = None
     bos_token: str | None = None
     eos_token: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,19 @@ class Data:
 
     Args:
         data: `digits`: scenes of handwritten digits, composed on the fly. DIR: a folder of images with `metadata.jsonl`
-            or `metadata.csv` (columns `file_name` and `text`), of parquet files, of webdataset shards, or written by
-            `save_to_disk`. FILE: a parquet file or a shard, or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or
-            `hf:NAME:CONFIG`: a data set on the hub. Paths are relative to the working directory.
-        held_out: The rows to evaluate on: a split of the data (`validation`), a share of its rows (0.1) or a number of
-            rows (500). By default, the data's own split `validation` or `test`; without one, a share of 0.1, or the
-            first 500 rows of a stream.
+            or `metadata.csv` (columns `file_name` and `text`), or with a text file for each image (`cat.txt` beside
+            `cat.png`); of parquet files; of webdataset shards; or written by `save_to_disk`. FILE: a parquet file or a
+            shard, or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or `hf:NAME:CONFIG`: a data set on the hub.
+            Paths are relative to the working directory.
+        held_out: The images to evaluate on: a split of the data (`validation`), a share of its images (0.1) or a number
+            of images (500). By default, the data's own split `validation` or `test`; without one, a share of 0.1, or
+            those of the first 500 rows of a stream. All rows with a held-out image are held out.
         image_column: Column of the images. By default, `image`, `jpg`, `jpeg`, `png`, `webp`, or the one column of
             image type; in webdataset shards, the first of these that a row has.
-        text_column: Column of the captions. By default, `text`, `caption` or `txt`.
+        text_column: Column of the captions, each a text or a list of texts. By default, `text`, `caption`, `captions`
+            or `txt`. Each epoch trains on another text of a list.
+        fit: How images become squares: `crop` cuts off what is beside the middle, `pad` adds borders in the mean
+            colour, `squash` changes the proportions.
         streaming: Read the data during training, instead of preparing all of them first. The option needs no value.
             Every process, and each of its `num_workers`, reads the whole stream from its start and decodes its own
             share; so does a resumed run.
@@ -84,6 +90,7 @@ class Data:
     held_out: str | None = None
     image_column: str | None = None
     text_column: str | None = None
+    fit: str = "crop"
     streaming: bool = False
     shuffle_buffer: int = 1000
     num_workers: int = 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 from pathlib import Path
@@ -42,6 +44,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids up to the first EOS, without special tokens and unknown ids."""
+
+    def round_trip(self, text: str) -> str:
+        """Return what a text becomes when it is encoded and decoded: the most that a model can learn to write."""
+        return self.decode(self.encode(text)[1:])
 
     def files(self) -> dict[str, bytes]:
         """Return the files, by name, from which `read_tokenizer` restores this tokenizer. Bytes need none."""
@@ -151,8 +157,11 @@ def load_tokenizer(file_or_name: str | None, bos_token: str | None = None, eos_t
 
     path = Path(file_or_name)
     path = path / TOKENIZER if path.is_dir() else path
+    may_be_on_the_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", file_or_name) and path.suffix != ".json"
     try:
-        vocabulary = Vocabulary.from_file(str(path)) if path.is_file() else Vocabulary.from_pretrained(file_or_name)
+        # The hub is not asked for what must be a file, because that may take half a minute.
+        local = path.is_file() or not may_be_on_the_hub
+        vocabulary = Vocabulary.from_file(str(path)) if local else Vocabulary.from_pretrained(file_or_name)
     except Exception as error:  # the library raises bare Exceptions
         raise TokenizerError(
             f"tokenizer={file_or_name} must be a file of the tokenizers library or a name on the hub: {one_line(error)}"
@@ -179,3 +188,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     except (ValueError, KeyError, TypeError) as error:
         raise TokenizerError(f"{special} does not name bos_token and eos_token: {error}") from error
     return load_tokenizer(str(path), *(None if end is None else str(end) for end in ends))
+
+
+def warn_if_lossy(tokenizer: Tokenizer, captions: Iterable[str]) -> None:
+    """Warn, with an example, if the tokenizer does not reproduce some captions."""
+    texts = list(captions)
+    if changed := [(text, found) for text in texts if (found := tokenizer.round_trip(text)) != text]:
+        text, found = changed[0]
+        example = f"{text!r} becomes {found!r}, which is all that the model can learn to write"
+        message = f"the tokenizer does not reproduce {len(changed)} of {len(texts)} held-out captions: {example}"
+        warnings.warn(message, stacklevel=2)

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import palme_xt
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # x-transformers up to 2.31.10 uses torch.jit.script, which torch 2.15 warns about.
             for category in FutureWarning, DeprecationWarning:
                 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=category)
+            warnings.filterwarnings("default", message="the tokenizer does not reproduce", category=UserWarning)
+            warnings.showwarning = lambda message, *where: complain(f"warning: {message}", met=True)
             command, options = parse(sys.argv[1:] if argv is None else argv)
             status: int = _module(command).run(options)
             return status
@@ -58,8 +61,8 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Return the command in `argv`, and its options.
 
     Raises:
-        SystemExit: With status 0 after `--help`, `--version` or no argument at all, with status 2 after an error.
-        ValueError: If options cannot be combined.
+        SystemExit: After `--help`, `--version`, `--print_config` or no argument at all.
+        ValueError: If the command or an option is unknown, or options cannot be combined.
     """
     listed = "\n".join(f"  {name:9} {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -71,17 +74,26 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"palme-xt {palme_xt.__version__}")
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
     if not argv:
         parser.print_help()
         parser.exit()
     command: str = parser.parse_args(argv[:1]).command
+    if command not in COMMANDS:
+        raise ValueError(
+            f"{command!r} must be one of the commands {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}"
+        )
     return command, _module(command).parse([_with_underscores(argument) for argument in argv[1:]])
 
 
 def _with_underscores(argument: str) -> str:
     option, equals, value = argument.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the known word closest to this one, or nothing if none is close."""
+    return "".join(f": did you mean {closest}?" for closest in difflib.get_close_matches(word, known, n=1))
 
 
 def complain(message: str, *, met: bool = False) -> None:

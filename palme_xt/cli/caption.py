@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from palme_xt.captioner import attention, drawing
@@ -14,6 +15,7 @@ from palme_xt.captioner import caption as captioning
 from palme_xt.captioner.images import ImageError, Preprocessing, read_preprocessing
 from palme_xt.captioner.tokenizer import Tokenizer, read_tokenizer
 from palme_xt.cli import complain
+from palme_xt.cli.given import Parser, device_of
 from palme_xt.model import PalmE
 from palme_xt.storage.folder import load
 from palme_xt.tokens import printable
@@ -23,58 +25,73 @@ CAPTIONED_AT_ONCE = 64
 
 def parse(argv: list[str]) -> dict[str, Any]:
     """Return the options in `argv`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="palme-xt caption",
-        usage="palme-xt caption RUN IMAGE [IMAGE ...] [OPTION ...]",
+        usage="palme-xt caption RUN IMAGE|FOLDER [IMAGE|FOLDER ...] [OPTION ...]",
         description=__doc__,
         allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` wrote")
-    parser.add_argument("image", metavar="IMAGE", nargs="+", help="image files that Pillow can read")
+    parser.add_argument("image", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     parser.add_argument("--beams", type=int, default=1, help="width of a beam search (default: 1, no search)")
     parser.add_argument("--temperature", type=float, help="sample at this temperature (default: 0, do not sample)")
     parser.add_argument("--top_p", type=float, help="sample from the most likely tokens that sum to this probability")
     parser.add_argument("--seed", type=int, help="seed of the sampling (default: a new one each time)")
     parser.add_argument("--stream", action="store_true", help="print each caption as it is decoded")
+    parser.add_argument("--json", action="store_true", help='print {"file": ..., "caption": ...} on each line')
+    parser.add_argument("--device", help="device to compute on, such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument(
         "--attention", metavar="OUT.png", help="draw where in one IMAGE the decoder looked for each word"
     )
     layer = "index of the cross-attention to draw, in the order of execution (default: -1, the last)"
     parser.add_argument("--layer", type=int, help=layer)
-    return vars(parser.parse_args(argv))
+    return dict(parser.parse_args(argv).as_dict())
 
 
 def run(options: dict[str, Any]) -> int:
     """Caption the images that can be read, and return the exit status."""
-    folder = Path(options["run"])
-    model = load(folder)
+    folder, device = Path(options["run"]), device_of(options["device"])
+    model = load(folder, device)
     preprocessing, tokenizer = read_preprocessing(folder, model.config), read_tokenizer(folder)
     how = _how_to_decode(options)
+    if options["json"] and (options["stream"] or options["attention"] is not None):
+        raise ValueError("--json prints whole captions only: leave --stream and --attention out")
     if options["attention"] is not None:
         return _draw_attention(options, model, preprocessing, tokenizer, how)
     if options["layer"] is not None:
         raise ValueError(f"--layer={options['layer']} has no effect without --attention: leave it out")
-    unreadable = 0
-    for start in range(0, len(options["image"]), CAPTIONED_AT_ONCE):
-        images: dict[int, Tensor] = {}
-        paths = options["image"][start : start + CAPTIONED_AT_ONCE]
-        for number, path in enumerate(paths):
+    unreadable, files = 0, _files(options["image"])
+    for start in range(0, len(files), CAPTIONED_AT_ONCE):
+        images: list[tuple[str, Tensor]] = []
+        for path in files[start : start + CAPTIONED_AT_ONCE]:
             try:
-                images[number] = preprocessing.read(path)
+                images.append((path, preprocessing.read(path).to(device)))
             except ImageError as error:  # caption the other images
                 complain(f"error: {error}")
                 unreadable += 1
         if options["stream"]:
-            for number, img in images.items():
-                print(f"{paths[number]}: ", end="", flush=True)
+            for path, img in images:
+                print(f"{path}: ", end="", flush=True)
                 for text in captioning.stream_caption(model, img, tokenizer, **how):
                     print(printable(text), end="", flush=True)
                 print()
         elif images:
-            texts = captioning.caption(model, torch.stack(list(images.values())), tokenizer, **how)
-            for number, text in zip(images, texts, strict=True):
-                print(f"{paths[number]}: {printable(text)}", flush=True)
+            texts = captioning.caption(model, torch.stack([img for _, img in images]), tokenizer, **how)
+            for (path, _), text in zip(images, texts, strict=True):
+                values = {"file": path, "caption": text}
+                print(json.dumps(values) if options["json"] else f"{path}: {printable(text)}", flush=True)
     return 2 if unreadable else 0
+
+
+def _files(paths: list[str]) -> list[str]:
+    """Return the paths of images, with those in each folder, and in the folders below it, in place of the folder."""
+    endings, found = Image.registered_extensions(), list[str]()
+    for path in paths:
+        below = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in endings)
+        if Path(path).is_dir() and not below:
+            raise ValueError(f"{path} must be an image or a folder of images: it has none")
+        found += below or [path]
+    return found
 
 
 def _draw_attention(
@@ -86,13 +103,13 @@ def _draw_attention(
     if out.suffix.lower() != ".png" or (out.exists() and out.samefile(paths[0])):
         raise ValueError(f"--attention={out} must be a PNG file, and not the image itself: choose another")
     pixels = preprocessing.read_pixels(paths[0])
-    img = preprocessing.normalise(pixels)[None]
+    img = preprocessing.normalise(pixels)[None].to(device_of(options["device"]))
     (ids,) = captioning.caption_ids(model, img, tokenizer, **how).tolist()
     ids = ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
     piece = tokenizer.pieces()
     pieces = [piece(token) for token in ids]
     words = attention.words([*pieces[:-1], pieces[-1] + piece(tokenizer.eos)] if pieces else [])
-    text = torch.tensor([[tokenizer.bos, *(ids or [tokenizer.eos])]])
+    text = torch.tensor([[tokenizer.bos, *(ids or [tokenizer.eos])]], device=img.device)
     layer = -1 if options["layer"] is None else options["layer"]
     maps = attention.word_maps(attention.cross_attention_maps(model, img, text, layer)[0], words)
     drawing.draw_attention(pixels, [printable(word) for word, _ in words], maps, out)
@@ -111,14 +128,14 @@ def _how_to_decode(options: dict[str, Any]) -> dict[str, Any]:
         how["temperature"] = temperature
     if top_p is not None:
         if temperature == 0:
-            raise ValueError(f"--top-p={top_p} has no effect with --temperature=0, which does not sample: leave it out")
+            raise ValueError(f"--top_p={top_p} has no effect with --temperature=0, which does not sample: leave it out")
         if not 0 < top_p <= 1:
-            raise ValueError(f"--top-p={top_p} must be greater than 0 and at most 1")
+            raise ValueError(f"--top_p={top_p} must be greater than 0 and at most 1")
         how |= {"temperature": 1.0} | how | {"filter_logits_fn": "top_p", "filter_kwargs": {"thres": top_p}}
     if seed is not None:
         if not 0 <= seed < 2**63:
             raise ValueError(f"--seed={seed} must be within 0..2**63-1")
         if not how.get("temperature"):
-            raise ValueError(f"--seed={seed} has no effect without --temperature or --top-p: leave it out")
+            raise ValueError(f"--seed={seed} has no effect without --temperature or --top_p: leave it out")
         torch.manual_seed(seed)
     return how

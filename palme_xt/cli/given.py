@@ -1,12 +1,49 @@
-"""Tell the options that the user gave from those that have their defaults."""
+"""Parse options, and tell those that the user gave from those that have their defaults."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from jsonargparse import ArgumentParser
+
+from palme_xt.cli import did_you_mean
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are one line, with the closest option if one is unknown."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise an error.
+
+        Raises:
+            ValueError: Always.
+        """
+        known = [name for action in self._actions for name in (*action.option_strings, action.dest)]
+        unknown = [name for name in re.findall(r"--[\w.]+|(?<=')\w+(?=')", message) if name not in known]
+        hint = did_you_mean(unknown[0], known) if unknown else ""
+        raise ValueError(f"{' '.join(message.split())}{hint}; `{self.prog} --help` lists the options") from ex
+
+
+def device_of(name: str | None) -> torch.device:
+    """Return a device by its name, or by default the accelerator of this machine, or the CPU if it has none.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device={name} must be a device of this machine, such as cpu or cuda:0: {reason}"
+        ) from error
 
 
 def given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
@@ -22,7 +59,7 @@ def reject_others(run: str, options: Mapping[str, Any], allowed: Sequence[str]) 
         ValueError: If there are options other than those `allowed`.
     """
     if others := [name for name in options if name not in allowed]:
-        apart_from = f" except --{allowed[-1]}" if len(allowed) > 1 else ""
+        apart_from = f" except --{' --'.join(allowed[1:])}" if len(allowed) > 1 else ""
         found = f"found --{' --'.join(others)}"
         raise ValueError(f"{run} allows no other options{apart_from}, {found}: leave out what the run determines")
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from palme_xt.cli.given import from_options, given, reject_others
+from palme_xt.cli.given import Parser, from_options, given, reject_others
 from palme_xt.config import PalmEConfig
 from palme_xt.source import to_source
 from palme_xt.storage.folder import WEIGHTS, read_config
@@ -19,7 +17,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: If there are other options in addition to a run.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         prog="palme-xt source",
         usage="palme-xt source [RUN] [OPTION VALUE ...]",
         description=__doc__,

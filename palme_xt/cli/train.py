@@ -3,11 +3,12 @@
 `accelerate launch -m palme_xt train ...` trains in several processes. Every argument of PalmE is an option. Overrides
 are given one by one and added to the defaults, as in --decoder_kwargs.ff_glu true, or as a whole dict, which replaces
 them. The model's defaults depend on the data and the tokenizer: see `palme-xt train --data DATA --help`. Options may be
-spelled with hyphens or underscores.
+spelled with hyphens or underscores. `--print_config` prints all of them as YAML, to keep in a file for `--config`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -16,20 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from jsonargparse import ArgumentParser
 
 from palme_xt.captioner.options import DIGITS, DIGITS_MODEL, PICTURES_MODEL, Data, RunOptions, Training
 from palme_xt.captioner.tokenizer import load_tokenizer, read_tokenizer
 from palme_xt.captioner.training.loop import Outcome, train
-from palme_xt.captioner.training.run import Run
+from palme_xt.captioner.training.run import SKIPPED, Run
 from palme_xt.cli import INTERRUPTED
-from palme_xt.cli.given import from_options, given, reject_others
+from palme_xt.cli.given import Parser, device_of, from_options, given, reject_others
 from palme_xt.config import PalmEConfig
 from palme_xt.tokens import printable
 
 FLAGS = ("--strict", "--streaming")  # options that may stand alone
 NAMES_OF_TOKENS = {"bos_token": None, "eos_token": None}  # names here, ids in a config: `open_task` sets those
-HELP = ("-h", "--help")
+SHOW = ("-h", "--help", "--print_config")  # options that print something instead of training
 SHOWN = 8
 WIDEST = 60
 
@@ -40,22 +40,24 @@ def parse(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: If there are other options in addition to `--resume`, or the tokenizer cannot be read.
     """
-    parser = ArgumentParser(
+    parser = Parser(
         prog="palme-xt train",
         usage="palme-xt train [--data DATA] [--run RUN] [OPTION VALUE ...]\n"
         "       palme-xt train --resume RUN [--data DATA]",
         description=__doc__,
         allow_abbrev=False,
     )
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options; later ones win")
     for options in RunOptions, Data, Training:
         parser.add_class_arguments(options)
     parser.add_class_arguments(PalmEConfig, skip={*NAMES_OF_TOKENS})
 
     argv = [_with_value(argument, following) for argument, following in zip(argv, [*argv[1:], "--"], strict=False)]
-    named = given(parser, [argument for argument in argv if argument not in HELP])
+    named = given(parser, [argument for argument in argv if argument not in SHOW])
+    named.pop("config", None)
     if "resume" in named:
-        reject_others(f"--resume={named['resume']}", named, ["resume", "data"])
-    parser.set_defaults(_model_defaults(named, described=any(option in argv for option in HELP)))
+        reject_others(f"--resume={named['resume']}", named, ["resume", "data", "device"])
+    parser.set_defaults(_model_defaults(named, described=any(option in argv for option in SHOW[:2])))
     return dict(parser.parse_args(argv).as_dict()) | {"moved": named.get("data")}
 
 
@@ -73,9 +75,15 @@ def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]
 
 def run(options: dict[str, Any]) -> int:
     """Train, print what was learned, and return the exit status."""
+    if options["device"] is not None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"--device={options['device']} is for one process: accelerate launch has its own options")
+        device = device_of(options["device"])
+        os.environ |= {"ACCELERATE_TORCH_DEVICE": str(device), "ACCELERATE_USE_CPU": str(device.type == "cpu")}
     if options["resume"] is not None:
         folder = Run(options["resume"])
-        config, values, tokenizer = folder.config(), folder.training(), read_tokenizer(folder.folder)
+        config, tokenizer = folder.config(), read_tokenizer(folder.folder)
+        values = {"jitter": Training.jitter} | folder.training()  # runs on images do not keep it
         values |= {"data": options["moved"]} if options["moved"] is not None else {}
     else:
         values = options
@@ -106,6 +114,8 @@ def _print_outcome(outcome: Outcome, folder: Path) -> None:
     print(f"{matches}; loss {evaluation.loss:.3f} nats per token")
     print(f"{progress.step} steps; {progress.rows} training rows read; skipped: {_counted(progress.skipped)}")
     print(f"{len(rows)} held-out images; skipped: {_counted(evaluation.skipped)}")
+    if progress.skipped or evaluation.skipped:
+        print(f"{folder / SKIPPED} names the skipped rows")
     quoted = shlex.quote(str(folder))
     print(f"run folder: {folder}")
     print(f"caption its held-out images: palme-xt caption {quoted} {quoted}/held_out/*.png")

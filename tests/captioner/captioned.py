@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from PIL import Image
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
 SHAPES = ("square", "wide stripe", "tall stripe, all the way from the top to the bottom")
+KINDS_OF_DEFECTS = (
+    *("broken image", "caption longer than the model", "empty caption", "missing image", "unusable image"),
+)
 TINY = [
     *("--image_size=16", "--patch_size=8", "--max_seq_len=80", "--eval_images=6", "--num_workers=0"),
     *("--encoder_dim=16", "--decoder_dim=16", "--encoder_depth=2", "--decoder_depth=2"),
@@ -46,6 +50,12 @@ def write_folder(folder: Path, count: int) -> Path:
     return folder
 
 
+def write_rows(folder: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+    """Write these rows as the captions of a folder of images."""
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def spoil(folder: Path) -> dict[str, int]:
     """Break five rows of a folder, and return how many of each kind."""
     lines = (folder / "metadata.jsonl").read_text().splitlines()
@@ -56,4 +66,4 @@ def spoil(folder: Path) -> dict[str, int]:
     rows[3]["text"] = "  "
     rows[4]["text"] = "much too long " * 9
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"missing image": 1, "broken image": 2, "empty caption": 1, "caption longer than the model": 1}
+    return dict.fromkeys(KINDS_OF_DEFECTS, 1)

@@ -22,6 +22,7 @@ from palme_xt import PalmEConfig
 from palme_xt.captioner.images import (
     CLIP_MEAN,
     CLIP_STD,
+    FITS,
     PREPROCESSING,
     ImageError,
     MissingImageError,
@@ -89,7 +90,7 @@ def test_inputs_are_bit_by_bit_those_of_transformers(make: Make, mode: str) -> N
             expected = theirs(image, return_tensors="pt")["pixel_values"][0]
             assert expected.shape == (3, image_size, image_size)
             assert torch.equal(inputs(preprocessing, image), expected), size
-            untouched = size == (image_size,) * 2 or (preprocessing.crop and min(size) == image_size)
+            untouched = size == (image_size,) * 2 or (preprocessing.fit == "crop" and min(size) == image_size)
             bilinear = other(image, return_tensors="pt")["pixel_values"][0]
             assert torch.equal(bilinear, expected) == untouched
 
@@ -271,8 +272,8 @@ def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path
     assert not torch.equal(inputs(found, image), inputs(other(config), image))
     values = json.loads(preprocessing.to_json())
     assert values["crop_size"] == {"height": 16, "width": 16}
-    assert values["size"] == ({"shortest_edge": 16} if preprocessing.crop else values["crop_size"])
-    assert values["do_normalize"] == values["do_center_crop"] == preprocessing.crop
+    assert values["size"] == ({"shortest_edge": 16} if preprocessing.fit == "crop" else values["crop_size"])
+    assert values["do_normalize"] == values["do_center_crop"] == (preprocessing.fit == "crop")
 
 
 @pytest.mark.parametrize(
@@ -328,17 +329,100 @@ def test_models_of_channels_that_no_image_has(make: Make) -> None:
         assert inputs(make(config), noise((20, 30))).shape == (config.channels, 16, 16)
 
 
-def test_pixels_of_more_than_a_byte() -> None:
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_grey_values_of_16_bits_are_scaled(kind: str) -> None:
+    values = np.random.default_rng(0).integers(0, 2**16, (16, 16)).astype(np.uint16)
+    values[0, :3] = 0, 200, 2**16 - 1
+    image = Image.fromarray(values)
+    assert image.mode == "I;16"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for config in GREY, RGB:
+        pixels = Preprocessing.plain(config).read_pixels(png(image, kind))
+        expected = torch.from_numpy((values / 65535 * 255).round().astype(np.uint8))
+        assert torch.equal(pixels, expected.expand(config.channels, 16, 16))
+        assert not torch.equal(pixels, torch.from_numpy(values.clip(max=255).astype(np.uint8)).expand_as(pixels))
+        turned = Preprocessing.plain(config).read_pixels(png(image, kind, exif=exif))
+        assert torch.equal(turned, pixels.flip(-1, -2))
+
+
+def test_pixels_of_more_than_16_bits() -> None:
     preprocessing = Preprocessing.like_clip(GREY)
-    for mode, kind in ("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"):
-        content = png(Image.new(mode, (20, 20), 200), kind)
-        with pytest.raises(
-            ImageError, match=rf"^some\.file has pixels of mode {mode}\S*, must have 8 bits per channel: "
-        ):
-            preprocessing.read_pixels(content, "some.file")
-        with pytest.raises(ImageError, match=rf"^image has pixels of mode {mode}"):
-            preprocessing.read_pixels(content)
+    for mode in "I", "F":
+        content = png(Image.new(mode, (20, 20), 200), "TIFF")
+        message = f"has pixels of mode {mode}, must have 8 or 16 bits per channel: convert it"
+        for name in "some.file", None:
+            with pytest.raises(ImageError, match=rf"^{name or 'image'} {message}$") as error:
+                preprocessing.read_pixels(content, name)
+            assert error.value.reason == "unusable image"
     assert (preprocessing.read_pixels(png(Image.new("L", (20, 20), 200), "TIFF")) == 200).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "L"])
+def test_padded_inputs_are_bit_by_bit_those_of_llava(mode: str) -> None:
+    llava = getattr(pytest.importorskip("transformers"), "LlavaImageProcessorPil", None)
+    if llava is None:
+        pytest.skip("transformers before 5 pads with torch")
+    preprocessing = Preprocessing.like_clip(RGB, "pad")
+    values = json.loads(preprocessing.to_json())
+    assert values["image_processor_type"] == "LlavaImageProcessor"
+    theirs, cropping = llava(**values), llava(**values | {"do_pad": False})
+    for size in SIZES:
+        image = noise(size, mode)
+        found = inputs(preprocessing, image)
+        assert torch.equal(found, theirs(image, return_tensors="pt")["pixel_values"][0]), size
+        assert torch.equal(found, cropping(image, return_tensors="pt")["pixel_values"][0]) == (size == (16, 16))
+
+
+@pytest.mark.parametrize("config", [RGB, GREY, RGBA])
+def test_three_ways_to_fit_an_image(config: PalmEConfig, tmp_path: Path) -> None:
+    image = Image.new("RGB", (48, 16), "white")
+    image.paste("black", (0, 0, 16, 16))
+    pixels = {fit: Preprocessing.like_clip(config, fit).pixels(image)[0] for fit in FITS}
+    assert pixels["crop"].unique().tolist() == [255]  # the left third is cut off
+    assert [pixels["squash"][8, column].item() for column in (0, 8, 15)] == [0, 255, 255]
+    mean = int(255 * Preprocessing.like_clip(config).mean[0])
+    # Where the border is transparent, Pillow rounds twice.
+    assert [pixels["pad"][row, 8].item() for row in (0, 8, 15)] == pytest.approx([mean, 255, mean], abs=1)
+    assert pixels["pad"][8, 0] == 0
+    for fit in FITS:
+        (tmp_path / PREPROCESSING).write_text(Preprocessing.like_clip(config, fit).to_json())
+        assert read_preprocessing(tmp_path, config).fit == fit
+    with pytest.raises(ImageError, match=r"^fit=stretch must be one of crop, pad, squash$"):
+        Preprocessing.like_clip(config, "stretch")
+
+
+def test_only_damaged_files_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocessing, content = Preprocessing.like_clip(RGB), png(noise((30, 30)))
+    narrow = png(Image.new("RGB", (2000, 3)))
+    for file, reason in (
+        (content[:-200], "broken image"),
+        (content[:60] + bytes(40) + content[100:], "broken image"),
+        (b"no image", "unusable image"),
+        (narrow, "unusable image"),
+        (tmp_path, "unusable image"),
+        (tmp_path / "none.png", "missing image"),
+    ):
+        with pytest.raises(ImageError) as error:
+            preprocessing.read_pixels(file)
+        assert error.value.reason == reason, error.value
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(ImageError, match="DecompressionBombError") as error:
+        preprocessing.read_pixels(content)
+    assert error.value.reason == "unusable image"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("do_normalize", False), ("do_rescale", False), ("rescale_factor", 1.0), ("resample", 2), ("size", {})],
+)
+def test_settings_that_would_be_ignored(name: str, value: object, tmp_path: Path) -> None:
+    values = json.loads(Preprocessing.like_clip(RGB).to_json())
+    (tmp_path / PREPROCESSING).write_text(json.dumps({"processor_class": "CLIPProcessor", **values}))
+    assert read_preprocessing(tmp_path, RGB) == Preprocessing.like_clip(RGB)
+    (tmp_path / PREPROCESSING).write_text(json.dumps(values | {name: value}))
+    with pytest.raises(ImageError, match=rf"{UNKNOWN}: ValueError: {name}=.* must be .*"):
+        read_preprocessing(tmp_path, RGB)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])

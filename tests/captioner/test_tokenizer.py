@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from palme_xt import PalmEConfig, tokens
 from palme_xt.captioner.caption import caption, caption_ids, stream_caption
-from palme_xt.captioner.data.batches import Defect, Example
+from palme_xt.captioner.data.batches import DataError, Defect, Example
 from palme_xt.captioner.data.digits import LONGEST_CAPTION
 from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import Preprocessing
@@ -33,11 +34,12 @@ from palme_xt.captioner.tokenizer import (
     VocabularyTokenizer,
     load_tokenizer,
     read_tokenizer,
+    warn_if_lossy,
 )
 from palme_xt.captioner.tokenizer import Tokenizer as AnyTokenizer
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
-from tests.captioner.captioned import picture, write_folder
+from tests.captioner.captioned import picture, write_folder, write_rows
 from tests.models import batch, small
 
 DIGITS = ["zero one two three four five six seven eight nine top bottom left right , " * 3]
@@ -314,6 +316,49 @@ def test_files_make_the_same_tokenizer(kind: str, files: dict[str, Path], tmp_pa
     assert isinstance(read_tokenizer(tmp_path), ByteTokenizer)
 
 
+def test_captions_that_a_tokenizer_changes_are_shown(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lossy = load_tokenizer(str(files["WordPiece"]))
+    assert lossy.round_trip("The cat") == "the cat"
+    assert lossy.round_trip("zürich") == ""
+    for kind in "bytes", "byte-level", "byte fallback":
+        tokenizer = ByteTokenizer() if kind == "bytes" else load_tokenizer(str(files[kind]))
+        assert tokenizer.round_trip(UNSEEN) == UNSEEN
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warn_if_lossy(tokenizer, [SENTENCE, UNSEEN])
+    message = (
+        "the tokenizer does not reproduce 1 of 2 held-out captions: 'The cat' becomes 'the cat', which is all that"
+    )
+    with pytest.warns(UserWarning, match=message):
+        warn_if_lossy(lossy, ["the cat", "The cat"])
+
+    folder = write_folder(tmp_path / "pictures", 8)
+    rows = [{"file_name": f"{number:03}.png", "text": f"The cat {'and a cat ' * number}"} for number in range(8)]
+    write_rows(folder, rows)
+    train = ["train", f"--tokenizer={files['WordPiece']}", "--steps=1", *TINY[1:], f"--data={folder}", "--held_out=2"]
+    assert main([*train, f"--run={tmp_path / 'run'}"]) == 0
+    err = capsys.readouterr().err
+    assert re.search(r"^palme-xt: warning: the tokenizer does not reproduce 2 of 2 held-out captions: 'The cat ", err)
+    assert err.count("warning") == 1
+
+
+@pytest.mark.parametrize("name", ["nosuch.json", "./nosuch", "a/b/c", "/nowhere/tokenizer", "../x/y.json"])
+def test_the_hub_is_not_asked_for_files(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def ask(name: str) -> Any:
+        raise OSError("asked the hub")
+
+    monkeypatch.setattr(Vocabulary, "from_pretrained", ask)
+    monkeypatch.chdir(tmp_path)
+    rule = r"must be a file of the tokenizers library or a name on the hub"
+    with pytest.raises(TokenizerError, match=rf"^tokenizer={re.escape(name)} {rule}: No such file or directory"):
+        load_tokenizer(name)
+    for known in "gpt2", "user/name", "user-1/name_2.b":
+        with pytest.raises(TokenizerError, match=rf"^tokenizer={known} {rule}: asked the hub$"):
+            load_tokenizer(known)
+
+
 def test_bytes_need_no_files(tmp_path: Path) -> None:
     assert ByteTokenizer().files() == {}
     assert isinstance(read_tokenizer(tmp_path), ByteTokenizer)
@@ -537,6 +582,7 @@ def test_vocabularies_that_do_not_go_with_the_model(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer does not reproduce")
 def test_captions_are_as_long_as_their_tokens(files: dict[str, Path], tmp_path: Path) -> None:
     config = PalmEConfig(16, 8, 16, 2, 4, 300, 80, 16, 2, 4)
     folder = write_folder(tmp_path / "pictures", 4)
@@ -554,11 +600,9 @@ def test_captions_are_as_long_as_their_tokens(files: dict[str, Path], tmp_path: 
     for row in read(words, longest):
         assert isinstance(row, Example)
         assert row.ids == words.encode(row.caption)
-    for row in read(in_bytes, min(length.values())):
-        assert isinstance(row, Defect)
-        assert row.reason == "caption longer than the model"
-        assert re.fullmatch(
-            rf"the caption of \S+ has \d\d tokens, more than max_seq_len={min(length.values())}", row.detail
-        )
-    for row in read(words, min(length.values()) - 1):
-        assert isinstance(row, Defect)
+    shortest = min(length.values())
+    message = rf"no usable row .*: the caption of \S+ has \d\d tokens, more than max_seq_len={shortest}; 99% of the "
+    with pytest.raises(DataError, match=rf"{message}captions need --max_seq_len=\d\d$"):
+        read(in_bytes, shortest)
+    with pytest.raises(DataError, match=f"no usable row .* more than max_seq_len={shortest - 1}"):
+        read(words, shortest - 1)

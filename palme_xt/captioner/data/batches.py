@@ -21,20 +21,40 @@ from palme_xt.config import PalmEConfig
 
 @dataclass(frozen=True)
 class Example:
-    """An image `(c, h, w)`, uint8 or float32 in 0..1, its caption, and the caption's token ids with BOS and EOS."""
+    """A captioned image.
+
+    Attributes:
+        img: The image `(c, h, w)`, uint8 or float32 in 0..1.
+        name: The name of the image.
+        captions: All captions of the image.
+        usable: Those captions that the model can learn, each with its token ids, including BOS and EOS.
+        turn: Which of the usable captions is this example's; counted on from the first one again after the last.
+    """
 
     img: Tensor
-    caption: str
-    ids: list[int]
     name: str
+    captions: list[str]
+    usable: list[tuple[str, list[int]]]
+    turn: int = 0
+
+    @property
+    def caption(self) -> str:
+        """The caption whose turn it is."""
+        return self.usable[self.turn % len(self.usable)][0]
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids of that caption, with BOS and EOS."""
+        return self.usable[self.turn % len(self.usable)][1]
 
 
 @dataclass(frozen=True)
 class Defect:
-    """Why a row is unusable: the kind of defect in a few words, and the details."""
+    """Why a row is unusable: the kind of defect in a few words, the details, and the name of the row."""
 
     reason: str
     detail: str
+    name: str
 
 
 class DataError(ValueError):
@@ -67,7 +87,8 @@ class Batch:
             image, which does not count.
         text: Token ids `(b, n)`, int64, with `ignore_index` after EOS.
         targets: Number of tokens to predict; 0 without usable rows.
-        captions: The captions of the images.
+        captions: The captions of the images, one for each.
+        references: All captions of each image.
         names: The names of the images.
         defects: The defects of the rows that were left out.
         rows: Number of rows that were read for the first time.
@@ -78,6 +99,7 @@ class Batch:
     text: Tensor
     targets: int
     captions: list[str]
+    references: list[list[str]]
     names: list[str]
     defects: list[Defect]
     rows: int
@@ -105,13 +127,14 @@ class _Batches(Dataset["Batch | DataError"]):
         new = sum(number < self.source.rows_per_epoch for number in numbers)
         examples = [row for row in rows if isinstance(row, Example)]
         size, channels = self.config.image_size, self.config.channels
-        shown = examples or [Example(torch.zeros(channels, size, size), "", [0, 0], "blank")]
+        shown = examples or [Example(torch.zeros(channels, size, size), "blank", [""], [("", [0, 0])])]
         ids = [torch.tensor(example.ids) for example in shown]
         return Batch(
             img=torch.stack([example.img for example in shown]),
             text=pad_sequence(ids, batch_first=True, padding_value=self.config.ignore_index),
             targets=sum(len(example.ids) - 1 for example in examples),
             captions=[example.caption for example in examples],
+            references=[example.captions for example in examples],
             names=[example.name for example in examples],
             defects=[row for row in rows if isinstance(row, Defect)],
             rows=new,

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count, islice
+from hashlib import sha256
+from itertools import chain, count, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
-from palme_xt.captioner.data.sources import SHARD_IMAGES, columns_of, open_splits, reading
+from palme_xt.captioner.data.sources import SHARD_IMAGES, checked, columns_of, open_splits, reading
 from palme_xt.captioner.images import ImageError, MissingImageError, Preprocessing, image_errors
 from palme_xt.captioner.options import Data
-from palme_xt.captioner.tokenizer import Tokenizer
+from palme_xt.captioner.tokenizer import Tokenizer, warn_if_lossy
 from palme_xt.config import PalmEConfig
 
 IMAGE_COLUMNS = ("image", *SHARD_IMAGES)
-TEXT_COLUMNS = ("text", "caption", "txt")
+TEXT_COLUMNS = ("text", "caption", "captions", "txt")
 HELD_OUT_SHARE = 0.1
 HELD_OUT_OF_A_STREAM = 500
+FIRST_ROWS = 1000
 KEPT_BYTES = 2**28
 
 
@@ -34,10 +37,11 @@ class Reader:
 
     Args:
         image_columns: The image is in the first of these columns that is not None.
-        text_column: The caption is in this column.
+        text_column: The caption, or a list of captions, is in this column.
         preprocessing: How images are resized and cropped.
         tokenizer: The tokenizer of the captions.
         max_seq_len: Maximum number of tokens in a caption, including BOS and EOS.
+        folder: The resolved folder of the data, which links must not leave, or None if the data are not in a folder.
     """
 
     image_columns: tuple[str, ...]
@@ -45,31 +49,64 @@ class Reader:
     preprocessing: Preprocessing
     tokenizer: Tokenizer
     max_seq_len: int
+    folder: Path | None = None
 
-    def __call__(self, row: Mapping[str, Any], number: int) -> Example | Defect:
+    def __call__(self, row: Mapping[str, Any], number: int, turn: int = 0) -> Example | Defect:
         """Return a row as an example, or its defect.
+
+        Args:
+            row: The row.
+            number: The number of the row, its name if it has no other.
+            turn: Which of its captions to use, as in `Example`.
 
         Raises:
             DataError: If the text column does not hold text, or the image column does not hold images.
         """
-        image = next((row[column] for column in self.image_columns if row[column] is not None), None)
-        path, content = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
+        path, content = self._image(row)
         name = (isinstance(path, str) and path) or row.get("__key__") or f"row {number}"
-        caption = row[self.text_column]
-        if not isinstance(caption, str | None):
-            found = type(caption).__name__
-            raise DataError(f"text_column={self.text_column} holds {found}, must hold one text: choose another column")
-        if not caption or not caption.strip():
-            return Defect("empty caption", f"{name} has no caption")
-        ids = self.tokenizer.encode(caption)
-        if len(ids) > self.max_seq_len:
-            detail = f"the caption of {name} has {len(ids)} tokens, more than max_seq_len={self.max_seq_len}"
-            return Defect("caption longer than the model", detail)
+        captions = self.captions(row)
+        if not captions:
+            return Defect("empty caption", f"{name} has no caption", name)
+        encoded = [(caption, self.tokenizer.encode(caption)) for caption in captions]
+        usable = [(caption, ids) for caption, ids in encoded if len(ids) <= self.max_seq_len]
+        if not usable:
+            shortest = min(len(ids) for _, ids in encoded)
+            detail = f"the caption of {name} has {shortest} tokens, more than max_seq_len={self.max_seq_len}"
+            return Defect("caption longer than the model", detail, name)
         try:
             img = self.preprocessing.read_pixels(self._file(content or path, name), name)
         except ImageError as error:
-            return Defect("missing image" if isinstance(error, MissingImageError) else "broken image", str(error))
-        return Example(img, caption, ids, name)
+            return Defect(error.reason, str(error), name)
+        return Example(img, name, captions, usable, turn)
+
+    def captions(self, row: Mapping[str, Any]) -> list[str]:
+        """Return those captions of a row that are not empty.
+
+        Raises:
+            DataError: If the text column does not hold text.
+        """
+        value = row[self.text_column]
+        texts = value if isinstance(value, list) else [value]
+        if others := [type(text).__name__ for text in texts if not isinstance(text, str | None)]:
+            rule = "must hold a text or a list of texts: choose another column"
+            raise DataError(f"text_column={self.text_column} holds {others[0]}, {rule}")
+        return [text for text in texts if text and text.strip()]
+
+    def identity(self, row: Mapping[str, Any]) -> object:
+        """Return what the rows of one image have in common: the content of an embedded image, otherwise the path."""
+        path, content = self._image(row)
+        if content or isinstance(path, bytes):
+            return sha256(content or path).digest()
+        return path or object()
+
+    def merged(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the rows of one image as one row with all their captions."""
+        return {**rows[0], self.text_column: [caption for row in rows for caption in self.captions(row)]}
+
+    def _image(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the path of an image, or the content of a column without an image type, and the embedded content."""
+        image = next((row[column] for column in self.image_columns if row[column] is not None), None)
+        return (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
 
     def _file(self, image: Any, name: str) -> str | bytes:
         """Return an image as a path or as the content of a file."""
@@ -78,18 +115,24 @@ class Reader:
         if not isinstance(image, str | bytes):
             columns, found = "/".join(self.image_columns), type(image).__name__
             raise DataError(f"image_column={columns} holds {found}, must hold images: choose another column")
-        if isinstance(image, bytes) or "://" not in image:
-            return image
-        import fsspec
+        if isinstance(image, str) and "://" in image:
+            import fsspec
 
-        with image_errors(name), fsspec.open(image, "rb") as file:
-            return bytes(file.read())
+            with image_errors(name), fsspec.open(image, "rb") as file:
+                return bytes(file.read())
+        if isinstance(image, str) and self.folder and Path(image).is_relative_to(self.folder):
+            target = Path(image).resolve()
+            if not target.is_relative_to(self.folder):
+                raise ImageError(f"{name} is a link to {target}, must not leave {self.folder}: copy the file there")
+        content: str | bytes = image
+        return content
 
 
 class MapStyleSource(Source):
     """The rows of a `datasets.Dataset` or a list.
 
-    With a seed, rows are reshuffled in each epoch, and up to `KEPT_BYTES` of decoded images are kept in memory.
+    With a seed, rows are reshuffled in each epoch, in which each has the next of its usable captions, and up to
+    `KEPT_BYTES` of decoded images are kept in memory. Without a seed, each row has its first usable caption.
     """
 
     def __init__(self, rows: Any, reader: Reader, seed: int | None = None) -> None:
@@ -103,19 +146,22 @@ class MapStyleSource(Source):
 
     def read(self, numbers: range) -> list[Example | Defect]:
         """Return the rows with these numbers, as `Source.read` does."""
-        return [self._row(self._place(number)) for number in numbers]
+        return [self._row(*divmod(number, len(self.rows))) for number in numbers]
 
     def fingerprint(self) -> str:
         """Return a digest of the number of rows and of their captions, in order."""
         column = self.reader.text_column
-        digest = hashlib.sha256(f"{len(self.rows)}\n".encode())
+        digest = sha256(f"{len(self.rows)}\n".encode())
         with reading("data cannot be read"):
             captions = [row[column] for row in self.rows] if isinstance(self.rows, list) else self.rows[column][:]
         for caption in captions:
             digest.update(json.dumps(caption, default=repr).encode() + b"\n")
         return digest.hexdigest()
 
-    def _row(self, place: int) -> Example | Defect:
+    def _row(self, epoch: int, place: int) -> Example | Defect:
+        if self.seed is not None:
+            # Each pair gets its own seed: seeds of torch's generators have 64 bits, and epochs are few.
+            place = int(_permutation(len(self.rows), (self.seed * 2**20 + epoch) % 2**63)[place])
         row = self._kept.get(place)
         if row is None:
             with reading(f"data cannot be read at row {place}"):
@@ -123,22 +169,21 @@ class MapStyleSource(Source):
             row = self.reader(content, place)
             if isinstance(row, Example) and row.img.nbytes <= self._room:
                 self._kept[place], self._room = row, self._room - row.img.nbytes
-        return row
-
-    def _place(self, number: int) -> int:
-        epoch, place = divmod(number, len(self.rows))
-        if self.seed is None:
-            return place
-        # Each pair gets its own seed: seeds of torch's generators have 64 bits, and epochs are few.
-        return int(_permutation(len(self.rows), (self.seed * 2**20 + epoch) % 2**63)[place])
+        return row if isinstance(row, Defect) or self.seed is None else replace(row, turn=epoch + place)
 
 
 class StreamedSource(Source):
-    """The rows of a `datasets.IterableDataset`, which are shuffled within a buffer and reshuffled in each epoch."""
+    """The rows of a `datasets.IterableDataset`, which are shuffled within a buffer and reshuffled in each epoch.
 
-    def __init__(self, stream: Any, reader: Reader) -> None:
-        self.stream, self.reader = stream, reader
-        self._rows: Iterator[tuple[int, Mapping[str, Any]]] | None = None
+    Args:
+        stream: The rows.
+        reader: The reader of the rows.
+        held_out: The identities of images whose rows are left out, as `Reader.identity` returns them.
+    """
+
+    def __init__(self, stream: Any, reader: Reader, held_out: Collection[object] = ()) -> None:
+        self.stream, self.reader, self.held_out = stream, reader, held_out
+        self._rows: Iterator[tuple[int, int, Mapping[str, Any]]] | None = None
         self._number = 0
 
     def read(self, numbers: range) -> list[Example | Defect]:
@@ -147,22 +192,21 @@ class StreamedSource(Source):
             self._rows = self._endless()
         rows = islice(self._rows, numbers.start - self._number, numbers.stop - self._number)
         self._number = numbers.stop
-        return [self.reader(row, place) for place, row in rows]
+        return [self.reader(row, place, epoch + place) for epoch, place, row in rows]
 
-    def _endless(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def _endless(self) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
         # datasets 5.2 keeps the epoch in memory that reader processes share, so each process sets it in its own copy.
         stream = copy.deepcopy(self.stream)
         for epoch in count():
             stream.set_epoch(epoch)
+            place = 0
             # `iter(stream)` would give each worker of a DataLoader different rows. Here, all of them read the same
             # rows, and each keeps those with its own numbers.
-            rows = stream.iter(batch_size=1)
-            for place in count():
-                with reading(f"data cannot be read after {place} rows of the stream"):
-                    row = next(rows, None)
-                if row is None:
-                    break
-                yield place, {name: value[0] for name, value in row.items()}
+            for values in checked(stream.iter(batch_size=1), "data cannot be read after {} rows of the stream"):
+                row = {name: value[0] for name, value in values.items()}
+                if not self.held_out or self.reader.identity(row) not in self.held_out:
+                    yield epoch, place, row
+                    place += 1
             if not place:
                 raise DataError("held_out takes all rows of the stream, must leave some: pass a smaller --held_out")
             self.rows_per_epoch = place
@@ -171,61 +215,106 @@ class StreamedSource(Source):
 def load_data(
     data: Data, config: PalmEConfig, preprocessing: Preprocessing, tokenizer: Tokenizer, *, seed: int, max_held_out: int
 ) -> tuple[Source, MapStyleSource]:
-    """Return the rows to train on and the held-out rows, which are disjoint unless the data have duplicates.
+    """Return the rows to train on, and the held-out images, each as one row with all its captions.
 
-    A held-out split is limited to `max_held_out` rows: a sample that is always the same, or the first rows of a stream.
+    No image is in both, unless it has two names or the data's own splits share it. At most `max_held_out` images are
+    held out: a sample that is always the same, or the first ones of a stream. Warns if the tokenizer is lossy.
 
     Raises:
-        DataError: If the data cannot be loaded, or do not have the requested columns or splits.
+        DataError: If the data cannot be loaded, do not have the requested columns or splits, or if none of the first
+            rows is usable.
     """
-    train, held_out = _train_and_held_out(open_splits(data.data, data.streaming), data, max_held_out)
-    images, text = _columns(data, train)
-    reader = Reader(images, text, preprocessing, tokenizer, config.max_seq_len)
-    train, held_out = (_undecoded(rows, images, text, data) for rows in (train, held_out))
+    splits = open_splits(data.data, data.streaming)
+    name, other, wanted = _chosen_splits(splits, data)
+    folder = Path(data.data).resolve() if Path(data.data).is_dir() else None
+    reader = Reader(*_columns(data, splits[name]), preprocessing, tokenizer, config.max_seq_len, folder)
+    train, whole = (_undecoded(splits[split], reader, data) for split in (name, other or name))
+    identities: Collection[object] = ()
     with reading(f"data={data.data} cannot be read"):
-        evaluated = MapStyleSource(list(held_out.take(max_held_out)) if data.streaming else held_out, reader)
-    if not len(evaluated):
+        if data.streaming:
+            number = max_held_out if other else _held_out_count(wanted or f"{HELD_OUT_OF_A_STREAM}", None, splits)
+            held_out, identities = _first_images(whole.take(number), reader, max_held_out)
+            train = train if other else train.skip(number)
+        else:
+            places = _places_by_image(whole, reader)
+            number = len(places) if other else _held_out_count(wanted or f"{HELD_OUT_SHARE}", len(places), splits)
+            if number < len(places) or number > max_held_out:  # the first images may be alike
+                places = [places[image] for image in _permutation(len(places)).tolist()]
+            chosen = places[: min(number, max_held_out)]
+            held_out = [reader.merged([whole[place] for place in same]) for same in chosen]
+            train = train if other else train.select(np.sort([*chain(*places[number:])]))
+    if not held_out:
         raise DataError(f"data={data.data} has no held-out rows: choose another split or number with --held_out")
-    if data.streaming:
-        train = train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer)
-        return StreamedSource(train, reader), evaluated
-    return MapStyleSource(train, reader, seed), evaluated
+    _check_usable(train, reader, data)
+    warn_if_lossy(tokenizer, chain(*map(reader.captions, held_out)))
+    if not data.streaming:
+        return MapStyleSource(train, reader, seed), MapStyleSource(held_out, reader)
+    train = train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer)
+    return StreamedSource(train, reader, () if other else identities), MapStyleSource(held_out, reader)
 
 
-def _train_and_held_out(splits: Mapping[str, Any], data: Data, max_held_out: int) -> tuple[Any, Any]:
+def _chosen_splits(splits: Mapping[str, Any], data: Data) -> tuple[str, str | None, str | None]:
+    """Return the split to train on, the data's own held-out split, if any, and the value of the option `held_out`."""
     name = "train" if "train" in splits else next(iter(splits))
     if name != "train" and len(splits) > 1:
         raise DataError(f"data={data.data} has the splits {', '.join(splits)}, must have one named train, or only one")
-    train = splits[name]
     others = [split for split in splits if split != name]
     wanted = data.held_out or next((split for split in ("validation", "test") if split in others), None)
-    if wanted in others:
-        held_out = splits[wanted]
-        if not data.streaming and len(held_out) > max_held_out:  # the first rows may be alike
-            held_out = held_out.select(_permutation(len(held_out))[:max_held_out].numpy())
-    elif data.streaming:
-        number = _held_out_rows(wanted or str(HELD_OUT_OF_A_STREAM), None, splits)
-        held_out, train = train.take(number), train.skip(number)
-    else:
-        number = _held_out_rows(wanted or str(HELD_OUT_SHARE), len(train), splits)
-        order = _permutation(len(train)).numpy()
-        held_out, train = train.select(order[:number]), train.select(np.sort(order[number:]))
-    return train, held_out
+    return name, wanted if wanted in others else None, wanted
 
 
-def _held_out_rows(wanted: str, rows: int | None, splits: Mapping[str, Any]) -> int:
-    """Return how many of `rows` rows (None for a stream) the option `held_out` requests."""
+def _first_images(rows: Any, reader: Reader, most: int) -> tuple[list[dict[str, Any]], Collection[object]]:
+    """Return a row with all captions for each of the first images of a stream, and the identities of all its images."""
+    images: dict[object, list[Any]] = {}
+    for row in rows:
+        same = images.setdefault(reader.identity(row), [])
+        if same or len(images) <= most:
+            same.append(row)
+    return [reader.merged(same) for same in islice(images.values(), most)], images.keys()
+
+
+def _places_by_image(rows: Any, reader: Reader) -> list[list[int]]:
+    """Return the places of the rows of each image, in the order in which the images appear."""
+    places: dict[object, list[int]] = {}
+    for place, row in enumerate(rows.select_columns(list(reader.image_columns))):
+        places.setdefault(reader.identity(row), []).append(place)
+    return list(places.values())
+
+
+def _check_usable(rows: Iterable[Any], reader: Reader, data: Data) -> None:
+    """Reject data of which none of the first rows is usable.
+
+    Raises:
+        DataError: If there is no such row. If captions are too long, it says how long the model's texts must be.
+    """
+    defects, lengths = [], list[int]()
+    for number, row in enumerate(islice(checked(rows, "data cannot be read after {} rows"), FIRST_ROWS)):
+        found = reader(row, number)
+        if isinstance(found, Example):
+            return
+        defects.append(found)
+        lengths += [len(reader.tokenizer.encode(caption)) for caption in reader.captions(row)]
+    if defects:
+        (reason, _), *_ = Counter(defect.reason for defect in defects).most_common(1)
+        detail = next(defect.detail for defect in defects if defect.reason == reason)
+        most = int(np.quantile(lengths, 0.99, method="higher")) if lengths else 0
+        remedy = f"; 99% of the captions need --max_seq_len={most}" if most > reader.max_seq_len else ""
+        raise DataError(f"data={data.data} has no usable row among its first {len(defects)}: {detail}{remedy}")
+
+
+def _held_out_count(wanted: str, images: int | None, splits: Mapping[str, Any]) -> int:
+    """Return how many of the images, or of a stream's rows if `images` is None, the option `held_out` requests."""
     try:
         number = float(wanted)
     except ValueError:
         others = f"a split other than the training split ({', '.join(splits)})"
-        raise DataError(f"held_out={wanted} must be {others}, a share below 1, or a number of rows") from None
+        raise DataError(f"held_out={wanted} must be {others}, a share below 1, or a number of images") from None
     share, whole = 0 < number < 1, number >= 1 and number.is_integer()
-    if rows is None and not whole:
+    if images is None and not whole:
         raise DataError(f"held_out={wanted} of a stream must be a whole number of rows, or a split")
-    if rows is not None and not ((share or whole) and number < rows):
-        raise DataError(f"held_out={wanted} must be more than 0 and leave some of the {rows} rows to train on")
-    return int(number) if rows is None or whole else min(rows - 1, max(1, round(number * rows)))
+    if images is not None and not ((share or whole) and number < images):
+        raise DataError(f"held_out={wanted} must be more than 0 and leave some of the {images} images to train on")
+    return int(number) if images is None or whole else min(images - 1, max(1, round(number * images)))
 
 
 def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], str]:
@@ -246,15 +335,15 @@ def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], str]:
     return tuple(images if "__key__" in features else images[:1]), text
 
 
-def _undecoded(rows: Any, images: tuple[str, ...], text: str, data: Data) -> Any:
+def _undecoded(rows: Any, reader: Reader, data: Data) -> Any:
     """Return only the needed columns, with images as paths or bytes, so that broken ones are found as in captioning."""
     from datasets import Image
 
-    columns = columns_of(rows, data.data)
-    if missing := {*images, text} - set(columns):
+    columns, needed = columns_of(rows, data.data), {*reader.image_columns, reader.text_column}
+    if missing := needed - set(columns):
         raise DataError(f"data={data.data} has held-out rows without {', '.join(sorted(missing))}: use another split")
-    rows = rows.select_columns([name for name in columns if name in {*images, text, "__key__"}])
-    for name in images:
+    rows = rows.select_columns([name for name in columns if name in {*needed, "__key__"}])
+    for name in reader.image_columns:
         if isinstance(columns[name], Image):
             rows = rows.cast_column(name, Image(decode=False))
     return rows

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_dict.json", "state.json")
 SHARD_IMAGES = ("jpg", "jpeg", "png", "webp")
+SPLITS = ("train", "validation", "test")
 
 
 def open_splits(name: str, streaming: bool) -> Mapping[str, Any]:
@@ -48,10 +50,19 @@ def reading(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        reason = (str(cause).strip().splitlines() or ["no reason given"])[
-            0
-        ]  # with the file's name, which one_line omits
+        reason = next(iter(str(cause).strip().splitlines()), "no reason given")  # one_line would omit the file's name
         raise DataError(f"{what}: {type(cause).__name__}: {reason}") from error
+
+
+def checked(rows: Iterable[Any], what: str) -> Iterator[Any]:
+    """Yield rows, with errors as in `reading`. In `what`, `{}` stands for the number of rows before the error."""
+    rows = iter(rows)
+    for number in count():
+        with reading(what.format(number)):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
 
 
 def columns_of(rows: Any, name: str) -> dict[str, Any]:
@@ -78,11 +89,14 @@ def _load(name: str, streaming: bool) -> Mapping[str, Any]:
 
     arguments = _arguments(name)
     undescribed = arguments == {"path": name}
+    if undescribed and (captioned := _captioned_by_files(Path(name))):
+        return {split: rows.to_iterable_dataset() if streaming else rows for split, rows in captioned.items()}
     if arguments["path"] == "webdataset" or (undescribed and any(Path(name).rglob("*.tar"))):
         arguments["features"] = _features_of_shards(arguments)
     splits: Mapping[str, Any] = load_dataset(**arguments, streaming=streaming)
     if undescribed and any(rows.info.builder_name == "imagefolder" for rows in splits.values()):
-        raise DataError(f"data={name} must have captions: add a metadata.jsonl with the columns file_name and text")
+        remedy = "add a metadata.jsonl with the columns file_name and text, or a text file for each image"
+        raise DataError(f"data={name} must have captions: {remedy}")
     return splits
 
 
@@ -96,16 +110,35 @@ def _arguments(name: str) -> dict[str, Any]:
         return {"path": repository, "name": configuration or None}
     if name and path.is_dir():
         folder = {"path": "imagefolder", "data_dir": glob.escape(name)}
-        if any((path / file).is_file() for file in METADATA):
+        metadata = [file for file in path.rglob("metadata.*") if file.name in METADATA]
+        for file in metadata:
+            if not file.read_bytes().strip():
+                raise DataError(f"{file} is empty, must hold a line for each image: write one, or remove the file")
+        if any(file.parent == path for file in metadata):
             # Load all files as one split: `datasets` would make another split from an image named test.png.
             return folder | {"data_files": {"train": "**"}}
-        return folder if any(file.name in METADATA for file in path.rglob("metadata.*")) else {"path": name}
+        return folder if metadata else {"path": name}
     files = [name] if path.is_file() else sorted(glob.glob(name, recursive=True))
     if not files:
         raise DataError(f"data={name!r} does not exist: pass a folder, a file, a quoted pattern, or hf:NAME on the hub")
     if path.suffix not in BUILDERS:
         raise DataError(f"data={name} must end in {' or '.join(BUILDERS)}, or be a folder of images")
     return {"path": BUILDERS[path.suffix], "data_files": {"train": [glob.escape(file) for file in files]}}
+
+
+def _captioned_by_files(folder: Path) -> dict[str, Any]:
+    """Return the splits of a folder whose captions are in text files beside the images, or nothing if it has none."""
+    from datasets import Dataset
+    from PIL import Image
+
+    endings, splits = Image.registered_extensions(), {}
+    folders = {split: folder / split for split in SPLITS if (folder / split).is_dir()}
+    for split, below in (folders if SPLITS[0] in folders else {SPLITS[0]: folder}).items():
+        images = sorted(str(path) for path in below.rglob("*") if path.suffix.lower() in endings)
+        beside = [Path(image).with_suffix(".txt") for image in images]
+        texts = [file.read_text("utf-8-sig").strip() if file.is_file() else None for file in beside]
+        splits[split] = Dataset.from_dict({"image": images, "text": texts})
+    return splits if any(any(rows["text"]) for rows in splits.values()) else {}
 
 
 def _features_of_shards(arguments: Mapping[str, Any]) -> Any:

@@ -6,15 +6,16 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from palme_xt.captioner import drawing, images
-from palme_xt.captioner.data.batches import Batch, DataError, Example, Share, load_batches
+from palme_xt.captioner.data.batches import Batch, DataError, Defect, Example, Share, load_batches
 from palme_xt.captioner.options import Data, Training
 from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
@@ -83,6 +84,7 @@ class _Trainer:
     def __init__(self, accelerator: Accelerator, task: Task, share: Share, run: Run, resume: bool) -> None:
         self.accelerator, self.task, self.share, self.run = accelerator, task, share, run
         self.main, self.errors, self.unusable_rows = accelerator.is_main_process, distributed.Errors(), 0
+        self.skipped: list[Defect] = []  # since the last checkpoint, by this process
         self.state = initial_state(accelerator, task.config, task.training)
         if resume:
             checkpoint.load(run, self.state)
@@ -107,7 +109,7 @@ class _Trainer:
                 loss = compute_gradients(task, state, self.run, micro_batches, targets) if targets else math.nan
                 if targets and (stop or progress.step % training.save_every == 0):
                     # Save the weights from before this step, whose loss and gradient are now known to be finite.
-                    checkpoint.save(self.run, state)
+                    self.save()
                 if stop:
                     break
                 self.update_weights(micro_batches, targets)
@@ -117,7 +119,7 @@ class _Trainer:
             if not stop:
                 state.random_states = checkpoint.random_state()
             evaluation = self.evaluate(interrupted=stop)
-            checkpoint.save(self.run, state)
+            self.save()
         with self.errors.shared():
             if self.main:
                 self.draw(evaluation)
@@ -156,7 +158,18 @@ class _Trainer:
         progress.step += 1
         for batch in micro_batches:
             progress.rows += batch.rows
-            progress.skipped.update(defect.reason for defect in batch.defects[: batch.new_defects])
+            new = batch.defects[: batch.new_defects]
+            progress.skipped.update(defect.reason for defect in new)
+            self.skipped += new
+
+    def save(self) -> None:
+        """Write the rows that were skipped, and then the checkpoint, from which a run resumes that ends in between."""
+        skipped = gather_object(self.skipped)
+        with self.errors.shared():
+            if self.main:
+                self.run.log_skipped(map(asdict, skipped))
+        self.skipped = []
+        checkpoint.save(self.run, self.state)
 
     def log(self, loss: float, images_per_second: float) -> None:
         """Log a step to `metrics.jsonl`, the trackers and the progress bar."""

@@ -7,6 +7,7 @@ tokenizer.json            the vocabulary, with tokenizer_config.json; both are m
 README.md                 a model card
 checkpoint.safetensors    everything that resuming needs
 metrics.jsonl             a line for each step and each evaluation, read by `Run.metrics`
+skipped.jsonl             a line for each unusable row, held-out rows first; missing if all rows are usable
 samples.png               held-out images with their generated captions
 loss.png                  the loss curve
 parity.safetensors        the reference that `palme-xt parity record` writes
@@ -21,7 +22,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -43,6 +44,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 METRICS = "metrics.jsonl"
+SKIPPED = "skipped.jsonl"
 LOCK = "training.lock"
 
 __all__ = ["CONFIG", "METRICS", "WEIGHTS", "Run", "RunError"]
@@ -133,6 +135,18 @@ class Run:
                 kept.pop()
             kept.append(line)
         return kept
+
+    def log_skipped(self, rows: Iterable[Mapping[str, str]]) -> None:
+        """Add rows that were skipped to `skipped.jsonl`, except those that are in it: a resumed run repeats some.
+
+        Raises:
+            RunError: If the file cannot be written.
+        """
+        path = self.folder / SKIPPED
+        before = path.read_text().splitlines() if path.exists() else []
+        lines = dict.fromkeys([*before, *(json.dumps(row) for row in rows)])
+        if len(lines) > len(before):
+            self.write(SKIPPED, "".join(f"{line}\n" for line in lines).encode())
 
     def config(self) -> PalmEConfig:
         """Return the model's arguments.

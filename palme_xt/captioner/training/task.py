@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from palme_xt.captioner.data.batches import DataError, Source
+from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing
 from palme_xt.captioner.options import DIGITS, Data, Training
-from palme_xt.captioner.tokenizer import Tokenizer
+from palme_xt.captioner.tokenizer import Tokenizer, warn_if_lossy
 from palme_xt.captioner.training.run import Run
 from palme_xt.config import PalmEConfig
 from palme_xt.tokens import NUM_TOKENS
@@ -42,8 +42,9 @@ class Task:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `data` and `training`, by name."""
-        return asdict(self.data) | asdict(self.training)
+        """The options of `data` and `training`, by name, without those that only concern digits if there are none."""
+        options = asdict(self.data) | asdict(self.training)
+        return {name: value for name, value in options.items() if self.data.data == DIGITS or name != "jitter"}
 
 
 def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer) -> Task:
@@ -63,8 +64,10 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
         scans, held_out_scans = load_scans()
         rows = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
+        examples = [row for row in held_out_scenes.read(range(count)) if isinstance(row, Example)]
+        warn_if_lossy(tokenizer, [example.caption for example in examples])
         return Task(config, training, data, tokenizer, preprocessing, rows, held_out_scenes, count)
-    preprocessing = Preprocessing.like_clip(config)
+    preprocessing = Preprocessing.like_clip(config, data.fit)
     loaded = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
     return Task(config, training, data, tokenizer, preprocessing, *loaded, min(len(loaded[1]), count))
 
@@ -88,3 +91,5 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
         files = task.tokenizer.files() | {PREPROCESSING: task.preprocessing.to_json().encode()}
         run.create(task.config, task.options | now, files)
     run.lock()
+    held_out = (task.held_out_rows.read(range(number, number + 1)) for number in range(task.held_out_images))
+    run.log_skipped(asdict(row) for (row,) in held_out if isinstance(row, Defect))

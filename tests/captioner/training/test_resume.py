@@ -391,7 +391,9 @@ def test_runs_that_cannot_be_resumed(folder: Path, tmp_path: Path, capsys: pytes
     fails(capsys, ["train", "--resume=nowhere"], r"nowhere is not a run folder: there is no such folder; .*")
     for steps in 9, 500:  # also the default
         others = [f"--steps={steps}", "--lr=1", "--decoder_kwargs.ff_glu=true", "--data=x"]
-        message = r"--resume=\S+ allows no other options except --data, found --steps --lr --decoder_kwargs: .*"
+        message = (
+            r"--resume=\S+ allows no other options except --data --device, found --steps --lr --decoder_kwargs: .*"
+        )
         fails(capsys, [*resume, *others], message)
     (run / CHECKPOINT).write_bytes(good[:-9])
     fails(capsys, resume, rf"\S+{CHECKPOINT} cannot be read as a checkpoint: .*")
