@@ -11,6 +11,8 @@ from palme_xt.config import PalmEConfig
 DIGITS = "digits"
 NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "streaming", "strict")
 PRECISIONS = ("no", "bf16")
+RESUMABLE = ("data", "steps", "patience")  # options that a resumed run may change
+ADDED = {"patience": None, "augment": False}  # options that runs of version 0.2 do not have, with what they did
 
 DIGITS_MODEL = PalmEConfig(
     image_size=32,
@@ -39,7 +41,7 @@ class RunOptions:
     Args:
         run: New run folder (default: runs/NAME-DATE-TIME).
         resume: Run to resume from its last checkpoint, as if it had never stopped. No other options are allowed, except
-            `data` if the data have moved.
+            `data` if the data have moved, and `steps` and `patience` to train longer.
         tokenizer: A `tokenizer.json` of the tokenizers library, or a repository on the hub (default: bytes).
         bos_token: Token that begins a text (default: the tokenizer's usual one).
         eos_token: Token that ends a text (default: the tokenizer's usual one).
@@ -119,7 +121,12 @@ class Training:
             `accelerate launch`, or else `no`.
         jitter: Strength of the random affine distortion of each training digit, as a share of its size. Held-out digits
             and other data are not distorted.
+        augment: Vary each training image anew in each epoch: rotate it by up to 10 degrees, crop it to 0.8 to 1 of its
+            side, and multiply brightness, contrast and saturation by 0.7 to 1.3. Images are never mirrored. The option
+            needs no value.
         eval_every: Number of steps between evaluations on held-out images.
+        patience: Stop after this number of evaluations in succession without a lower held-out loss (default: train all
+            steps).
         eval_images: Largest number of held-out images in each evaluation.
         save_every: Number of steps between checkpoints.
         log_with: Tracker to log to in addition to `metrics.jsonl`: any that accelerate knows, such as `tensorboard` or
@@ -139,7 +146,9 @@ class Training:
     grad_clip: float = 1.0
     mixed_precision: str | None = None
     jitter: float = 0.12
+    augment: bool = False
     eval_every: int = 100
+    patience: int | None = None
     eval_images: int = 500
     save_every: int = 100
     log_with: str | None = None
@@ -147,7 +156,7 @@ class Training:
 
     def __post_init__(self) -> None:
         check_types(self)
-        may_be_zero = {"seed", "weight_decay", "jitter"}
+        may_be_zero = {"seed", "weight_decay", "jitter", "augment"}
         for option in fields(self):
             value = getattr(self, option.name)
             if isinstance(value, int | float) and not (value > 0 or (value == 0 and option.name in may_be_zero)):
@@ -164,6 +173,7 @@ KINDS: dict[Any, tuple[Any, str]] = {  # by annotation
     "str | None": (str | None, "text or None"),
     "bool": (bool, "true or false"),
     "int": (int, "an int"),
+    "int | None": (int | None, "an int or None"),
     "float": (int | float, "a number"),
 }
 

@@ -22,7 +22,7 @@ def reject_others(run: str, options: Mapping[str, Any], allowed: Sequence[str]) 
         ValueError: If there are options other than those `allowed`.
     """
     if others := [name for name in options if name not in allowed]:
-        apart_from = f" except --{allowed[-1]}" if len(allowed) > 1 else ""
+        apart_from = f" except --{' --'.join(allowed[1:])}" if len(allowed) > 1 else ""
         found = f"found --{' --'.join(others)}"
         raise ValueError(f"{run} allows no other options{apart_from}, {found}: leave out what the run determines")
 

@@ -67,7 +67,8 @@ class Batch:
             image, which does not count.
         text: Token ids `(b, n)`, int64, with `ignore_index` after EOS.
         targets: Number of tokens to predict; 0 without usable rows.
-        captions: The captions of the images.
+        captions: The captions of the images, one for each.
+        references: All captions of each image.
         names: The names of the images.
         defects: The defects of the rows that were left out.
         rows: Number of rows that were read for the first time.
@@ -78,6 +79,7 @@ class Batch:
     text: Tensor
     targets: int
     captions: list[str]
+    references: list[list[str]]
     names: list[str]
     defects: list[Defect]
     rows: int
@@ -112,6 +114,7 @@ class _Batches(Dataset["Batch | DataError"]):
             text=pad_sequence(ids, batch_first=True, padding_value=self.config.ignore_index),
             targets=sum(len(example.ids) - 1 for example in examples),
             captions=[example.caption for example in examples],
+            references=[[example.caption] for example in examples],
             names=[example.name for example in examples],
             defects=[row for row in rows if isinstance(row, Defect)],
             rows=new,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from palme_xt.captioner.data.augment import Augmented
 from palme_xt.captioner.data.batches import DataError, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
@@ -29,6 +30,7 @@ class Task:
         rows: The rows to train on.
         held_out_rows: The rows to evaluate on.
         held_out_images: Number of held-out rows that each evaluation reads.
+        start: The folder of the run with whose weights training begins; None for random weights.
     """
 
     config: PalmEConfig
@@ -39,14 +41,17 @@ class Task:
     rows: Source
     held_out_rows: Source
     held_out_images: int
+    start: str | None
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `data` and `training`, by name."""
-        return asdict(self.data) | asdict(self.training)
+        """The options of `data` and `training`, and where training begins, by name."""
+        return asdict(self.data) | asdict(self.training) | ({} if self.start is None else {"from": self.start})
 
 
-def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer) -> Task:
+def open_task(
+    config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer, start: str | None = None
+) -> Task:
     """Open the data, and return the task.
 
     Raises:
@@ -58,14 +63,17 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
         raise ValueError(f"num_tokens={config.num_tokens} must be at least {tokenizer.num_tokens} {rule}")
     count = training.eval_images
     if data.data == DIGITS:
+        if training.augment:
+            raise ValueError(f"augment=True has no effect with data={DIGITS}, whose scenes are composed: use jitter")
         preprocessing = Preprocessing.plain(config)
         scans, held_out_scans = load_scans()
-        rows = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
+        scenes = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
-        return Task(config, training, data, tokenizer, preprocessing, rows, held_out_scenes, count)
+        return Task(config, training, data, tokenizer, preprocessing, scenes, held_out_scenes, count, start)
     preprocessing = Preprocessing.like_clip(config)
-    loaded = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
-    return Task(config, training, data, tokenizer, preprocessing, *loaded, min(len(loaded[1]), count))
+    rows, held_out = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
+    rows = Augmented(rows, training.seed) if training.augment else rows
+    return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out), count), start)
 
 
 def open_run(run: Run, task: Task, resume: bool) -> None:
