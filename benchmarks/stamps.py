@@ -13,8 +13,16 @@ import json
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
+from benchmarks.report import FOLDER, Report
+from palme_xt.captioner.options import PICTURES_MODEL, Data, Training
+from palme_xt.captioner.tokenizer import ByteTokenizer
+from palme_xt.captioner.training.loop import train
+from palme_xt.captioner.training.run import Run
+
+COLUMNS = ("training", "weights", "held-out loss", "chrF", "exactly right")
 PACKAGE = "tuxpaint-stamps-default"
 
 
@@ -45,6 +53,22 @@ def prepare(folder: Path, stamps: Path | None = None) -> int:
                 lines.append(json.dumps({"file_name": name, "text": text}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
     return len(lines)
+
+
+def main() -> None:
+    report = Report("stamps", "Captioning stamps", COLUMNS, ["accelerate", "datasets", "pillow", "sacrebleu"])
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "stamps"
+        prepare(data)
+        for title, augment in ("without augmentation", False), ("`--augment`", True):
+            run = Run(FOLDER / f"stamps-{'augment-' * augment}{time.strftime('%Y%m%d-%H%M%S')}")
+            training = Training(steps=300, eval_every=50, augment=augment)
+            outcome = train(PICTURES_MODEL, training, Data(str(data)), ByteTokenizer(), run)
+            best, last = outcome.evaluation, run.metrics()[-1]
+            for which, scores in (f"last (step {last['step']})", last), (f"best (step {best.step})", best.scores):
+                loss, chrf = f"{scores['held_out_loss']:.2f}", f"{scores['held_out_chrf']:.1f}"
+                report.row(title, which, loss, chrf, f"{scores['held_out_exact_match']:.1%}")
+    report.end()
 
 
 if __name__ == "__main__":

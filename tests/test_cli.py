@@ -60,7 +60,16 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 
 def test_a_run_folder_holds_what_it_promises(run: Path) -> None:
     held_out = [f"held_out/{number:02}.png" for number in range(8)]
-    files = ["config.json", "held_out", *held_out, "loss.png", "metrics.jsonl", "model.safetensors", "samples.png"]
+    files = [
+        "config.json",
+        "evaluation.json",
+        "held_out",
+        *held_out,
+        "loss.png",
+        "metrics.jsonl",
+        "model.safetensors",
+        "samples.png",
+    ]
     files += ["README.md", "checkpoint.safetensors", "preprocessor_config.json"]
     assert sorted(str(path.relative_to(run)) for path in run.rglob("*")) == sorted(files)
     for name in "loss.png", "samples.png":
@@ -113,7 +122,7 @@ def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert losses[-1] < 0.5
     out, err = capsys.readouterr()
     assert re.search(r"predicted +true\n(?:(?:right|wrong)  .*\n){8}held-out exact match: [\d.]+% of 20 images", out)
-    assert re.search(r"loss=[\d.]+, held-out exact match=-, images/s=\d+", err)
+    assert re.search(r"loss=[\d.]+, exact match=-, chrF=-, images/s=\d+", err)
 
 
 def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:
@@ -311,7 +320,13 @@ def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line | {"text": "long " * 30}) + "\n" for line in lines))
     train = ["train", f"--data={folder}", "--steps=2", "--batch_size=4", *TINY]
-    fails(capsys, [*train, f"--run={tmp_path / 'run'}"], "no held-out row is usable: choose another split or .*")
+    message = "no held-out row is usable: the caption of .* has 152 tokens, .*; choose another split or .*"
+    fails(capsys, [*train, f"--run={tmp_path / 'run'}"], message)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "splits").mkdir()
+    folder.rename(tmp_path / "splits" / "train")
+    write_folder(tmp_path / "splits" / "test", 6)
+    train = ["train", f"--data={tmp_path / 'splits'}", "--batch_size=4", *TINY]
     many = [*train, "--steps=300", "--save_every=400", "--eval_every=400", f"--run={tmp_path / 'many'}"]
     message = r"data=\S+ has 1000 unusable rows in succession: .* has 152 tokens, more than max_seq_len=80"
     fails(capsys, many, message)

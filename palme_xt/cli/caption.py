@@ -11,11 +11,8 @@ from torch import Tensor
 
 from palme_xt.captioner import attention, drawing
 from palme_xt.captioner import caption as captioning
-from palme_xt.captioner.images import ImageError, Preprocessing, read_preprocessing
-from palme_xt.captioner.tokenizer import Tokenizer, read_tokenizer
+from palme_xt.captioner.images import ImageError
 from palme_xt.cli import complain
-from palme_xt.model import PalmE
-from palme_xt.storage.folder import load
 from palme_xt.tokens import printable
 
 CAPTIONED_AT_ONCE = 64
@@ -46,12 +43,10 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 def run(options: dict[str, Any]) -> int:
     """Caption the images that can be read, and return the exit status."""
-    folder = Path(options["run"])
-    model = load(folder)
-    preprocessing, tokenizer = read_preprocessing(folder, model.config), read_tokenizer(folder)
+    captioner = captioning.Captioner.from_pretrained(options["run"])
     how = _how_to_decode(options)
     if options["attention"] is not None:
-        return _draw_attention(options, model, preprocessing, tokenizer, how)
+        return _draw_attention(options, captioner, how)
     if options["layer"] is not None:
         raise ValueError(f"--layer={options['layer']} has no effect without --attention: leave it out")
     unreadable = 0
@@ -60,33 +55,33 @@ def run(options: dict[str, Any]) -> int:
         paths = options["image"][start : start + CAPTIONED_AT_ONCE]
         for number, path in enumerate(paths):
             try:
-                images[number] = preprocessing.read(path)
+                images[number] = captioner.preprocessing.read(path)
             except ImageError as error:  # caption the other images
                 complain(f"error: {error}")
                 unreadable += 1
         if options["stream"]:
             for number, img in images.items():
                 print(f"{paths[number]}: ", end="", flush=True)
-                for text in captioning.stream_caption(model, img, tokenizer, **how):
+                for text in captioning.stream_caption(captioner.model, img, captioner.tokenizer, **how):
                     print(printable(text), end="", flush=True)
                 print()
         elif images:
-            texts = captioning.caption(model, torch.stack(list(images.values())), tokenizer, **how)
+            img = torch.stack(list(images.values()))
+            texts = captioning.caption(captioner.model, img, captioner.tokenizer, **how)
             for number, text in zip(images, texts, strict=True):
                 print(f"{paths[number]}: {printable(text)}", flush=True)
     return 2 if unreadable else 0
 
 
-def _draw_attention(
-    options: dict[str, Any], model: PalmE, preprocessing: Preprocessing, tokenizer: Tokenizer, how: dict[str, Any]
-) -> int:
+def _draw_attention(options: dict[str, Any], captioner: captioning.Captioner, how: dict[str, Any]) -> int:
+    model, tokenizer = captioner.model, captioner.tokenizer
     out, paths = Path(options["attention"]), options["image"]
     if len(paths) != 1 or options["stream"]:
         raise ValueError(f"--attention={out} needs exactly one image and no --stream: found {len(paths)} images")
     if out.suffix.lower() != ".png" or (out.exists() and out.samefile(paths[0])):
         raise ValueError(f"--attention={out} must be a PNG file, and not the image itself: choose another")
-    pixels = preprocessing.read_pixels(paths[0])
-    img = preprocessing.normalise(pixels)[None]
+    pixels = captioner.preprocessing.read_pixels(paths[0])
+    img = captioner.preprocessing.normalise(pixels)[None]
     (ids,) = captioning.caption_ids(model, img, tokenizer, **how).tolist()
     ids = ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
     piece = tokenizer.pieces()

@@ -111,11 +111,11 @@ def run(options: dict[str, Any]) -> int:
     resume, start = options["resume"] is not None, values.get("from")
     outcome = train(config, training, data, tokenizer, folder, resume=resume, start=start)
     if PartialState().is_main_process:
-        _print_outcome(outcome, folder.folder)
+        _print_outcome(outcome, folder.folder, training.steps)
     return INTERRUPTED if outcome.interrupted else 0
 
 
-def _print_outcome(outcome: Outcome, folder: Path) -> None:
+def _print_outcome(outcome: Outcome, folder: Path, steps: int) -> None:
     evaluation, progress = outcome.evaluation, outcome.progress
     scores, count, weights = evaluation.scores, len(evaluation.right), f"the weights of step {evaluation.step}"
     rows = zip(evaluation.right, evaluation.predicted, evaluation.references, strict=True)
@@ -129,6 +129,8 @@ def _print_outcome(outcome: Outcome, folder: Path) -> None:
     if count < FEW:
         print(f"{count} held-out images are too few to judge the model by: hold out more with --held_out")
     print(f"these are the results of {weights}, which have the lowest held-out loss and are saved")
+    if progress.step < steps and not outcome.interrupted:
+        print(f"stopped before step {steps}: the last evaluations (--patience) did not lower the held-out loss")
     print(f"{progress.step} steps; {progress.rows} training rows read; skipped: {_counted(progress.skipped)}")
     print(f"{count} held-out images; skipped: {_counted(evaluation.skipped)}")
     quoted = shlex.quote(str(folder))

@@ -162,11 +162,11 @@ class _Trainer:
         return Outcome(best, checkpoint.total_progress(progress), stop)
 
     def stalled(self) -> bool:
-        """Return whether the last `patience` evaluations have not lowered the held-out loss."""
-        patience = self.task.training.patience
-        if patience is None or self.best is None:
+        """Return whether the last `patience` evaluations, up to this step, have not lowered the held-out loss."""
+        training, step = self.task.training, self.state.progress.step
+        if training.patience is None or self.best is None or step % training.eval_every:
             return False
-        return self.state.progress.step - self.best.step >= patience * self.task.training.eval_every
+        return step - self.best.step >= training.patience * training.eval_every
 
     def read(self, batches: Iterator[Batch], stop: bool) -> tuple[list[Batch], int, bool]:
         """Return the micro-batches of the next step, the targets of all processes, and whether any has to stop."""
@@ -261,7 +261,7 @@ class _Trainer:
                 if evaluation is not None:
                     described = {"step": step, "selected_by": "lowest held-out loss"}
                     described |= {"held_out_images": len(evaluation.predicted)} | evaluation.scores
-                card = model_card(self.task.config, self.task.options, described)
+                card = model_card(self.task.config, self.task.effective_options, described)
                 values = {"step": step} if evaluation is None else asdict(evaluation)
                 self.run.save(weights, {EVALUATION: as_json(values), CARD: card.encode()})
 

@@ -48,6 +48,12 @@ class Task:
         """The options of `data` and `training`, and where training begins, by name."""
         return asdict(self.data) | asdict(self.training) | ({} if self.start is None else {"from": self.start})
 
+    @property
+    def effective_options(self) -> dict[str, Any]:
+        """The `options` without those that have no effect on these data."""
+        unused = ["augment"] if self.data.data == DIGITS else ["jitter"]
+        return {name: value for name, value in self.options.items() if name not in unused}
+
 
 def open_task(
     config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer, start: str | None = None
