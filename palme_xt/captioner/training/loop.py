@@ -247,9 +247,9 @@ class _Trainer:
         return evaluation
 
     def save_checkpoint(self) -> None:
-        """Save a checkpoint, and its weights for captioning if none have been evaluated yet."""
+        """Save a checkpoint, and its weights for captioning if they are trained and none have been evaluated yet."""
         checkpoint.save(self.run, self.state)
-        if self.best is None:
+        if self.best is None and self.state.progress.step:
             self.save_weights(checkpoint.full_weights(self.state.model))
 
     def save_weights(self, weights: Mapping[str, Tensor]) -> None:
