@@ -140,7 +140,8 @@ def test_every_argument_and_override_is_an_option(tmp_path: Path, capsys: pytest
     assert exit_.value.code == 0
     described = capsys.readouterr().out
     for option in [*fields(PalmEConfig), *fields(Training), *fields(Data)]:
-        assert re.search(rf"--{option.name} \S+\n? +\S+", described), option.name
+        name = "from" if option.name == "start" else option.name
+        assert re.search(rf"--{name} \S+\n? +\S+", described), name
 
     overrides = [
         "--decoder_kwargs.attn_kv_heads=2",

@@ -12,7 +12,11 @@ DIGITS = "digits"
 NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "streaming", "strict")
 PRECISIONS = ("no", "bf16")
 RESUMABLE = ("data", "steps", "patience")  # options that a resumed run may change
-ADDED = {"patience": None, "augment": False}  # options that runs of version 0.2 do not have, with what they did
+ADDED = {
+    "patience": None,
+    "augment": False,
+    "start": None,
+}  # options that runs of version 0.2 do not have, with what they did
 
 DIGITS_MODEL = PalmEConfig(
     image_size=32,
@@ -129,6 +133,7 @@ class Training:
             steps).
         eval_images: Largest number of held-out images in each evaluation.
         save_every: Number of steps between checkpoints.
+        start: Folder of the run with whose weights training begins, `--from` on the command line.
         log_with: Tracker to log to in addition to `metrics.jsonl`: any that accelerate knows, such as `tensorboard` or
             `wandb`, or `all` for all that are installed.
         seed: Seed of the initial weights, of dropout and of the order of the data. The held-out images do not depend on
@@ -151,6 +156,7 @@ class Training:
     patience: int | None = None
     eval_images: int = 500
     save_every: int = 100
+    start: str | None = None
     log_with: str | None = None
     seed: int = 0
 

@@ -35,7 +35,10 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.raise_signal(number)
 
     may_handle = threading.current_thread() is threading.main_thread()
-    numbers = [number for number in STOP_SIGNALS if may_handle and not _of_nohup(number)]
+    ignored = [
+        number for number in STOP_SIGNALS if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+    ]
+    numbers = [number for number in STOP_SIGNALS if may_handle and number not in ignored]
     previous: dict[Any, Any] = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield requested
@@ -59,7 +62,3 @@ def ignore_interrupts_until(done: Any) -> None:
 
     for number in STOP_SIGNALS:
         signal.signal(number, end if number == signal.SIGTERM else signal.SIG_IGN)
-
-
-def _of_nohup(number: signal.Signals) -> bool:
-    return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN

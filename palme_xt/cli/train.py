@@ -59,7 +59,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
         allow_abbrev=False,
     )
     for options in RunOptions, Data, Training, PalmEConfig:
-        parser.add_class_arguments(options)
+        parser.add_class_arguments(options, skip={"start"})
     begin = "Begin a new run with the weights, the arguments and the tokenizer of this one."
     parser.add_argument("--from", type=str | None, metavar="RUN", help=begin)
 
@@ -93,7 +93,7 @@ def run(options: dict[str, Any]) -> int:
         config, values, tokenizer = folder.config(), folder.training(), read_tokenizer(folder.folder)
         values = ADDED | values | options["changed"]
     else:
-        values = options
+        values = options | {"start": options["from"]}
         given_tokenizer = [options[name] for name in ("tokenizer", "bos_token", "eos_token")]
         if options["from"] is not None and any(given_tokenizer):
             raise ValueError(f"--from={options['from']} keeps the tokenizer of its run: leave --tokenizer out")
@@ -108,8 +108,7 @@ def run(options: dict[str, Any]) -> int:
         raise ValueError(message) from error
     if not config.cross_attend and PartialState().is_main_process:
         complain("note: with cross_attend=False, the model learns the captions without looking at the images")
-    resume, start = options["resume"] is not None, values.get("from")
-    outcome = train(config, training, data, tokenizer, folder, resume=resume, start=start)
+    outcome = train(config, training, data, tokenizer, folder, resume=options["resume"] is not None)
     if PartialState().is_main_process:
         _print_outcome(outcome, folder.folder, training.steps)
     return INTERRUPTED if outcome.interrupted else 0

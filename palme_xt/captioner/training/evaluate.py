@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from typing import Self
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from palme_xt.captioner.caption import caption
-from palme_xt.captioner.data.batches import DataError, Defect, load_batches
+from palme_xt.captioner.data.batches import DataError, load_batches
 from palme_xt.captioner.training.distributed import Errors
 from palme_xt.captioner.training.run import Run
-from palme_xt.captioner.training.task import Task
+from palme_xt.captioner.training.task import Task, check_rows
 from palme_xt.decoding.loop import evaluating
 from palme_xt.model import PalmE
 
@@ -46,6 +46,12 @@ class Evaluation:
     predicted: list[str]
     skipped: dict[str, int]
     interrupted: bool = False
+
+    @classmethod
+    def saved(cls, run: Run) -> Self | None:
+        """Return the evaluation of the saved weights, or None if an uninterrupted run would not have evaluated them."""
+        values = run.evaluation()
+        return cls(**values) if "loss" in values and not values["interrupted"] else None
 
     @property
     def right(self) -> list[bool]:
@@ -115,35 +121,3 @@ def unsharded(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
         copy = PalmE.from_config(model.config)
     copy.load_state_dict(weights, assign=True)
     return copy.to(next(iter(weights.values())).device)
-
-
-def read_evaluation(run: Run) -> Evaluation | None:
-    """Return the evaluation of the saved weights, or None if an uninterrupted run would not have evaluated them."""
-    values = run.evaluation()
-    return Evaluation(**values) if "loss" in values and not values["interrupted"] else None
-
-
-def check_held_out_rows(task: Task) -> None:
-    """Read all held-out rows, so that unusable ones are found before training.
-
-    Raises:
-        DataError: If no row can be used, or, with `strict`, if any row cannot.
-    """
-    defects: list[Defect] = []
-    for number in range(task.held_out_images):  # one by one, because images may be many and large
-        defects += [row for row in task.held_out_rows.read(range(number, number + 1)) if isinstance(row, Defect)]
-    check_rows(defects, task.data.strict)
-    if len(defects) == task.held_out_images:
-        rule = "choose another split or number with --held_out"
-        raise DataError(f"no held-out row is usable: {defects[0].detail}; {rule}")
-
-
-def check_rows(defects: Sequence[Defect], strict: bool) -> None:
-    """Reject unusable rows if `strict`.
-
-    Raises:
-        DataError: If there is such a row.
-    """
-    if strict and defects:
-        defect = defects[0]
-        raise DataError(f"{defect.reason}: {defect.detail}; without --strict, such rows are skipped and counted")

@@ -17,21 +17,14 @@ from tqdm import tqdm
 
 from palme_xt.captioner import drawing, images
 from palme_xt.captioner.data.batches import Batch, DataError, Example, Share, load_batches
-from palme_xt.captioner.options import Data, Training
+from palme_xt.captioner.options import DIGITS, Data, Training
 from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training import checkpoint, distributed
-from palme_xt.captioner.training.evaluate import (
-    Evaluation,
-    check_held_out_rows,
-    check_rows,
-    evaluate,
-    read_evaluation,
-    unsharded,
-)
+from palme_xt.captioner.training.evaluate import Evaluation, evaluate, unsharded
 from palme_xt.captioner.training.run import EVALUATION, Run, as_json
 from palme_xt.captioner.training.step import compute_gradients, initial_state
-from palme_xt.captioner.training.task import Task, open_run, open_task
+from palme_xt.captioner.training.task import Task, check_rows, open_run, open_task
 from palme_xt.config import PalmEConfig
 from palme_xt.storage.card import model_card
 from palme_xt.storage.folder import CARD
@@ -56,14 +49,7 @@ class Outcome:
 
 
 def train(
-    config: PalmEConfig,
-    training: Training,
-    data: Data,
-    tokenizer: Tokenizer,
-    run: Run,
-    *,
-    resume: bool = False,
-    start: str | None = None,
+    config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer, run: Run, *, resume: bool = False
 ) -> Outcome:
     """Train a new model, or resume a run, and keep the run folder usable at all times.
 
@@ -79,11 +65,10 @@ def train(
         tokenizer: How captions become token ids.
         run: The run folder, which does not exist yet unless it is resumed.
         resume: Continue from the last checkpoint in the folder.
-        start: The folder of another run, whose weights training begins with.
 
     Raises:
         ValueError: If the model cannot learn these data, or a resumed run has done more than `training.steps` steps.
-        FolderError: If `start` does not hold weights of such a model.
+        FolderError: If `training.start` does not hold weights of such a model.
         DataError: If the data cannot be loaded, differ from those that the run started with, or have an unusable row
             with `data.strict`.
         RunError: If the run folder cannot be written, or another process is training the run. The last checkpoint is
@@ -97,9 +82,8 @@ def train(
             with distributed.Errors().shared():
                 share = _share(training, accelerator)
                 training = replace(training, mixed_precision=accelerator.mixed_precision)
-                task = open_task(config, training, data, tokenizer, start)
+                task = open_task(config, training, data, tokenizer)
                 if accelerator.is_main_process:
-                    check_held_out_rows(task)
                     open_run(run, task, resume)
             return _Trainer(accelerator, task, share, run, resume).train()
         finally:
@@ -113,8 +97,9 @@ class _Trainer:
         self.accelerator, self.task, self.share, self.run = accelerator, task, share, run
         self.main, self.errors, self.unusable_rows = accelerator.is_main_process, distributed.Errors(), 0
         resumable = resume and (run.folder / checkpoint.CHECKPOINT).is_file()
-        self.state = initial_state(accelerator, replace(task, start=None) if resumable else task)
-        self.best = read_evaluation(run) if resume else None
+        start = None if resumable else task.training.start  # which may be gone when the run is resumed
+        self.state = initial_state(accelerator, task.config, replace(task.training, start=start))
+        self.best = Evaluation.saved(run) if resume else None
         if resume:
             checkpoint.load(run, self.state)
         step, steps = self.state.progress.step, task.training.steps
@@ -261,7 +246,9 @@ class _Trainer:
                 if evaluation is not None:
                     described = {"step": step, "selected_by": "lowest held-out loss"}
                     described |= {"held_out_images": len(evaluation.predicted)} | evaluation.scores
-                card = model_card(self.task.config, self.task.effective_options, described)
+                options = self.task.options
+                del options["augment" if self.task.data.data == DIGITS else "jitter"]  # without an effect on the data
+                card = model_card(self.task.config, options, described)
                 values = {"step": step} if evaluation is None else asdict(evaluation)
                 self.run.save(weights, {EVALUATION: as_json(values), CARD: card.encode()})
 

@@ -13,10 +13,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from palme_xt.captioner.data.batches import Batch
+from palme_xt.captioner.options import Training
 from palme_xt.captioner.training.checkpoint import State
 from palme_xt.captioner.training.distributed import Errors, TrainingError
 from palme_xt.captioner.training.run import METRICS, Run
 from palme_xt.captioner.training.task import Task
+from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
 from palme_xt.storage.folder import load_weights
 
@@ -31,17 +33,16 @@ def warm_up_and_decay(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def initial_state(accelerator: Accelerator, task: Task) -> State:
+def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Training) -> State:
     """Return a new model with its optimizer and schedule, the same in all processes, and seed their generators.
 
     Raises:
-        FolderError: If the run that the task starts from does not have weights of such a model.
+        FolderError: If the folder `training.start` does not have weights of such a model.
     """
-    training = task.training
     set_seed(training.seed)
-    model = PalmE.from_config(task.config)
-    if task.start is not None:
-        load_weights(model, task.start)
+    model = PalmE.from_config(config)
+    if training.start is not None:
+        load_weights(model, training.start)
     weights, decay = [weight for weight in model.parameters() if weight.requires_grad], training.weight_decay
     optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))

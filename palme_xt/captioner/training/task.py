@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from palme_xt.captioner.data.augment import Augmented
-from palme_xt.captioner.data.batches import DataError, Source
+from palme_xt.captioner.data.batches import DataError, Defect, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing
@@ -30,7 +31,6 @@ class Task:
         rows: The rows to train on.
         held_out_rows: The rows to evaluate on.
         held_out_images: Number of held-out rows that each evaluation reads.
-        start: The folder of the run with whose weights training begins; None for random weights.
     """
 
     config: PalmEConfig
@@ -41,23 +41,14 @@ class Task:
     rows: Source
     held_out_rows: Source
     held_out_images: int
-    start: str | None
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `data` and `training`, and where training begins, by name."""
-        return asdict(self.data) | asdict(self.training) | ({} if self.start is None else {"from": self.start})
-
-    @property
-    def effective_options(self) -> dict[str, Any]:
-        """The `options` without those that have no effect on these data."""
-        unused = ["augment"] if self.data.data == DIGITS else ["jitter"]
-        return {name: value for name, value in self.options.items() if name not in unused}
+        """The options of `data` and `training`, by name."""
+        return asdict(self.data) | asdict(self.training)
 
 
-def open_task(
-    config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer, start: str | None = None
-) -> Task:
+def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer) -> Task:
     """Open the data, and return the task.
 
     Raises:
@@ -75,20 +66,21 @@ def open_task(
         scans, held_out_scans = load_scans()
         scenes = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
-        return Task(config, training, data, tokenizer, preprocessing, scenes, held_out_scenes, count, start)
+        return Task(config, training, data, tokenizer, preprocessing, scenes, held_out_scenes, count)
     preprocessing = Preprocessing.like_clip(config)
     rows, held_out = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
     rows = Augmented(rows, training.seed) if training.augment else rows
-    return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out), count), start)
+    return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out), count))
 
 
 def open_run(run: Run, task: Task, resume: bool) -> None:
     """Create the run folder, or check that it can be resumed with these data, and lock it.
 
     Raises:
-        DataError: If the data differ from those that the run started with.
+        DataError: If the data differ from those that the run started with, or no held-out row can be used.
         RunError: If the folder cannot be written, or another process is training the run.
     """
+    _check_held_out_rows(task)
     before = run.training() if resume else {}
     now = {"rows_fingerprint": task.rows.fingerprint(), "held_out_fingerprint": task.held_out_rows.fingerprint()}
     for name, fingerprint in now.items():
@@ -101,3 +93,29 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
         files = task.tokenizer.files() | {PREPROCESSING: task.preprocessing.to_json().encode()}
         run.create(task.config, task.options | now, files)
     run.lock()
+
+
+def _check_held_out_rows(task: Task) -> None:
+    """Read all held-out rows, so that unusable ones are found before training.
+
+    Raises:
+        DataError: If no row can be used, or, with `strict`, if any row cannot.
+    """
+    defects: list[Defect] = []
+    for number in range(task.held_out_images):  # one by one, because images may be many and large
+        defects += [row for row in task.held_out_rows.read(range(number, number + 1)) if isinstance(row, Defect)]
+    check_rows(defects, task.data.strict)
+    if len(defects) == task.held_out_images:
+        rule = "choose another split or number with --held_out"
+        raise DataError(f"no held-out row is usable: {defects[0].detail}; {rule}")
+
+
+def check_rows(defects: Sequence[Defect], strict: bool) -> None:
+    """Reject unusable rows if `strict`.
+
+    Raises:
+        DataError: If there is such a row.
+    """
+    if strict and defects:
+        defect = defects[0]
+        raise DataError(f"{defect.reason}: {defect.detail}; without --strict, such rows are skipped and counted")
