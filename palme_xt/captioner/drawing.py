@@ -87,7 +87,9 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, saved: int | None =
     curves += _plot(right, steps, [100 * share for share in shares], ORANGE, "held-out exact match (%)")
     curves += _plot(right, *_points(metrics, "held_out_chrf", above=-1), GREEN, "held-out chrF")
     if saved is not None:
-        curves.append(axes.axvline(saved, color=GREY, linestyle="--", label=f"saved weights (step {saved:,})"))
+        curves.append(
+            axes.axvline(saved, color=GREY, linestyle="--", zorder=1.9, label=f"saved weights (step {saved:,})")
+        )
     right.set(ylabel="exact match (%), chrF", ylim=(-2, 102), frame_on=False)
     for each in axes, right:
         each.tick_params(length=0, labelcolor=GREY)
