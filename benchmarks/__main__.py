@@ -15,6 +15,7 @@ SUBSETS = {
     "versions": "install releases of x-transformers in turn and run the parity and decoding tests (10 minutes)",
     "loop": "overhead of the training loop over the computation, including data loading (6 minutes)",
     "emoji": "train on 3,786 emoji with their official names; downloads them with npm (15 minutes)",
+    "stamps": "train on 785 pictures of Tux Paint with and without augmentation; downloads them with apt (6 minutes)",
     "digits": "train the default digits captioner from five seeds (10 minutes)",
 }
 

@@ -22,5 +22,7 @@ def main() -> None:
         for seed in SEEDS:
             started = time.perf_counter()
             outcome = train(DIGITS_MODEL, Training(seed=seed), Data(), ByteTokenizer(), Run(Path(folder) / str(seed)))
-            report.row(seed, f"{outcome.evaluation.exact_match:.1%}", f"{time.perf_counter() - started:.0f}")
+            report.row(
+                seed, f"{outcome.evaluation.scores['held_out_exact_match']:.1%}", f"{time.perf_counter() - started:.0f}"
+            )
     report.end()

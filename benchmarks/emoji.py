@@ -85,9 +85,9 @@ def main() -> None:
         started = time.perf_counter()
         outcome = train(PICTURES_MODEL, TRAINING, Data(str(Path(folder) / "emoji")), ByteTokenizer(), run)
         minutes = (time.perf_counter() - started) / 60
-    true, predicted = list(outcome.evaluation.true), list(outcome.evaluation.predicted)
+    true = [references[0] for references in outcome.evaluation.references]
     trained = {text.split(": ")[0] for text in texts if text not in true}
-    for kind, matches in by_kind(true, predicted, trained).items():
+    for kind, matches in by_kind(true, outcome.evaluation.predicted, trained).items():
         report.row(kind, len(matches), f"{sum(matches) / len(matches):.1%}")
     report.end()
     print(f"{len(texts)} images, {TRAINING.steps} steps, {minutes:.0f} minutes, run folder {run.folder}\n")

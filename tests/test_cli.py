@@ -61,7 +61,16 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 
 def test_a_run_folder_holds_what_it_promises(run: Path) -> None:
     held_out = [f"held_out/{number:02}.png" for number in range(8)]
-    files = ["config.json", "held_out", *held_out, "loss.png", "metrics.jsonl", "model.safetensors", "samples.png"]
+    files = [
+        "config.json",
+        "evaluation.json",
+        "held_out",
+        *held_out,
+        "loss.png",
+        "metrics.jsonl",
+        "model.safetensors",
+        "samples.png",
+    ]
     files += ["README.md", "checkpoint.safetensors", "preprocessor_config.json"]
     assert sorted(str(path.relative_to(run)) for path in run.rglob("*")) == sorted(files)
     for name in "loss.png", "samples.png":
@@ -115,7 +124,7 @@ def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert losses[-1] < 0.5
     out, err = capsys.readouterr()
     assert re.search(r"predicted +true\n(?:(?:right|wrong)  .*\n){8}held-out exact match: [\d.]+% of 20 images", out)
-    assert re.search(r"loss=[\d.]+, held-out exact match=-, images/s=\d+", err)
+    assert re.search(r"loss=[\d.]+, exact match=-, chrF=-, images/s=\d+", err)
 
 
 def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:
@@ -133,7 +142,8 @@ def test_every_argument_and_override_is_an_option(tmp_path: Path, capsys: pytest
     assert exit_.value.code == 0
     described = capsys.readouterr().out
     for option in [*fields(PalmEConfig), *fields(Training), *fields(Data)]:
-        assert re.search(rf"--{option.name} \S+\n? +\S+", described), option.name
+        name = "from" if option.name == "start" else option.name
+        assert re.search(rf"--{name} \S+\n? +\S+", described), name
 
     overrides = [
         "--decoder_kwargs.attn_kv_heads=2",
@@ -320,6 +330,17 @@ def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "run").exists()
     assert main([*train, "--max_seq_len=128"]) == 0
     assert "skipped: none" in capsys.readouterr().out
+
+
+def test_nothing_to_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path / "data" / "train", 12)
+    folder = write_folder(tmp_path / "data" / "test", 3)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line | {"text": "long " * 30}) + "\n" for line in lines))
+    train = ["train", f"--data={tmp_path / 'data'}", "--steps=2", "--batch_size=4", *TINY, f"--run={tmp_path / 'run'}"]
+    message = "no held-out row is usable: the caption of .* has 152 tokens, .*; choose another split or .*"
+    fails(capsys, train, message)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_thousand_unusable_rows_in_succession_end_the_training(

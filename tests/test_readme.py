@@ -9,15 +9,21 @@ import json
 import re
 import shlex
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from benchmarks.__main__ import SUBSETS
 from benchmarks.__main__ import parse as parse_benchmarks
+from palme_xt import PalmE
+from palme_xt.captioner.images import PREPROCESSING, Preprocessing
+from palme_xt.captioner.options import DIGITS_MODEL
+from palme_xt.captioner.training.run import Run
 from palme_xt.cli import parse
 from palme_xt.mapping import MAPPING
 from tests.test_config import CONTRACT
@@ -58,6 +64,14 @@ def table_after(marker: str) -> tuple[list[str], list[list[str]], str]:
     return cells(header), [cells(row) for row in rows], machine
 
 
+def write_run() -> None:
+    """Write what the READMEs use: a run folder, and an image to caption."""
+    run, config = Run("runs/gated"), replace(DIGITS_MODEL, max_seq_len=8)
+    run.create(config, {}, {PREPROCESSING: Preprocessing.plain(config).to_json().encode()})
+    run.save(PalmE.from_config(config).state_dict())
+    Image.new("L", (32, 32)).save("x.png")
+
+
 def anchors(text: str) -> set[str]:
     """Return the URL fragments of the headings, as GitHub generates them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
@@ -83,7 +97,9 @@ def test_lines_are_of_a_length_that_can_be_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_the_code_runs_and_prints_what_it_says(code: str) -> None:
+def test_the_code_runs_and_prints_what_it_says(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run()
     promised = re.findall(r"^ *print\(.*\)(?:  |\n)# (.*)$", code, flags=re.MULTILINE)
     assert len(promised) == code.count("print(")
     printed = io.StringIO()
@@ -145,6 +161,7 @@ def test_the_options_of_each_command_are_there(command: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     vocabulary = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     vocabulary.save("tokenizer.json")
+    write_run()
     assert parse(shlex.split(command))[0] == command.split()[0]
 
 

@@ -1,1 +1,5 @@
-"""Train a captioner on a folder of captioned images, and caption images with it."""
+"""Train captioners on your own images, and caption images with them."""
+
+from palme_xt.captioner.caption import Captioner
+
+__all__ = ["Captioner"]

@@ -27,16 +27,16 @@ COLUMNS, ROWS = 4, 4
 DPI, SIDE, MARGIN, TITLE, GAP, LINE, FONT_SIZE = 160, 1.6, 0.25, 0.55, 0.15, 25 / 160, 9
 
 RIGHT, WRONG, GREY, INK = "#1a7f37", "#cf222e", "#6e7781", "#24292f"
-BLUE, VIOLET, ORANGE, PALE = "#0969da", "#8250df", "#bc4c00", "#d0d7de"
+BLUE, VIOLET, ORANGE, GREEN, PALE = "#0969da", "#8250df", "#bc4c00", "#1a7f37", "#d0d7de"
 
 
-def draw_samples(img: Tensor, predicted: Sequence[str], true: Sequence[str], path: Path) -> None:
-    """Draw the first 16 images above their predicted captions: green if right, otherwise red and above the true ones.
+def draw_samples(img: Tensor, predicted: Sequence[str], true: Sequence[Sequence[str]], path: Path) -> None:
+    """Draw the first 16 images above their predicted captions: green if right, otherwise red and above a true one.
 
     Args:
         img: Images `(b, c, h, w)`, uint8 or floating point in 0..1, with 1 channel, or 3 or more.
         predicted: The generated captions. The title also counts those without an image in `img`.
-        true: The true captions.
+        true: The true captions of each image, one or more. The first of them is drawn.
         path: The PNG file to write.
 
     Raises:
@@ -44,9 +44,9 @@ def draw_samples(img: Tensor, predicted: Sequence[str], true: Sequence[str], pat
     """
     room, captions = SIDE + 3 * GAP, []
     for guess, truth in list(zip(predicted, true, strict=True))[: min(len(img), COLUMNS * ROWS)]:
-        lines = [(line, RIGHT if guess == truth else WRONG) for line in _wrap(guess or "(nothing)", room)]
-        captions.append(lines if guess == truth else lines + [(line, GREY) for line in _wrap(truth, room)])
-    matches = sum(map(str.__eq__, predicted, true))
+        lines = [(line, RIGHT if guess in truth else WRONG) for line in _wrap(guess or "(nothing)", room)]
+        captions.append(lines if guess in truth else lines + [(line, GREY) for line in _wrap(truth[0], room)])
+    matches = sum(guess in truth for guess, truth in zip(predicted, true, strict=True))
     title = f"Held-out images and their generated captions: {matches} of {len(true)} exactly right"
     below = LINE * max(map(len, captions), default=0) + 1.5 * GAP
     figure, panels = _panels(len(captions), COLUMNS, title, 4 * GAP, above=0, below=below)
@@ -57,13 +57,15 @@ def draw_samples(img: Tensor, predicted: Sequence[str], true: Sequence[str], pat
     _save(figure, path)
 
 
-def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw the losses, in nats per token on a logarithmic scale, and the held-out exact match over the steps.
+def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, saved: int | None = None) -> None:
+    """Draw the losses, in nats per token on a logarithmic scale, and the held-out scores over the steps.
 
     Args:
-        metrics: Lines with a `step`, and any of `loss`, `held_out_loss` and `held_out_exact_match` (0..1). Values that
-            are not finite numbers are left out, and so are losses that are not greater than 0.
+        metrics: Lines with a `step`, and any of `loss`, `held_out_loss`, `held_out_exact_match` (0..1) and
+            `held_out_chrf` (0..100). Values that are not finite numbers are left out, and so are losses that are not
+            greater than 0.
         path: The PNG file to write.
+        saved: The step whose weights are saved, which is marked.
 
     Raises:
         OSError: If `path` cannot be written.
@@ -81,9 +83,14 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:.4g}")
     axes.grid(color=PALE, linewidth=0.6)
     right = axes.twinx()
-    curves += _plot(right, *_points(metrics, "held_out_exact_match", above=-1), ORANGE, "held-out exact match")
-    right.set(ylabel="held-out exact match", ylim=(-0.02, 1.02), frame_on=False)
-    right.yaxis.set_major_formatter("{x:.0%}")
+    steps, shares = _points(metrics, "held_out_exact_match", above=-1)
+    curves += _plot(right, steps, [100 * share for share in shares], ORANGE, "held-out exact match (%)")
+    curves += _plot(right, *_points(metrics, "held_out_chrf", above=-1), GREEN, "held-out chrF")
+    if saved is not None:
+        curves.append(
+            axes.axvline(saved, color=GREY, linestyle="--", zorder=1.9, label=f"saved weights (step {saved:,})")
+        )
+    right.set(ylabel="exact match (%), chrF", ylim=(-2, 102), frame_on=False)
     for each in axes, right:
         each.tick_params(length=0, labelcolor=GREY)
     figure.legend(handles=curves, loc="outside upper center", ncols=3, frameon=False)

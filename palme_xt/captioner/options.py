@@ -11,6 +11,7 @@ from palme_xt.config import PalmEConfig
 DIGITS = "digits"
 NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "fit", "streaming", "strict")
 PRECISIONS = ("no", "bf16")
+RESUMABLE = ("data", "steps", "patience", "device")  # options that a resumed run may change
 
 DIGITS_MODEL = PalmEConfig(
     image_size=32,
@@ -39,7 +40,7 @@ class RunOptions:
     Args:
         run: New run folder (default: runs/NAME-DATE-TIME).
         resume: Run to resume from its last checkpoint, as if it had never stopped. No other options are allowed, except
-            `data` if the data have moved, and `device`.
+            `data` if the data have moved, `device`, and `steps` and `patience` to train longer.
         tokenizer: A `tokenizer.json` of the tokenizers library, or a repository on the hub (default: bytes).
         bos_token: Token that begins a text (default: the tokenizer's usual one).
         eos_token: Token that ends a text (default: the tokenizer's usual one).
@@ -126,9 +127,15 @@ class Training:
             `accelerate launch`, or else `no`.
         jitter: Strength of the random affine distortion of each training digit, as a share of its size. Held-out digits
             and other data are not distorted.
+        augment: Vary each training image anew in each epoch: rotate it by up to 10 degrees, crop it to 0.8 to 1 of its
+            side, and multiply brightness, contrast and saturation by 0.7 to 1.3. Images are never mirrored. The option
+            needs no value.
         eval_every: Number of steps between evaluations on held-out images.
+        patience: Stop after this number of evaluations in succession without a lower held-out loss (default: train all
+            steps).
         eval_images: Largest number of held-out images in each evaluation.
         save_every: Number of steps between checkpoints.
+        start: Folder of the run with whose weights training begins, `--from` on the command line.
         log_with: Tracker to log to in addition to `metrics.jsonl`: any that accelerate knows, such as `tensorboard` or
             `wandb`, or `all` for all that are installed.
         seed: Seed of the initial weights, of dropout and of the order of the data. The held-out images do not depend on
@@ -146,15 +153,18 @@ class Training:
     grad_clip: float = 1.0
     mixed_precision: str | None = None
     jitter: float = 0.12
+    augment: bool = False
     eval_every: int = 100
+    patience: int | None = None
     eval_images: int = 500
     save_every: int = 100
+    start: str | None = None
     log_with: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
-        may_be_zero = {"seed", "weight_decay", "jitter"}
+        may_be_zero = {"seed", "weight_decay", "jitter", "augment"}
         for option in fields(self):
             value = getattr(self, option.name)
             if isinstance(value, int | float) and not (value > 0 or (value == 0 and option.name in may_be_zero)):
@@ -171,6 +181,7 @@ KINDS: dict[Any, tuple[Any, str]] = {  # by annotation
     "str | None": (str | None, "text or None"),
     "bool": (bool, "true or false"),
     "int": (int, "an int"),
+    "int | None": (int | None, "an int or None"),
     "float": (int | float, "a number"),
 }
 
@@ -185,3 +196,7 @@ def check_types(options: Any) -> None:
         value, (kind, rule) = getattr(options, option.name), KINDS[option.type]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{option.name}={value!r} must be {rule}")
+
+
+# Options that older runs do not have, with what they did.
+ADDED = {"patience": None, "augment": False, "start": None, "fit": "crop", "jitter": Training.jitter}

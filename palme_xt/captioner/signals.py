@@ -1,4 +1,4 @@
-"""Handlers for SIGINT (Ctrl-C) and SIGTERM, in the training process and in those that read data for it."""
+"""Handlers for SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal), in a training process and in its readers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from typing import Any
 
 GRACE_SECONDS = 2.0
-STOP_SIGNALS = signal.SIGINT, signal.SIGTERM
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that SIGINT or SIGTERM sets, instead of interrupting the process.
+    """Yield an event that SIGINT, SIGTERM or SIGHUP sets, instead of interrupting the process.
 
     A launcher and the terminal or job scheduler may both pass on the same request, so a second signal within
-    `GRACE_SECONDS` has no effect. A later one is handled as it was before, which usually ends the process.
+    `GRACE_SECONDS` has no effect. A later one is handled as it was before, which usually ends the process. A SIGHUP
+    that is ignored, as nohup wants it, is still ignored.
     """
     requested = threading.Event()
     deadline = 0.0
@@ -34,7 +35,11 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.raise_signal(number)
 
     may_handle = threading.current_thread() is threading.main_thread()
-    previous: dict[Any, Any] = {number: signal.signal(number, handle) for number in STOP_SIGNALS if may_handle}
+    ignored = [
+        number for number in STOP_SIGNALS if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+    ]
+    numbers = [number for number in STOP_SIGNALS if may_handle and number not in ignored]
+    previous: dict[Any, Any] = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield requested
     finally:
@@ -43,7 +48,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
 
 def ignore_interrupts_until(done: Any) -> None:
-    """Ignore SIGINT in this process, and SIGTERM until `done.value` is true; from then on SIGTERM ends the process.
+    """Ignore all of these signals in this process until `done.value` is true; from then on SIGTERM ends the process.
 
     Signals reach all processes of a terminal or a job, but training needs its readers to finish the step.
 
@@ -55,5 +60,5 @@ def ignore_interrupts_until(done: Any) -> None:
         if done.value:
             os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)
+    for number in STOP_SIGNALS:
+        signal.signal(number, end if number == signal.SIGTERM else signal.SIG_IGN)

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from palme_xt.captioner import attention, drawing
 from palme_xt.captioner import caption as captioning
-from palme_xt.captioner.images import ImageError, Preprocessing, read_preprocessing
-from palme_xt.captioner.tokenizer import Tokenizer, read_tokenizer
+from palme_xt.captioner.images import ImageError
 from palme_xt.cli import complain
 from palme_xt.cli.given import Parser, device_of
-from palme_xt.model import PalmE
-from palme_xt.storage.folder import load
 from palme_xt.tokens import printable
 
 CAPTIONED_AT_ONCE = 64
@@ -50,14 +47,13 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 def run(options: dict[str, Any]) -> int:
     """Caption the images that can be read, and return the exit status."""
-    folder, device = Path(options["run"]), device_of(options["device"])
-    model = load(folder, device)
-    preprocessing, tokenizer = read_preprocessing(folder, model.config), read_tokenizer(folder)
+    captioner = captioning.Captioner.from_pretrained(options["run"], device_of(options["device"]))
+    device = next(captioner.model.parameters()).device
     how = _how_to_decode(options)
     if options["json"] and (options["stream"] or options["attention"] is not None):
         raise ValueError("--json prints whole captions only: leave --stream and --attention out")
     if options["attention"] is not None:
-        return _draw_attention(options, model, preprocessing, tokenizer, how)
+        return _draw_attention(options, captioner, how)
     if options["layer"] is not None:
         raise ValueError(f"--layer={options['layer']} has no effect without --attention: leave it out")
     unreadable, files = 0, _files(options["image"])
@@ -65,18 +61,19 @@ def run(options: dict[str, Any]) -> int:
         images: list[tuple[str, Tensor]] = []
         for path in files[start : start + CAPTIONED_AT_ONCE]:
             try:
-                images.append((path, preprocessing.read(path).to(device)))
+                images.append((path, captioner.preprocessing.read(path).to(device)))
             except ImageError as error:  # caption the other images
                 complain(f"error: {error}")
                 unreadable += 1
         if options["stream"]:
             for path, img in images:
                 print(f"{path}: ", end="", flush=True)
-                for text in captioning.stream_caption(model, img, tokenizer, **how):
+                for text in captioning.stream_caption(captioner.model, img, captioner.tokenizer, **how):
                     print(printable(text), end="", flush=True)
                 print()
         elif images:
-            texts = captioning.caption(model, torch.stack([img for _, img in images]), tokenizer, **how)
+            img = torch.stack([img for _, img in images])
+            texts = captioning.caption(captioner.model, img, captioner.tokenizer, **how)
             for (path, _), text in zip(images, texts, strict=True):
                 values = {"file": path, "caption": text}
                 print(json.dumps(values) if options["json"] else f"{path}: {printable(text)}", flush=True)
@@ -94,16 +91,15 @@ def _files(paths: list[str]) -> list[str]:
     return found
 
 
-def _draw_attention(
-    options: dict[str, Any], model: PalmE, preprocessing: Preprocessing, tokenizer: Tokenizer, how: dict[str, Any]
-) -> int:
+def _draw_attention(options: dict[str, Any], captioner: captioning.Captioner, how: dict[str, Any]) -> int:
+    model, tokenizer = captioner.model, captioner.tokenizer
     out, paths = Path(options["attention"]), options["image"]
     if len(paths) != 1 or options["stream"]:
         raise ValueError(f"--attention={out} needs exactly one image and no --stream: found {len(paths)} images")
     if out.suffix.lower() != ".png" or (out.exists() and out.samefile(paths[0])):
         raise ValueError(f"--attention={out} must be a PNG file, and not the image itself: choose another")
-    pixels = preprocessing.read_pixels(paths[0])
-    img = preprocessing.normalise(pixels)[None].to(device_of(options["device"]))
+    pixels = captioner.preprocessing.read_pixels(paths[0])
+    img = captioner.preprocessing.normalise(pixels)[None].to(next(model.parameters()).device)
     (ids,) = captioning.caption_ids(model, img, tokenizer, **how).tolist()
     ids = ids[: ids.index(tokenizer.eos)] if tokenizer.eos in ids else ids
     piece = tokenizer.pieces()

@@ -13,24 +13,35 @@ import re
 import shlex
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from palme_xt.captioner.options import DIGITS, DIGITS_MODEL, PICTURES_MODEL, Data, RunOptions, Training
+from palme_xt.captioner.options import (
+    ADDED,
+    DIGITS,
+    DIGITS_MODEL,
+    PICTURES_MODEL,
+    RESUMABLE,
+    Data,
+    RunOptions,
+    Training,
+)
 from palme_xt.captioner.tokenizer import load_tokenizer, read_tokenizer
 from palme_xt.captioner.training.loop import Outcome, train
 from palme_xt.captioner.training.run import SKIPPED, Run
-from palme_xt.cli import INTERRUPTED
+from palme_xt.cli import INTERRUPTED, complain
 from palme_xt.cli.given import Parser, device_of, from_options, given, reject_others
 from palme_xt.config import PalmEConfig
 from palme_xt.tokens import printable
 
-FLAGS = ("--strict", "--streaming")  # options that may stand alone
+FLAGS = ("--strict", "--streaming", "--augment")  # options that may stand alone
 NAMES_OF_TOKENS = {"bos_token": None, "eos_token": None}  # names here, ids in a config: `open_task` sets those
 SHOW = ("-h", "--help", "--print_config")  # options that print something instead of training
 SHOWN = 8
+FEW = 30  # of so few images, the share that is right says little about all images
 WIDEST = 60
 
 
@@ -43,22 +54,26 @@ def parse(argv: list[str]) -> dict[str, Any]:
     parser = Parser(
         prog="palme-xt train",
         usage="palme-xt train [--data DATA] [--run RUN] [OPTION VALUE ...]\n"
-        "       palme-xt train --resume RUN [--data DATA]",
+        "       palme-xt train --from RUN [--data DATA] [--run RUN] [OPTION VALUE ...]\n"
+        "       palme-xt train --resume RUN [--data DATA] [--steps STEPS] [--patience PATIENCE]",
         description=__doc__,
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options; later ones win")
     for options in RunOptions, Data, Training:
-        parser.add_class_arguments(options)
+        parser.add_class_arguments(options, skip={"start"})
     parser.add_class_arguments(PalmEConfig, skip={*NAMES_OF_TOKENS})
+    begin = "Begin a new run with the weights, the arguments and the tokenizer of this one."
+    parser.add_argument("--from", type=str | None, metavar="RUN", help=begin)
 
     argv = [_with_value(argument, following) for argument, following in zip(argv, [*argv[1:], "--"], strict=False)]
     named = given(parser, [argument for argument in argv if argument not in SHOW])
     named.pop("config", None)
     if "resume" in named:
-        reject_others(f"--resume={named['resume']}", named, ["resume", "data", "device"])
+        reject_others(f"--resume={named['resume']}", named, ["resume", *RESUMABLE])
     parser.set_defaults(_model_defaults(named, described=any(option in argv for option in SHOW[:2])))
-    return dict(parser.parse_args(argv).as_dict()) | {"moved": named.get("data")}
+    changed = {name: named[name] for name in RESUMABLE if name in named}
+    return dict(parser.parse_args(argv).as_dict()) | {"changed": changed}
 
 
 def _with_value(argument: str, following: str) -> str:
@@ -66,6 +81,8 @@ def _with_value(argument: str, following: str) -> str:
 
 
 def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]:
+    if "from" in named:
+        return Run(named["from"]).config().to_dict() | NAMES_OF_TOKENS
     model = (DIGITS_MODEL if named.get("data", DIGITS) == DIGITS else PICTURES_MODEL).to_dict()
     if "tokenizer" not in named or described:
         return model
@@ -82,12 +99,14 @@ def run(options: dict[str, Any]) -> int:
         os.environ |= {"ACCELERATE_TORCH_DEVICE": str(device), "ACCELERATE_USE_CPU": str(device.type == "cpu")}
     if options["resume"] is not None:
         folder = Run(options["resume"])
-        config, tokenizer = folder.config(), read_tokenizer(folder.folder)
-        values = {"jitter": Training.jitter} | folder.training()  # runs on images do not keep it
-        values |= {"data": options["moved"]} if options["moved"] is not None else {}
+        config, values, tokenizer = folder.config(), folder.training(), read_tokenizer(folder.folder)
+        values = ADDED | values | options["changed"]
     else:
-        values = options
-        tokenizer = load_tokenizer(*(options[name] for name in ("tokenizer", "bos_token", "eos_token")))
+        values = options | {"start": options["from"]}
+        given_tokenizer = [options[name] for name in ("tokenizer", "bos_token", "eos_token")]
+        if options["from"] is not None and any(given_tokenizer):
+            raise ValueError(f"--from={options['from']} keeps the tokenizer of its run: leave --tokenizer out")
+        tokenizer = read_tokenizer(Path(options["from"])) if options["from"] else load_tokenizer(*given_tokenizer)
         config = from_options(PalmEConfig, options | NAMES_OF_TOKENS)
         name = re.sub(r"[^\w.-]+", "-", Path(options["data"].rpartition(":")[2]).stem).strip("-.") or "data"
         folder = Run(options["run"] or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -96,24 +115,32 @@ def run(options: dict[str, Any]) -> int:
     except KeyError as error:
         message = f"{folder.folder} does not say how it was trained: {error} is missing in config.json"
         raise ValueError(message) from error
+    if not config.cross_attend and PartialState().is_main_process:
+        complain("note: with cross_attend=False, the model learns the captions without looking at the images")
     outcome = train(config, training, data, tokenizer, folder, resume=options["resume"] is not None)
     if PartialState().is_main_process:
-        _print_outcome(outcome, folder.folder)
+        _print_outcome(outcome, folder.folder, training.steps)
     return INTERRUPTED if outcome.interrupted else 0
 
 
-def _print_outcome(outcome: Outcome, folder: Path) -> None:
+def _print_outcome(outcome: Outcome, folder: Path, steps: int) -> None:
     evaluation, progress = outcome.evaluation, outcome.progress
-    rows = list(zip(evaluation.predicted, evaluation.true, strict=True))
-    shown = [(predicted == true, _cut(printable(predicted)), _cut(true)) for predicted, true in rows[:SHOWN]]
+    scores, count, weights = evaluation.scores, len(evaluation.right), f"the weights of step {evaluation.step}"
+    rows = zip(evaluation.right, evaluation.predicted, evaluation.references, strict=True)
+    shown = [(right, _cut(printable(said)), _cut(printable(true[0]))) for right, said, true in islice(rows, SHOWN)]
     width = max(len("predicted"), *(len(predicted) for _, predicted, _ in shown))
     print(f"{'':6} {'predicted':{width}}  true")
     for right, predicted, true in shown:
         print(f"{'right' if right else 'wrong':6} {predicted:{width}}  {true}")
-    matches = f"held-out exact match: {evaluation.exact_match:.1%} of {len(rows)} images"
-    print(f"{matches}; loss {evaluation.loss:.3f} nats per token")
+    matches = f"held-out exact match: {scores['held_out_exact_match']:.1%} of {count} images"
+    print(f"{matches}; chrF {scores['held_out_chrf']:.1f}; loss {evaluation.loss:.3f} nats per token")
+    if count < FEW:
+        print(f"{count} held-out images are too few to judge the model by: hold out more with --held_out")
+    print(f"these are the results of {weights}, which have the lowest held-out loss and are saved")
+    if progress.step < steps and not outcome.interrupted:
+        print(f"stopped before step {steps}: the last evaluations (--patience) did not lower the held-out loss")
     print(f"{progress.step} steps; {progress.rows} training rows read; skipped: {_counted(progress.skipped)}")
-    print(f"{len(rows)} held-out images; skipped: {_counted(evaluation.skipped)}")
+    print(f"{count} held-out images; skipped: {_counted(evaluation.skipped)}")
     if progress.skipped or evaluation.skipped:
         print(f"{folder / SKIPPED} names the skipped rows")
     quoted = shlex.quote(str(folder))

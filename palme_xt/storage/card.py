@@ -46,11 +46,16 @@ model = PalmE.from_pretrained("{name}")  # this repository, or a folder with its
 _IMAGES = """A vision-language model: a ViT encoder turns an image of {size} x {size} pixels into patch embeddings, and
 a causal text decoder cross-attends to them."""
 _TEXT = "A text-only decoder, built with `cross_attend=False`, that takes no images."
-_CAPTION = """To caption image files, download this repository to FOLDER and run:
+_CAPTION = """To caption images, download this repository to FOLDER, or train a model into it:
 
-```bash
-palme-xt caption FOLDER IMAGE
-```"""
+```python
+from palme_xt.captioner import Captioner
+
+captioner = Captioner.from_pretrained("FOLDER")
+captioner("image.png")
+```
+
+`palme-xt caption FOLDER image.png` does the same."""
 
 
 def model_card(

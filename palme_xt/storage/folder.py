@@ -32,6 +32,7 @@ CARD = "README.md"
 COMPANIONS = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", CARD)
 TRAINING = "training"
 
+_OF_TRAINING = {"training.lock", "metrics.jsonl"}  # in the folder of a training run from its first step on
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 Model = TypeVar("Model", bound=PalmE)
@@ -200,6 +201,8 @@ def check_files(where: object, names: Collection[str], required: Collection[str]
                 f"{where} has its weights in {pickles[0]}, a pickle, and reading one can run code: only {WEIGHTS} is "
                 "read; convert the pickle if you trust it"
             )
+        if name == WEIGHTS and _OF_TRAINING & {*names}:
+            raise FolderError(f"{where} has no weights yet: resume its training with `palme-xt train --resume {where}`")
         raise FolderError(f"{where} is not a run folder: it has no {name}; `palme-xt train` makes one")
 
 

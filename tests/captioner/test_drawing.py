@@ -18,6 +18,7 @@ from palme_xt.captioner.drawing import (
     BLUE,
     DPI,
     GAP,
+    GREEN,
     GREY,
     MARGIN,
     ORANGE,
@@ -59,9 +60,9 @@ def panel(drawing: np.ndarray[Any, Any], column: int, *, above: float = 0, gap: 
 def test_right_and_wrong_captions_differ_in_colour(tmp_path: Path) -> None:
     img = torch.rand(2, 1, 32, 32)
     inks = {}
-    for name, predicted in {"both": ["one", "two"], "one": ["one", "six"], "none": ["six", "six"]}.items():
+    for name, predicted in {"both": ["one", "2"], "one": ["one", "six"], "none": ["six", "six"]}.items():
         (tmp_path / name).mkdir()
-        draw_samples(img, predicted, ["one", "two"], tmp_path / name / "samples.png")
+        draw_samples(img, predicted, [["one"], ["two", "2"]], tmp_path / name / "samples.png")
         inks[name] = [count(read(tmp_path / name / "samples.png"), color) for color in (RIGHT, WRONG, GREY)]
     assert inks["both"][0] > inks["one"][0] > inks["none"][0] == 0
     assert inks["both"][1] == 0 < inks["one"][1] < inks["none"][1]
@@ -71,7 +72,7 @@ def test_right_and_wrong_captions_differ_in_colour(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_small_images_are_shown_pixel_by_pixel(channels: int, tmp_path: Path) -> None:
     img = torch.rand(2, channels, 4, 4, requires_grad=True)
-    draw_samples(img, ["", ""], ["", ""], tmp_path / "samples.png")
+    draw_samples(img, ["", ""], [[""], [""]], tmp_path / "samples.png")
     drawing = read(tmp_path / "samples.png")
     for number in (0, 1):
         shown = panel(drawing, number, gap=4 * GAP)[30::64, 30::64]
@@ -83,14 +84,14 @@ def test_small_images_are_shown_pixel_by_pixel(channels: int, tmp_path: Path) ->
 @pytest.mark.parametrize(("images", "rows"), [(0, 0), (1, 1), (4, 1), (5, 2), (16, 4), (20, 4)])
 def test_as_many_rows_as_needed(images: int, rows: int, tmp_path: Path) -> None:
     names = ["one"] * images
-    draw_samples(torch.rand(images, 1, 8, 8), names, names, tmp_path / "samples.png")
+    draw_samples(torch.rand(images, 1, 8, 8), names, [[name] for name in names], tmp_path / "samples.png")
     height, width, _ = read(tmp_path / "samples.png").shape
     assert width == DPI * (2 * MARGIN + 4 * SIDE + 12 * GAP)
     assert DPI * rows * SIDE < height < DPI * (0.6 + rows * (SIDE + 0.6))
 
 
 def test_any_text_is_drawn(tmp_path: Path) -> None:
-    draw_samples(torch.rand(8, 3, 8, 8), ANY_TEXT, ANY_TEXT[::-1], tmp_path / "samples.png")
+    draw_samples(torch.rand(8, 3, 8, 8), ANY_TEXT, [[text] for text in ANY_TEXT[::-1]], tmp_path / "samples.png")
     assert count(read(tmp_path / "samples.png"), WRONG) > 100
 
 
@@ -139,6 +140,7 @@ def trained(steps: int) -> list[dict[str, Any]]:
         (evaluated(300, held_out_loss=0.2), {VIOLET}),
         (trained(300) + evaluated(300, held_out_exact_match=0.4), {BLUE, ORANGE}),
         (trained(300) + evaluated(300, held_out_loss=3.0, held_out_exact_match=0.9), {BLUE, VIOLET, ORANGE}),
+        (evaluated(300, held_out_chrf=40.0), {GREEN}),
         (trained(300) + evaluated(300, held_out_loss="nan", held_out_exact_match=None), {BLUE}),
         ([{"step": 1, "loss": value} for value in ("nan", "inf", None, math.nan, math.inf, 0.0)], set()),
         ([{"step": step, "loss": 1.0} for step in (1, 2)], {BLUE}),
@@ -149,7 +151,19 @@ def test_the_curves_that_there_are(metrics: list[dict[str, Any]], colors: set[st
     draw_loss(json.loads(json.dumps(metrics)), tmp_path / "loss.png")
     drawing = read(tmp_path / "loss.png")
     assert drawing.shape == (720, 1280, 3)
-    assert {color for color in (BLUE, VIOLET, ORANGE) if count(drawing, color) > 50} == colors
+    assert {color for color in (BLUE, VIOLET, ORANGE, GREEN) if count(drawing, color) > 50} == colors
+
+
+def test_the_saved_step_is_marked_where_it_is(tmp_path: Path) -> None:
+    shares = []
+    for saved in None, 50, 250:
+        (tmp_path / f"{saved}").mkdir()
+        draw_loss(trained(300), tmp_path / f"{saved}" / "loss.png", saved)
+        drawing = read(tmp_path / f"{saved}" / "loss.png")
+        grey = [count(drawing[100:600, column : column + 1], GREY) for column in range(150, 1130)]
+        shares.append((max(grey) > 200, grey.index(max(grey)) / len(grey)))
+    assert [marked for marked, _ in shares] == [False, True, True]
+    assert shares[2][1] - shares[1][1] == pytest.approx(200 / 330, abs=0.1)
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:

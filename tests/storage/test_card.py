@@ -42,7 +42,7 @@ def test_a_card_with_all_details() -> None:
     assert rows(card, "Training") == {name: str(value) for name, value in TRAINING.items()}
     assert rows(card, "Metrics") == {name: str(value) for name, value in metrics.items()}
     assert "1,234,567 parameters" in card.text
-    assert "palme-xt caption FOLDER IMAGE" in card.text
+    assert 'captioner = Captioner.from_pretrained("FOLDER")' in card.text
     assert "available" not in card.text
 
 
@@ -59,7 +59,7 @@ def test_a_card_of_a_text_only_model() -> None:
     card = ModelCard(model_card(PalmEConfig(**SMALL | {"cross_attend": False}), TRAINING, {"loss": 0.5}))
     assert metadata(card).pipeline_tag == metadata(card).eval_results[0].task_type == "text-generation"
     assert "image-captioning" not in metadata(card).tags
-    assert "palme-xt caption" not in card.text
+    assert "Captioner" not in card.text
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class State:
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LambdaLR
     progress: Progress = field(default_factory=Progress)
     random_states: dict[str, Tensor] = field(default_factory=dict)
 
@@ -148,6 +148,9 @@ def load(run: Run, state: State) -> None:
             if name.removeprefix("module.") not in trained:
                 state.optimizer.state.pop(weight, None)
         state.schedule.load_state_dict(metadata["schedule"])
+        # The checkpoint has the learning rate for the number of steps that the run had when it was written.
+        for group in state.optimizer.param_groups:
+            group["lr"] = state.schedule.base_lrs[0] * state.schedule.lr_lambdas[0](state.schedule.last_epoch)
     except (RuntimeError, KeyError, ValueError) as error:
         raise RunError(f"{path} does not belong to this model: {str(error).splitlines()[0]}") from error
     if own := _below(f"{state.accelerator.process_index}", random_states):

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
+from typing import Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 
 from palme_xt.captioner.caption import caption
-from palme_xt.captioner.data.batches import Batch, DataError, load_batches
+from palme_xt.captioner.data.batches import DataError, load_batches
 from palme_xt.captioner.training.distributed import Errors
-from palme_xt.captioner.training.task import Task
+from palme_xt.captioner.training.run import Run
+from palme_xt.captioner.training.task import Task, check_rows
 from palme_xt.decoding.loop import evaluating
 from palme_xt.model import PalmE
 
@@ -26,34 +29,57 @@ LARGEST_BATCH = 128
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation on held-out images.
+    """The result of an evaluation on held-out images, as `evaluation.json` holds it for the saved weights.
 
     Attributes:
-        true: The captions in the data.
-        predicted: The captions that the model generated.
+        step: Number of optimizer steps that the weights were trained for.
         loss: The mean loss of the true captions, in nats per token.
+        references: The true captions of each image, as the tokenizer reproduces them.
+        predicted: The caption that the model generated for each image.
         skipped: Number of rows that could not be evaluated, by reason.
+        interrupted: Whether a signal led to the evaluation, which an uninterrupted run would not have made.
     """
 
-    true: list[str]
-    predicted: list[str]
+    step: int
     loss: float
+    references: list[list[str]]
+    predicted: list[str]
     skipped: dict[str, int]
+    interrupted: bool = False
+
+    @classmethod
+    def saved(cls, run: Run) -> Self | None:
+        """Return the evaluation of the saved weights, or None if an uninterrupted run would not have evaluated them."""
+        values = run.evaluation()
+        return cls(**values) if "loss" in values and not values["interrupted"] else None
 
     @property
-    def exact_match(self) -> float:
-        """The share of images whose caption is right to the last character."""
-        return sum(map(str.__eq__, self.predicted, self.true)) / len(self.true)
+    def right(self) -> list[bool]:
+        """Whether the caption of each image equals one of its true captions to the last character."""
+        return [caption in true for caption, true in zip(self.predicted, self.references, strict=True)]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The results by the names that `metrics.jsonl`, trackers and the model card give them.
+
+        `held_out_exact_match` is the share of images whose caption is exactly right, 0..1. `held_out_chrf` is chrF2,
+        0..100, the F-score of the captions' character n-grams up to length 6 against the best reference (Popović 2015,
+        aclanthology.org/W15-3049, as computed by sacrebleu).
+        """
+        chrf = CHRF().corpus_score(self.predicted, list(zip_longest(*self.references))).score
+        exact_match = sum(self.right) / len(self.right)
+        return {"held_out_exact_match": exact_match, "held_out_chrf": chrf, "held_out_loss": self.loss}
 
 
 @torch.no_grad()
-def evaluate(task: Task, accelerator: Accelerator, model: PalmE, batch_size: int) -> Evaluation:
+def evaluate(task: Task, accelerator: Accelerator, model: PalmE, step: int, batch_size: int) -> Evaluation:
     """Evaluate held-out images, shared among all processes. Call it in all processes.
 
     Args:
         task: The task, for the held-out rows and how to read them.
         accelerator: The accelerator of the processes.
         model: A model that each process can run on its own.
+        step: Number of optimizer steps done.
         batch_size: Number of images that each process computes at once, limited to 128.
 
     Raises:
@@ -62,24 +88,27 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, batch_size: int
     size, count = min(batch_size, LARGEST_BATCH), task.held_out_images
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
-    parts: list[tuple[int, float, int, list[str], list[str], list[str]]] = []
+    hidden, tokenizer = not accelerator.is_main_process, task.tokenizer
+    parts: list[tuple[int, float, int, list[list[str]], list[str], list[str]]] = []
     with Errors().shared(), evaluating(model):
         loaded = load_batches(task.held_out_rows, own, batches.__getitem__, model.config, 0)
-        for number, batch in zip(own, loaded, strict=True):
-            check_rows([batch], task.data.strict)
+        shown = tqdm(loaded, "evaluating", len(own), leave=False, unit="batch", delay=1, disable=hidden)
+        for number, batch in zip(own, shown, strict=True):
+            check_rows(batch.defects, task.data.strict)
             loss, predicted = 0.0, list[str]()
+            references = [[*map(tokenizer.round_trip, captions)] for captions in batch.references]
             if batch.targets:
                 img = task.preprocessing.normalise(batch.img.to(accelerator.device))
                 loss = model(img, batch.text.to(accelerator.device)).item() * batch.targets
                 # A model that computes nan cannot decode. The loss reports it.
-                predicted = caption(model, img, task.tokenizer) if math.isfinite(loss) else batch.captions
+                predicted = caption(model, img, tokenizer) if math.isfinite(loss) else [""] * len(references)
             reasons = [defect.reason for defect in batch.defects]
-            parts.append((number, loss, batch.targets, batch.captions, predicted, reasons))
+            parts.append((number, loss, batch.targets, references, predicted, reasons))
     _, losses, targets, true, generated, defects = zip(*sorted(gather_object(parts)), strict=True)
     if not sum(targets):
-        raise DataError("no held-out row is usable: choose another split or number with --held_out")
+        raise DataError("no held-out row is usable any more: restore the data")
     skipped = Counter(chain(*defects))
-    return Evaluation([*chain(*true)], [*chain(*generated)], sum(losses) / sum(targets), dict(skipped))
+    return Evaluation(step, sum(losses) / sum(targets), [*chain(*true)], [*chain(*generated)], dict(skipped))
 
 
 def unsharded(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
@@ -90,14 +119,3 @@ def unsharded(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
         copy = PalmE.from_config(model.config)
     copy.load_state_dict(weights, assign=True)
     return copy.to(next(iter(weights.values())).device)
-
-
-def check_rows(batches: Sequence[Batch], strict: bool) -> None:
-    """Reject unusable rows if `strict`.
-
-    Raises:
-        DataError: If there is such a row.
-    """
-    defect = next((defect for batch in batches for defect in batch.defects), None)
-    if strict and defect is not None:
-        raise DataError(f"{defect.reason}: {defect.detail}; without --strict, such rows are skipped and counted")

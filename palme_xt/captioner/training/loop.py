@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 
 from palme_xt.captioner import drawing, images
@@ -20,12 +22,13 @@ from palme_xt.captioner.options import Data, Training
 from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training import checkpoint, distributed
-from palme_xt.captioner.training.evaluate import Evaluation, check_rows, evaluate, unsharded
-from palme_xt.captioner.training.run import Run
+from palme_xt.captioner.training.evaluate import Evaluation, evaluate, unsharded
+from palme_xt.captioner.training.run import EVALUATION, Run, as_json
 from palme_xt.captioner.training.step import compute_gradients, initial_state
-from palme_xt.captioner.training.task import Task, open_run, open_task
+from palme_xt.captioner.training.task import Task, check_rows, open_run, open_task
 from palme_xt.config import PalmEConfig
 from palme_xt.storage.card import model_card
+from palme_xt.storage.folder import CARD
 
 SAVED_IMAGES = 8
 UNUSABLE_ROWS = 1000
@@ -36,7 +39,7 @@ class Outcome:
     """The result of a training run.
 
     Attributes:
-        evaluation: The evaluation of the final weights.
+        evaluation: The evaluation of the saved weights, which have the lowest held-out loss.
         progress: Steps done, rows read and rows skipped, by all processes.
         interrupted: Whether a signal ended training before all steps were done.
     """
@@ -51,12 +54,22 @@ def train(
 ) -> Outcome:
     """Train a new model, or resume a run, and keep the run folder usable at all times.
 
-    Call it in all processes with the same arguments; only the first process writes. SIGINT (Ctrl-C) or SIGTERM ends
-    training after the current step: the model is saved and evaluated, and the run can be resumed. A second signal, some
-    seconds later, ends the process at once.
+    Call it in all processes with the same arguments; only the first process writes. The run folder keeps the weights
+    with the lowest held-out loss, and a checkpoint of the last ones. SIGINT (Ctrl-C), SIGTERM or SIGHUP ends training
+    after the current step: a checkpoint is written, the model is evaluated if it has not been yet, and the run can be
+    resumed. A second signal, some seconds later, ends the process at once.
+
+    Args:
+        config: The model's arguments.
+        training: How to train. A resumed run may have other `steps` and `patience` than before.
+        data: The captioned images.
+        tokenizer: How captions become token ids.
+        run: The run folder, which does not exist yet unless it is resumed.
+        resume: Continue from the last checkpoint in the folder.
 
     Raises:
-        ValueError: If the model cannot learn these data.
+        ValueError: If the model cannot learn these data, or a resumed run has done more than `training.steps` steps.
+        FolderError: If `training.start` does not hold weights of such a model.
         DataError: If the data cannot be loaded, differ from those that the run started with, or have an unusable row
             with `data.strict`.
         RunError: If the run folder cannot be written, or another process is training the run. The last checkpoint is
@@ -85,15 +98,25 @@ class _Trainer:
         self.accelerator, self.task, self.share, self.run = accelerator, task, share, run
         self.main, self.errors, self.unusable_rows = accelerator.is_main_process, distributed.Errors(), 0
         self.skipped: list[Defect] = []  # since the last checkpoint, by this process
-        self.state = initial_state(accelerator, task.config, task.training)
+        resumable = resume and (run.folder / checkpoint.CHECKPOINT).is_file()
+        start = None if resumable else task.training.start  # which may be gone when the run is resumed
+        self.state = initial_state(accelerator, task.config, replace(task.training, start=start))
+        self.best = Evaluation.saved(run) if resume else None
         if resume:
             checkpoint.load(run, self.state)
         step, steps = self.state.progress.step, task.training.steps
         with self.errors.shared():
+            if steps < step:
+                raise ValueError(
+                    f"steps={steps} must be at least {step}, the number of steps that {run.folder} has done"
+                )
+            if resume and self.main:
+                run.change(steps=steps, patience=task.training.patience)
             if task.training.log_with:
                 distributed.start_trackers(accelerator, task.options, step)
-        self.shown = {"loss": "-", "held-out exact match": "-", "images/s": "-"}
-        self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", disable=not self.main)
+        self.shown = {"loss": "-", "exact match": "-", "chrF": "-", "images/s": "-"}
+        # Without smoothing, the time left includes that of evaluations.
+        self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", smoothing=0, disable=not self.main)
 
     def train(self) -> Outcome:
         """Run the remaining steps, and evaluate and save the model in between and at the end."""
@@ -102,35 +125,42 @@ class _Trainer:
         left = range(progress.step * count, training.steps * count)
         reading = load_batches(task.rows, left, self.share, task.config, task.data.num_workers)
         with self.bar, stop_on_signal() as stop_requested, contextlib.closing(reading) as batches:
-            while progress.step < training.steps:
+            while progress.step < training.steps and not self.stalled():
                 started = time.perf_counter()
                 micro_batches, targets, stop = self.read(batches, stop_requested.is_set())
                 state.random_states = checkpoint.random_state()  # to resume from before this step
                 loss = compute_gradients(task, state, self.run, micro_batches, targets) if targets else math.nan
                 if targets and (stop or progress.step % training.save_every == 0):
                     # Save the weights from before this step, whose loss and gradient are now known to be finite.
-                    self.save()
+                    self.save_checkpoint()
                 if stop:
                     break
                 self.update_weights(micro_batches, targets)
                 self.log(loss, training.batch_size / (time.perf_counter() - started))
-                if progress.step % training.eval_every == 0 and progress.step < training.steps:
+                if progress.step % training.eval_every == 0 or progress.step == training.steps:
                     self.evaluate()
             if not stop:
                 state.random_states = checkpoint.random_state()
-            evaluation = self.evaluate(interrupted=stop)
-            self.save()
+            best = self.best or self.evaluate(interrupted=stop)
+            self.save_checkpoint()
         with self.errors.shared():
             if self.main:
-                self.draw(evaluation)
-        return Outcome(evaluation, checkpoint.total_progress(progress), stop)
+                self.draw(best)
+        return Outcome(best, checkpoint.total_progress(progress), stop)
+
+    def stalled(self) -> bool:
+        """Return whether the last `patience` evaluations, up to this step, have not lowered the held-out loss."""
+        training, step = self.task.training, self.state.progress.step
+        if training.patience is None or self.best is None or step % training.eval_every:
+            return False
+        return step - self.best.step >= training.patience * training.eval_every
 
     def read(self, batches: Iterator[Batch], stop: bool) -> tuple[list[Batch], int, bool]:
         """Return the micro-batches of the next step, the targets of all processes, and whether any has to stop."""
         micro_batches: list[Batch] = []
         with self.errors.held():
             micro_batches = list(islice(batches, self.share.count))
-            check_rows(micro_batches, self.task.data.strict)
+            check_rows([defect for batch in micro_batches for defect in batch.defects], self.task.data.strict)
         own = [sum(batch.targets for batch in micro_batches), int(stop), int(self.errors.own is not None)]
         # Use one reduction for all three, because the processes wait for one another in each.
         total = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device))
@@ -162,15 +192,6 @@ class _Trainer:
             progress.skipped.update(defect.reason for defect in new)
             self.skipped += new
 
-    def save(self) -> None:
-        """Write the rows that were skipped, and then the checkpoint, from which a run resumes that ends in between."""
-        skipped = gather_object(self.skipped)
-        with self.errors.shared():
-            if self.main:
-                self.run.log_skipped(map(asdict, skipped))
-        self.skipped = []
-        checkpoint.save(self.run, self.state)
-
     def log(self, loss: float, images_per_second: float) -> None:
         """Log a step to `metrics.jsonl`, the trackers and the progress bar."""
         step, skipped = self.state.progress.step, self.state.progress.skipped.total()
@@ -185,7 +206,7 @@ class _Trainer:
         self.bar.update()
 
     def evaluate(self, interrupted: bool = False) -> Evaluation:
-        """Evaluate the weights, save them with a model card, and log the result.
+        """Evaluate the weights, log the result, and save the weights if no earlier ones have a lower held-out loss.
 
         Raises:
             TrainingError: If the held-out loss is not finite.
@@ -193,25 +214,53 @@ class _Trainer:
         accelerator, task, step = self.accelerator, self.task, self.state.progress.step
         weights = checkpoint.full_weights(self.state.model)
         model = unsharded(accelerator.unwrap_model(self.state.model), weights)
-        evaluation = evaluate(task, accelerator, model, 4 * len(self.share(0)))
-        skipped = checkpoint.total_progress(self.state.progress).skipped
-        metrics = {"held_out_exact_match": evaluation.exact_match, "held_out_loss": evaluation.loss}
+        evaluation = evaluate(task, accelerator, model, step, 4 * len(self.share(0)))
+        evaluation = replace(evaluation, interrupted=interrupted)
+        skipped, scores = checkpoint.total_progress(self.state.progress).skipped, evaluation.scores
+        if not math.isfinite(evaluation.loss):
+            raise distributed.TrainingError(
+                f"lr={task.training.lr} led to a held-out loss of {evaluation.loss} after step {step}: lower it; "
+                f"{self.run.folder} keeps the earlier weights"
+            )
+        if self.best is None or evaluation.loss < self.best.loss:
+            self.best = evaluation
+            self.save_weights(weights)
         with self.errors.shared():
-            if not math.isfinite(evaluation.loss):
-                raise distributed.TrainingError(
-                    f"lr={task.training.lr} led to a held-out loss of {evaluation.loss} after step {step}: lower it; "
-                    f"{self.run.folder} keeps the earlier weights"
-                )
             if self.main:
-                self.run.save(weights)
                 marked = {"interrupted": True} if interrupted else {}
-                self.run.log(step=step, **metrics, skipped_rows=skipped.total(), **marked)
-                described = {"step": step, "held_out_images": len(evaluation.true)} | metrics
-                self.run.write("README.md", model_card(task.config, task.options, described).encode())
-            accelerator.log(metrics, step=step)
-        self.shown["held-out exact match"] = f"{evaluation.exact_match:.1%}"
+                self.run.log(step=step, **scores, skipped_rows=skipped.total(), **marked)
+            accelerator.log(scores, step=step)
+        self.shown["exact match"] = f"{scores['held_out_exact_match']:.1%}"
+        self.shown["chrF"] = f"{scores['held_out_chrf']:.1f}"
         self.bar.set_postfix(self.shown)
         return evaluation
+
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint, and its weights for captioning if they are trained and none have been evaluated yet.
+
+        The rows that were skipped are written first. A run that ends in between resumes from before them.
+        """
+        skipped = gather_object(self.skipped)
+        with self.errors.shared():
+            if self.main:
+                self.run.log_skipped(map(asdict, skipped))
+        self.skipped = []
+        checkpoint.save(self.run, self.state)
+        if self.best is None and self.state.progress.step:
+            self.save_weights(checkpoint.full_weights(self.state.model))
+
+    def save_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Save weights with their evaluation, if any, and a model card."""
+        with self.errors.shared():
+            if self.main:
+                evaluation, step = self.best, self.state.progress.step
+                described: dict[str, Any] = {"step": step, "selected_by": "last checkpoint"}
+                if evaluation is not None:
+                    described = {"step": step, "selected_by": "lowest held-out loss"}
+                    described |= {"held_out_images": len(evaluation.predicted)} | evaluation.scores
+                card = model_card(self.task.config, self.task.options, described)
+                values = {"step": step} if evaluation is None else asdict(evaluation)
+                self.run.save(weights, {EVALUATION: as_json(values), CARD: card.encode()})
 
     def draw(self, evaluation: Evaluation) -> None:
         """Draw held-out images with their captions, and the loss curve."""
@@ -221,8 +270,8 @@ class _Trainer:
         if pixels:
             img = torch.stack(pixels)
             images.save_images(img[:SAVED_IMAGES], folder / "held_out")
-            drawing.draw_samples(img, evaluation.predicted, evaluation.true, folder / "samples.png")
-        drawing.draw_loss(self.run.metrics(), folder / "loss.png")
+            drawing.draw_samples(img, evaluation.predicted, evaluation.references, folder / "samples.png")
+        drawing.draw_loss(self.run.metrics(), folder / "loss.png", evaluation.step)
 
 
 def _share(training: Training, accelerator: Accelerator) -> Share:

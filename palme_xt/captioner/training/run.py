@@ -1,7 +1,8 @@
 """A run folder, as training writes it, captioning reads it, and the hub stores it.
 
 config.json               the model's arguments, and how it was trained, under "training"
-model.safetensors         the weights of the last evaluation
+model.safetensors         the weights with the lowest held-out loss, or of the checkpoint before the first evaluation
+evaluation.json           the evaluation of these weights: their step, and all held-out captions
 preprocessor_config.json  how images are resized, cropped and normalised
 tokenizer.json            the vocabulary, with tokenizer_config.json; both are missing if the model reads bytes
 README.md                 a model card
@@ -22,7 +23,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -36,13 +38,14 @@ from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
 from palme_xt.storage import folder as model_folder
 from palme_xt.storage.atomic import replace_files
-from palme_xt.storage.folder import CONFIG, WEIGHTS
+from palme_xt.storage.folder import CONFIG, TRAINING, WEIGHTS
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+EVALUATION = "evaluation.json"
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.jsonl"
 LOCK = "training.lock"
@@ -78,7 +81,18 @@ class Run:
             raise RunError(f"{self.folder} is not empty: choose another folder, or resume its run with --resume")
         for name, content in companions.items():
             self.write(name, content)
-        self.write(CONFIG, json.dumps(config.to_dict() | {"training": dict(training)}, indent=2).encode() + b"\n")
+        self.write(CONFIG, as_json(config.to_dict() | {TRAINING: dict(training)}))
+
+    def change(self, **training: Any) -> None:
+        """Replace options in `config.json`, for a resumed run that has other ones."""
+        values, before = model_folder.read_json(self.folder), self.training()
+        if before | training != before:
+            self.write(CONFIG, as_json(values | {TRAINING: before | training}))
+
+    def evaluation(self) -> dict[str, Any]:
+        """Return the content of `evaluation.json`, which is empty before the first evaluation."""
+        path = self.folder / EVALUATION
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
 
     def lock(self) -> None:
         """Keep other processes from training this run until `unlock`, or until this process ends in any way.
@@ -106,9 +120,9 @@ class Run:
             self._lock.close()
             self._lock = None
 
-    def save(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Write the weights."""
-        self.write_tensors(WEIGHTS, state_dict)
+    def save(self, state_dict: Mapping[str, Tensor], described: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """Write the weights, together with the files that describe them."""
+        self.write_tensors(WEIGHTS, state_dict, others=described)
 
     def log(self, **metrics: Any) -> None:
         """Append a line to `metrics.jsonl`, beginning with `step`. Numbers that are not finite are written as strings.
@@ -162,7 +176,7 @@ class Run:
         Raises:
             FolderError: As in `config`.
         """
-        return dict(model_folder.read_json(self.folder).get("training", {}))
+        return dict(model_folder.read_json(self.folder).get(TRAINING, {}))
 
     def load(self, device: str | torch.device = "cpu") -> PalmE:
         """Return the trained model, in eval mode.
@@ -182,12 +196,19 @@ class Run:
             replace_files(self.folder, {name: lambda path: path.write_bytes(content)})
 
     def write_tensors(
-        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str] | None = None,
+        others: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """Write a safetensors file, in the same way as `write`."""
+        """Write a safetensors file and the contents of `others`, in the same way as `write`."""
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        writers: dict[str, Callable[[Path], object]]
+        writers = {name: lambda path: save_file(contiguous, path, dict(metadata or {}))}
+        writers |= {other: methodcaller("write_bytes", content) for other, content in others.items()}
         with self._writing(name):
-            replace_files(self.folder, {name: lambda path: save_file(contiguous, path, dict(metadata or {}))})
+            replace_files(self.folder, writers)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Path]:
@@ -196,6 +217,11 @@ class Run:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RunError(f"{self.folder / name} cannot be written: {reason}; saved files are unchanged") from error
+
+
+def as_json(values: Mapping[str, Any]) -> bytes:
+    """Return the content of a JSON file."""
+    return json.dumps(values, indent=2).encode() + b"\n"
 
 
 def _finite_or_string(value: Any) -> Any:

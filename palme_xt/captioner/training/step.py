@@ -20,6 +20,7 @@ from palme_xt.captioner.training.run import METRICS, Run
 from palme_xt.captioner.training.task import Task
 from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
+from palme_xt.storage.folder import load_weights
 
 NAMES_SHOWN = 8
 
@@ -33,9 +34,15 @@ def warm_up_and_decay(step: int, steps: int) -> float:
 
 
 def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Training) -> State:
-    """Return a new model with its optimizer and schedule, the same in all processes, and seed their generators."""
+    """Return a new model with its optimizer and schedule, the same in all processes, and seed their generators.
+
+    Raises:
+        FolderError: If the folder `training.start` does not have weights of such a model.
+    """
     set_seed(training.seed)
     model = PalmE.from_config(config)
+    if training.start is not None:
+        load_weights(model, training.start)
     weights, decay = [weight for weight in model.parameters() if weight.requires_grad], training.weight_decay
     optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))

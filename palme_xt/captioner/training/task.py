@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from palme_xt.captioner.data.augment import Augmented
 from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
@@ -42,9 +44,10 @@ class Task:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `data` and `training`, by name, without those that only concern digits if there are none."""
+        """The options of `data` and `training`, by name, without the one that has no effect on these data."""
         options = asdict(self.data) | asdict(self.training)
-        return {name: value for name, value in options.items() if self.data.data == DIGITS or name != "jitter"}
+        del options["augment" if self.data.data == DIGITS else "jitter"]
+        return options
 
 
 def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer) -> Task:
@@ -60,25 +63,29 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
     config = replace(config, bos_token=tokenizer.bos, eos_token=tokenizer.eos)
     count = training.eval_images
     if data.data == DIGITS:
+        if training.augment:
+            raise ValueError(f"augment=True has no effect with data={DIGITS}, whose scenes are composed: use jitter")
         preprocessing = Preprocessing.plain(config)
         scans, held_out_scans = load_scans()
-        rows = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
+        scenes = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
         examples = [row for row in held_out_scenes.read(range(count)) if isinstance(row, Example)]
         warn_if_lossy(tokenizer, [example.caption for example in examples])
-        return Task(config, training, data, tokenizer, preprocessing, rows, held_out_scenes, count)
+        return Task(config, training, data, tokenizer, preprocessing, scenes, held_out_scenes, count)
     preprocessing = Preprocessing.like_clip(config, data.fit)
-    loaded = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
-    return Task(config, training, data, tokenizer, preprocessing, *loaded, min(len(loaded[1]), count))
+    rows, held_out = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
+    rows = Augmented(rows, training.seed) if training.augment else rows
+    return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out), count))
 
 
 def open_run(run: Run, task: Task, resume: bool) -> None:
     """Create the run folder, or check that it can be resumed with these data, and lock it.
 
     Raises:
-        DataError: If the data differ from those that the run started with.
+        DataError: If the data differ from those that the run started with, or no held-out row can be used.
         RunError: If the folder cannot be written, or another process is training the run.
     """
+    defects = _check_held_out_rows(task)
     before = run.training() if resume else {}
     now = {"rows_fingerprint": task.rows.fingerprint(), "held_out_fingerprint": task.held_out_rows.fingerprint()}
     for name, fingerprint in now.items():
@@ -91,5 +98,31 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
         files = task.tokenizer.files() | {PREPROCESSING: task.preprocessing.to_json().encode()}
         run.create(task.config, task.options | now, files)
     run.lock()
-    held_out = (task.held_out_rows.read(range(number, number + 1)) for number in range(task.held_out_images))
-    run.log_skipped(asdict(row) for (row,) in held_out if isinstance(row, Defect))
+    run.log_skipped(map(asdict, defects))
+
+
+def _check_held_out_rows(task: Task) -> list[Defect]:
+    """Read all held-out rows, so that unusable ones are found before training, and return these.
+
+    Raises:
+        DataError: If no row can be used, or, with `strict`, if any row cannot.
+    """
+    defects: list[Defect] = []
+    for number in range(task.held_out_images):  # one by one, because images may be many and large
+        defects += [row for row in task.held_out_rows.read(range(number, number + 1)) if isinstance(row, Defect)]
+    check_rows(defects, task.data.strict)
+    if len(defects) == task.held_out_images:
+        rule = "choose another split or number with --held_out"
+        raise DataError(f"no held-out row is usable: {defects[0].detail}; {rule}")
+    return defects
+
+
+def check_rows(defects: Sequence[Defect], strict: bool) -> None:
+    """Reject unusable rows if `strict`.
+
+    Raises:
+        DataError: If there is such a row.
+    """
+    if strict and defects:
+        defect = defects[0]
+        raise DataError(f"{defect.reason}: {defect.detail}; without --strict, such rows are skipped and counted")

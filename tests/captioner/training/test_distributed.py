@@ -129,7 +129,7 @@ def test_many_processes_resume_bitwise(how: str, folder: Path, tmp_path: Path) -
 
 
 def test_two_processes_share_a_stream(folder: Path, tmp_path: Path) -> None:
-    options = [f"--data={folder}", *TRAIN, "--streaming", "--shuffle_buffer=9", "--lr=2e-4"]
+    options = [f"--data={folder}", *TRAIN, "--streaming", "--shuffle_buffer=9", "--lr=2e-4", "--augment"]
     assert main(["train", *options, f"--run={tmp_path / 'alone'}"]) == 0
     train("ddp", *options, "--num_workers=1", f"--run={tmp_path / 'run'}")
     assert (losses(tmp_path / "run") - losses(tmp_path / "alone")).abs().max() < TOLERANCE
@@ -179,6 +179,7 @@ def test_sharding_that_accelerate_would_leave_out_silently(
     ("variable", "value", "message"),
     [
         ("ACCELERATE_DYNAMO_BACKEND", "eager", "--dynamo_backend eager of accelerate launch must be no: .*"),
+        ("WORLD_SIZE", "2", "WORLD_SIZE=2 processes were started, but accelerate counts 1: .* ACCELERATE_USE_CPU=true"),
         (
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
             "4",

@@ -1,0 +1,76 @@
+"""Training images are varied anew in each epoch, the same in every process, and never mirrored."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+
+from palme_xt.captioner.data.augment import Augmented, varied
+from palme_xt.captioner.data.batches import Defect, Example, Source
+from tests.captioner.captioned import picture
+
+
+class Rows(Source):
+    """Three rows, the last of them unusable, epoch after epoch."""
+
+    rows_per_epoch = 3
+
+    def read(self, numbers: range) -> list[Example | Defect]:
+        img = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        rows: list[Example | Defect] = [
+            Example(img, picture(0)[1], [1, 2], "0"),
+            Example(img.flip(-1), picture(1)[1], [1, 3], "1"),
+            Defect("broken image", "2"),
+        ]
+        return [rows[number % 3] for number in numbers]
+
+    def fingerprint(self) -> str:
+        return "rows"
+
+
+def images(source: Source, numbers: range) -> list[torch.Tensor]:
+    return [row.img for row in source.read(numbers) if isinstance(row, Example)]
+
+
+def test_a_variation_depends_only_on_the_seed_and_the_number() -> None:
+    together = images(Augmented(Rows(), 0), range(9))
+    one_by_one = [img for number in range(9) for img in images(Augmented(Rows(), 0), range(number, number + 1))]
+    assert all(map(torch.equal, together, one_by_one))
+    assert not any(map(torch.equal, together, images(Augmented(Rows(), 1), range(9))))
+    assert not any(map(torch.equal, together, images(Rows(), range(9))))
+    assert not any(torch.equal(*pair) for pair in pairwise(together[::2]))  # the same image, epoch after epoch
+
+
+def test_all_else_is_that_of_the_source() -> None:
+    source = Augmented(Rows(), 0)
+    assert (source.fingerprint(), source.rows_per_epoch) == ("rows", 3)
+    for row, original in zip(source.read(range(3)), Rows().read(range(3)), strict=True):
+        if isinstance(row, Example):
+            assert isinstance(original, Example)
+            assert (row.caption, row.ids, row.name) == (original.caption, original.ids, original.name)
+        else:
+            assert row == original
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_keep_their_size_and_are_not_mirrored(channels: int) -> None:
+    img = torch.zeros(channels, 32, 32, dtype=torch.uint8)
+    img[:, :, :16] = 200
+    img[:, :8, :16] = 90
+    for seed in range(50):
+        found = varied(img, random.Random(seed))
+        assert (found.shape, found.dtype) == (img.shape, img.dtype)
+        colours = found[:3].float()
+        # The top left is darker than the bottom left, and the right is black: no other turn of the image is alike.
+        assert colours[:, 20:28, 2:10].mean() > colours[:, 1:4, 2:10].mean() + 20 > 40
+        assert colours[:, 20:28, 2:10].mean() > colours[:, :, 24:].mean() + 60
+
+
+def test_edges_are_continued() -> None:
+    white = torch.full((3, 16, 16), 200, dtype=torch.uint8)
+    for seed in range(20):
+        found = varied(white, random.Random(seed))
+        assert found.unique().numel() == 1  # no black corners
