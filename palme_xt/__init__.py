@@ -20,4 +20,4 @@ else:
 
 
 __all__ = ["PalmE", "PalmEConfig"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
