@@ -179,23 +179,9 @@ def batches(draw: st.DrawFn, config: PalmEConfig) -> tuple[Tensor, Tensor]:
 
 def broken_arguments() -> st.SearchStrategy[tuple[dict[str, Any], type[Exception], str]]:
     """Return a strategy of keywords that break one rule of `PalmEConfig`, the error they raise, and its message."""
-    sizes = st.sampled_from([argument.name for argument in fields(PalmEConfig) if argument.type == "int"])
-    flags = st.sampled_from([argument.name for argument in fields(PalmEConfig) if argument.type == "bool"])
-    not_positive = st.builds(
-        lambda name, value: ({name: value}, ValueError, f"{name}={value} must be a positive int: use 1 or more"),
-        sizes,
-        st.integers(max_value=0),
-    )
-    no_int = st.builds(
-        lambda name, value: ({name: value}, TypeError, f"{name}={value!r} must be a positive int, not "),
-        sizes,
-        st.one_of(st.booleans(), st.floats(), st.text(), st.none()),
-    )
-    no_bool = st.builds(
-        lambda name, value: ({name: value}, TypeError, f"{name}={value!r} must be True or False, not "),
-        flags,
-        st.one_of(st.integers(), st.none(), st.text()),
-    )
+    sizes, flags = ([item.name for item in fields(PalmEConfig) if item.type == kind] for kind in ("int", "bool"))
+    no_int = st.one_of(st.booleans(), st.floats(), st.text(), st.none())
+    no_bool = st.one_of(st.integers(), st.none(), st.text())
     no_divisor = st.builds(
         lambda patch_size, patches, extra: (
             {"patch_size": patch_size, "image_size": patch_size * patches + min(extra, patch_size - 1)},
@@ -224,4 +210,18 @@ def broken_arguments() -> st.SearchStrategy[tuple[dict[str, Any], type[Exception
         st.sampled_from(["encoder", "decoder"]),
         st.sampled_from([3, 5, 6, 7, 9, 16]),
     )
-    return st.one_of(not_positive, no_int, no_bool, no_divisor, too_many_alibi_heads, kv_heads)
+    return st.one_of(
+        _broken(sizes, st.integers(max_value=0), ValueError, "a positive int: use 1 or more"),
+        _broken(sizes, no_int, TypeError, "a positive int, not "),
+        _broken(flags, no_bool, TypeError, "True or False, not "),
+        no_divisor,
+        too_many_alibi_heads,
+        kv_heads,
+    )
+
+
+def _broken(names: list[str], values: st.SearchStrategy[Any], error: type[Exception], rule: str) -> Any:
+    """Return a strategy of one argument with a value that breaks a rule, the error, and its message."""
+    return st.builds(
+        lambda name, value: ({name: value}, error, f"{name}={value!r} must be {rule}"), st.sampled_from(names), values
+    )

@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map_only
 
 from palme_xt.parity.numbers import Numbers, first_tensor, leaves
-from palme_xt.parity.parts import Inputs, is_causal
+from palme_xt.parts import Inputs, is_causal, undisturbed
 from palme_xt.upstream.loss import AutoregressiveWrapper
 
 
@@ -62,25 +62,14 @@ def running(model: nn.Module) -> Iterator[None]:
     Inside, the random numbers are others than outside, there are no gradients, and the loss of a `PalmE` is computed as
     upstream computes it.
     """
-    modules = [(module, module.training) for module in model.modules()]
-    tensors = [
-        (module, name, tensor, tensor.detach().clone())
-        for module in model.modules()
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    ]
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
-            AutoregressiveWrapper.exact = True
+    tensors = [(tensor, tensor.detach().clone()) for tensor in chain(model.parameters(), model.buffers())]
+    with undisturbed(model), torch.no_grad():
+        AutoregressiveWrapper.exact = True
+        try:
             yield
-    finally:
-        AutoregressiveWrapper.exact = False
-        random.setstate(state)
-        for module, mode in modules:
-            module.training = mode
-        with torch.no_grad():
-            for module, name, tensor, before in tensors:
-                setattr(module, name, tensor)
+        finally:
+            AutoregressiveWrapper.exact = False
+            for tensor, before in tensors:
                 tensor.copy_(before)
 
 
