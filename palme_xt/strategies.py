@@ -177,51 +177,26 @@ def batches(draw: st.DrawFn, config: PalmEConfig) -> tuple[Tensor, Tensor]:
     return img, text.masked_fill(ignored, config.ignore_index)
 
 
-def broken_arguments() -> st.SearchStrategy[tuple[dict[str, Any], type[Exception], str]]:
-    """Return a strategy of keywords that break one rule of `PalmEConfig`, the error they raise, and its message."""
+@st.composite
+def broken_arguments(draw: st.DrawFn) -> tuple[dict[str, Any], type[Exception], str]:
+    """Draw keywords that break one rule of `PalmEConfig`, the error they raise, and its message."""
     sizes, flags = ([item.name for item in fields(PalmEConfig) if item.type == kind] for kind in ("int", "bool"))
-    no_int = st.one_of(st.booleans(), st.floats(), st.text(), st.none())
-    no_bool = st.one_of(st.integers(), st.none(), st.text())
-    no_divisor = st.builds(
-        lambda patch_size, patches, extra: (
-            {"patch_size": patch_size, "image_size": patch_size * patches + min(extra, patch_size - 1)},
+    size, flag = draw(st.sampled_from(sizes)), draw(st.sampled_from(flags))
+    not_positive = draw(st.integers(max_value=0))
+    no_int = draw(st.one_of(st.booleans(), st.floats(), st.text(), st.none()))
+    no_bool = draw(st.one_of(st.integers(), st.none(), st.text()))
+    few, many = draw(st.integers(1, 16)), draw(st.integers(2, 64))
+    part, kv = draw(st.sampled_from(["encoder", "decoder"])), draw(st.sampled_from([3, 5, 6, 7, 9, 16]))
+    broken: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({size: not_positive}, ValueError, f"{size}={not_positive} must be a positive int: use 1 or more"),
+        ({size: no_int}, TypeError, f"{size}={no_int!r} must be a positive int, not "),
+        ({flag: no_bool}, TypeError, f"{flag}={no_bool!r} must be True or False, not "),
+        ({"patch_size": many, "image_size": many * few + 1}, ValueError, f"must be divisible by patch_size={many}: "),
+        (
+            {"decoder_heads": few, "alibi_num_heads": few + many},
             ValueError,
-            f"must be divisible by patch_size={patch_size}: an image is cut into whole patches; use image_size=",
+            f"alibi_num_heads={few + many} must be within 1..decoder_heads={few} when alibi_pos_bias is on",
         ),
-        st.integers(2, 64),
-        st.integers(1, 8),
-        st.integers(1, 63),
-    )
-    too_many_alibi_heads = st.builds(
-        lambda heads, more: (
-            {"decoder_heads": heads, "alibi_num_heads": heads + more},
-            ValueError,
-            f"alibi_num_heads={heads + more} must be within 1..decoder_heads={heads} when alibi_pos_bias is on",
-        ),
-        st.integers(1, 16),
-        st.integers(1, 100),
-    )
-    kv_heads = st.builds(
-        lambda part, kv_heads: (
-            {f"{part}_kwargs": {"attn_kv_heads": kv_heads}},
-            ValueError,
-            f"{part}_kwargs['attn_kv_heads']={kv_heads} must divide {part}_heads=8",
-        ),
-        st.sampled_from(["encoder", "decoder"]),
-        st.sampled_from([3, 5, 6, 7, 9, 16]),
-    )
-    return st.one_of(
-        _broken(sizes, st.integers(max_value=0), ValueError, "a positive int: use 1 or more"),
-        _broken(sizes, no_int, TypeError, "a positive int, not "),
-        _broken(flags, no_bool, TypeError, "True or False, not "),
-        no_divisor,
-        too_many_alibi_heads,
-        kv_heads,
-    )
-
-
-def _broken(names: list[str], values: st.SearchStrategy[Any], error: type[Exception], rule: str) -> Any:
-    """Return a strategy of one argument with a value that breaks a rule, the error, and its message."""
-    return st.builds(
-        lambda name, value: ({name: value}, error, f"{name}={value!r} must be {rule}"), st.sampled_from(names), values
-    )
+        ({f"{part}_kwargs": {"attn_kv_heads": kv}}, ValueError, f"['attn_kv_heads']={kv} must divide {part}_heads=8"),
+    ]
+    return draw(st.sampled_from(broken))
