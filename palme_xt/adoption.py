@@ -84,13 +84,12 @@ def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module)
     with undisturbed(found), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         try:
             built = _build(vars(config), "cpu").float()
-            if (
-                place := next(chain(_different_shapes(found, built), _different_attributes(found, built)), None)
-            ) is None:
-                return _different_numbers(found, built)
+            different = chain(_different_shapes(found, built), _different_attributes(found, built))
+            for place, here, there in different:
+                return f"{place} is {here} in the modules, but {there} in a model built from it"
+            return _different_numbers(found, built)
         except Exception as error:  # of whatever the modules consist of
             return f"they cannot be compared with a model built from it ({type(error).__name__}: {error})"
-    return "{} is {} in the modules, but {} in a model built from it".format(*place)
 
 
 def _check_kind(name: str, module: Any, kind: type) -> None:
@@ -101,7 +100,7 @@ def _check_kind(name: str, module: Any, kind: type) -> None:
 def _merge(*arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return all arguments, the last one of each name, with override dicts merged."""
     merged: dict[str, Any] = {}
-    for name, value in (item for some in arguments for item in some.items()):
+    for name, value in chain.from_iterable(some.items() for some in arguments):
         merged[name] = {**merged.get(name, {}), **value} if isinstance(value, Mapping) else value
     return merged
 

@@ -18,14 +18,7 @@ import torch
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 
-from palme_xt.parity.numbers import (
-    Numbers,
-    describe_crash,
-    describe_value,
-    first_difference,
-    first_tensor,
-    first_unlikely_choice,
-)
+from palme_xt.parity.numbers import Numbers, describe_crash, describe_value, first_difference, first_unlikely_choice
 from palme_xt.parity.observation import a_weight, cached_logits, gradients, observe, running
 from palme_xt.parts import Inputs, Wired, draw_inputs, find_parts, part_name
 
@@ -219,7 +212,7 @@ def _computed(
         call = seen.call
         numbers: dict[str, Callable[[], Numbers]] = {
             "layers": lambda: _renamed(seen.layers, rename),
-            "outputs": lambda: seen.outputs if first_tensor(seen.outputs) is not None else {},
+            "outputs": lambda: seen.outputs,
             "logits": lambda: {"logits": call.logits} if call else {},
             "cached decoding": lambda: cached_logits(call, greedy=greedy) if call else {},
             "gradients": lambda: _renamed(gradients(model, inputs), rename),  # last, because it leaves eval mode
@@ -247,7 +240,7 @@ def _judge(
         raised = [f"the {which} raises {error}" for which, error in sides.items() if isinstance(error, str)]
         # Upstream's cache fails with options with which that of `PalmE` works.
         return Outcome("could not be checked" if check == "cached decoding" else "differs", "; ".join(raised))
-    if check == "cached decoding" and share:
+    if check == "cached decoding" and share and theirs:
         difference = first_unlikely_choice(ours, theirs)
     else:
         difference = first_difference(ours, theirs, absolute, 4 * share if check == "gradients" else share)

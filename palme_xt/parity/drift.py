@@ -187,9 +187,8 @@ def _read(path: Path) -> tuple[dict[Any, Tensor], dict[str, Tensor], dict[str, s
             metadata["inputs"] = '["img", "text"]'
         given = {key: reference.pop(f"input {key}") for key in json.loads(metadata["inputs"])}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise FolderError(
-            f"{path} is not a reference that `palme-xt parity record` wrote: {one_line(error)}"
-        ) from error
+        message = f"{path} is not a reference that `palme-xt parity record` wrote: {one_line(error)}"
+        raise FolderError(message) from error
     return given, reference, metadata
 
 

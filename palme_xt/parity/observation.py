@@ -41,7 +41,7 @@ class Observation(NamedTuple):
     Attributes:
         layers: The first tensor that each module returned, in the order in which they finished, innermost first. Names
             are those in the state dict, followed by the number of the call if a module is called repeatedly.
-        outputs: The leaves of the output.
+        outputs: The leaves of the output, or nothing if none of them is a tensor.
         call: The first call of a decoder's net, or None if there was none.
     """
 
@@ -92,8 +92,9 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
             calls.append(Call(module, args[0] if args else kwargs["x"], context, tensor.clone()))
 
     with register_module_forward_hook(keep, with_kwargs=True):
-        outputs = dict(leaves(_forward(model, inputs, training=False)))
+        output = _forward(model, inputs, training=False)
     layers.pop("", None)  # the model itself
+    outputs = {} if first_tensor(output) is None else dict(leaves(output))
     return Observation(layers, outputs, calls[0] if calls else None)
 
 
