@@ -210,7 +210,7 @@ def _different_numbers(found: Wired, built: Wired) -> str | None:
     for weight in weights.values():  # initial zeros would hide something
         weight.data += torch.randn(weight.shape) * (0.3 if weight.ndim < 2 else weight.shape[-1] ** -0.5)
     own = {name: buffer.cpu() for name, buffer in found.named_buffers()}
-    own = {name: buffer.float() if buffer.is_floating_point() else buffer for name, buffer in own.items()}
+    own |= {name: buffer.float() for name, buffer in own.items() if buffer.is_floating_point()}
     same = {name: buffer for name, buffer in own.items() if name in saved}
     for name, buffer in same.items():
         if not torch.allclose(buffer, saved[name], rtol=ROUNDING, atol=0):

@@ -200,4 +200,4 @@ def broken_arguments(draw: st.DrawFn) -> Broken:
         ),
         ({f"{part}_kwargs": {"attn_kv_heads": kv}}, ValueError, f"['attn_kv_heads']={kv} must divide {part}_heads=8"),
     ]
-    return draw(st.one_of(map(st.just, broken)))
+    return draw(st.one_of([st.just(item) for item in broken]))

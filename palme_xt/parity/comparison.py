@@ -195,8 +195,8 @@ def _static(model: nn.Module, rename: Rename, *, bitwise: bool) -> dict[str, _Fo
 
 
 def _rounding(models: Iterable[nn.Module]) -> float:
-    weights = [weight for model in models if (weight := a_weight(model)) is not None]
-    return float(max(torch.finfo(weight.dtype).eps for weight in weights or [torch.zeros(())]) ** 0.5)
+    dtypes = [a_weight(model, default=torch.zeros(())).dtype for model in models]
+    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
 def _computed(

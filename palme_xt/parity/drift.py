@@ -144,7 +144,7 @@ def fingerprint(output: Tensor) -> Tensor:
 
 def environment(module: nn.Module) -> dict[str, str]:
     """Return what may determine the numbers that a module computes."""
-    weight = torch.zeros(()) if (found := a_weight(module)) is None else found
+    weight = a_weight(module, default=torch.zeros(()))
     processor = f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         **{name: version(name) for name in ("x-transformers", "torch", "palme-xt")},

@@ -50,9 +50,9 @@ class Observation(NamedTuple):
     call: Call | None
 
 
-def a_weight(model: nn.Module) -> Tensor | None:
+def a_weight(model: nn.Module, default: Tensor) -> Tensor:
     """Return the first floating-point parameter or buffer, whose device and dtype stand for those of the model."""
-    return next((t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), None)
+    return next((t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), default)
 
 
 @contextmanager
@@ -140,10 +140,9 @@ def gradients(model: nn.Module, inputs: Inputs) -> Numbers:
 
 def _forward(model: nn.Module, inputs: Inputs, *, training: bool) -> Any:
     """Call forward with copies of the inputs on the model's device and in its dtype, and seeded random numbers."""
-    weight = a_weight(model)
 
     def copy(tensor: Tensor) -> Tensor:
-        like = tensor if weight is None else weight
+        like = a_weight(model, default=tensor)
         return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
     args, kwargs = tree_map_only(Tensor, copy, inputs)
