@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from x_transformers import x_transformers as upstream
 
 from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.mapping import MAPPING, argument_behind, upstream_keywords
+from palme_xt.parts import Wired, draw_inputs, image_shape, undisturbed
 from palme_xt.wiring import DECODER, ENCODER, build
 
 TEXT = 32  # tokens of the text that a proof runs; attributes show what counts only in longer ones
@@ -31,23 +32,6 @@ _PARTS = {
     "decoder.net": "transformer",
     "decoder.net.attn_layers": "decoder",
 }
-
-
-class _Wired(nn.Module):
-    """An encoder and a decoder, named as in `PalmE`."""
-
-    def __init__(self, encoder: Any, decoder: Any) -> None:
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-
-    def forward(self, img: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        """Return embeddings, logits, loss, and gradients of the first parameters."""
-        embeddings = self.encoder(img, return_embeddings=True)
-        source = {"context": embeddings} if self.decoder.net.attn_layers.cross_attend else {}
-        loss, (logits, _) = self.decoder(text, return_outputs=True, **source)
-        inputs = self.encoder.pos_embedding, self.decoder.net.token_emb.emb.weight
-        gradients = torch.autograd.grad(loss, inputs, materialize_grads=True)
-        return embeddings, logits, loss, torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def adopt(encoder: Any, decoder: Any, **given: Any) -> PalmEConfig:
@@ -84,7 +68,7 @@ def describe(encoder: Any, decoder: Any, **given: Any) -> PalmEConfig:
     _check_kind("decoder.net", decoder.net, TransformerWrapper)
     _check_kind("decoder.net.attn_layers", decoder.net.attn_layers, Decoder)
     read = _arguments(encoder, decoder)
-    named = _named_overrides(_Wired(encoder, decoder), _build(_merge(read, given), "meta"))
+    named = _named_overrides(Wired(encoder, decoder), _build(_merge(read, given), "meta"))
     return PalmEConfig(**_merge(read, named, given))
 
 
@@ -96,29 +80,16 @@ def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module)
     CPU in float32, wherever the modules are, and takes memory for one copy of the weights. The modules and the state of
     the random number generators are unchanged.
     """
-    found = _Wired(encoder, decoder)
-    with _undisturbed(found):
+    found = Wired(encoder, decoder)
+    with undisturbed(found), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         try:
             built = _build(vars(config), "cpu").float()
-            different = different_shape(found, built) or next(_different_attributes(found, built), None)
-            if different is None:
-                return _different_numbers(found, built, config)
+            different = chain(_different_shapes(found, built), _different_attributes(found, built))
+            for place, here, there in different:
+                return f"{place} is {here} in the modules, but {there} in a model built from it"
+            return _different_numbers(found, built)
         except Exception as error:  # of whatever the modules consist of
             return f"they cannot be compared with a model built from it ({type(error).__name__}: {error})"
-    return "{} is {} in the modules, but {} in a model built from it".format(*different)
-
-
-def different_shape(first: nn.Module, second: nn.Module) -> tuple[str, Any, Any] | None:
-    """Return the first name in the state dicts whose shapes differ, and both shapes.
-
-    Returns:
-        The name and the shapes, with "missing" for a shape that one side lacks, or None if all shapes are equal.
-    """
-    ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (first, second))
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            return name, ours.get(name, "missing"), theirs.get(name, "missing")
-    return None
 
 
 def _check_kind(name: str, module: Any, kind: type) -> None:
@@ -129,18 +100,18 @@ def _check_kind(name: str, module: Any, kind: type) -> None:
 def _merge(*arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return all arguments, the last one of each name, with override dicts merged."""
     merged: dict[str, Any] = {}
-    for name, value in (item for some in arguments for item in some.items()):
+    for name, value in chain.from_iterable(some.items() for some in arguments):
         merged[name] = {**merged.get(name, {}), **value} if isinstance(value, Mapping) else value
     return merged
 
 
-def _build(arguments: Mapping[str, Any], device: str) -> _Wired:
+def _build(arguments: Mapping[str, Any], device: str) -> Wired:
     """Return a newly initialised model, without warnings."""
     with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")
         quiet = {f"{part}_kwargs": {"verbose": False} for part in ("encoder", "decoder")}
         config = PalmEConfig(**_merge(arguments, quiet))
-        return _Wired(build(ENCODER, config), build(DECODER, config))
+        return Wired(build(ENCODER, config), build(DECODER, config))
 
 
 def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
@@ -158,8 +129,9 @@ def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
     rel_pos = getattr(layers, "alibi", None) or layers.rel_pos
     alibi = isinstance(rel_pos, upstream.AlibiPositionalBias)
     rotary = layers.rotary_pos_emb
+    channels, image_size, _ = image_shape(encoder)
     return {
-        "image_size": round(encoder.pos_embedding.shape[1] ** 0.5) * encoder.patch_size,
+        "image_size": image_size,
         "patch_size": encoder.patch_size,
         "encoder_dim": width,
         "encoder_depth": _depth(encoder.attn_layers),
@@ -178,7 +150,7 @@ def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
         "qk_norm": own.qk_norm,
         "vit_kwargs": _changed(
             "vit",
-            channels=encoder.patch_to_embedding[1].in_features // encoder.patch_size**2,
+            channels=channels,
             num_register_tokens=len(encoder.register_tokens) if encoder.has_register_tokens else 0,
         ),
         "transformer_kwargs": _changed("transformer", tie_embedding=not isinstance(net.to_logits, nn.Module)),
@@ -196,12 +168,15 @@ def _changed(part: str, **overrides: Any) -> dict[str, Any]:
     return {name: value for name, value in overrides.items() if value != upstream_keywords(part)[name]}
 
 
-def _named_overrides(found: _Wired, plain: _Wired) -> dict[str, dict[str, Any]]:
+def _named_overrides(found: Wired, plain: Wired) -> dict[str, dict[str, Any]]:
     """Return the overrides in attributes of the same name, where they differ from those of a model without them."""
     overrides: dict[str, dict[str, Any]] = {f"{part}_kwargs": {} for part in MAPPING}
     for place, value, _ in _different_attributes(found, plain):
         path, _, name = place.rpartition(".")
-        part, prefix = _owner(path, found.get_submodule(path))
+        part, prefix, module = _PARTS.get(path, "vit"), "", found.get_submodule(path)
+        if isinstance(module, upstream.Attention | upstream.Attend):
+            part, _, _ = path.partition(".")
+            prefix = "attn_" if module.causal or part == "encoder" else "cross_attn_"
         keyword, read = prefix + name, overrides[f"{part}_kwargs"]
         inherited = prefix == "cross_attn_" and read.get(f"attn_{name}") == value
         known = keyword in upstream_keywords(part) and argument_behind(part, keyword) is None
@@ -210,12 +185,12 @@ def _named_overrides(found: _Wired, plain: _Wired) -> dict[str, dict[str, Any]]:
     return overrides
 
 
-def _owner(path: str, module: nn.Module) -> tuple[str, str]:
-    """Return the part of the model whose overrides a module was built from, and upstream's prefix for them."""
-    if isinstance(module, upstream.Attention | upstream.Attend):
-        part = "encoder" if path.startswith("encoder.") else "decoder"
-        return part, "attn_" if module.causal or part == "encoder" else "cross_attn_"
-    return _PARTS.get(path, "vit"), ""
+def _different_shapes(found: nn.Module, built: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the names in the state dicts whose shapes differ, and both shapes, "missing" for one that a side lacks."""
+    ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (found, built))
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            yield name, ours.get(name, "missing"), theirs.get(name, "missing")
 
 
 def _different_attributes(found: nn.Module, built: nn.Module) -> Iterator[tuple[str, Any, Any]]:
@@ -229,50 +204,42 @@ def _different_attributes(found: nn.Module, built: nn.Module) -> Iterator[tuple[
                 yield f"{path}.{name}", value, other
 
 
-def _different_numbers(found: _Wired, built: _Wired, config: PalmEConfig) -> str | None:
+def _different_numbers(found: Wired, built: Wired) -> str | None:
     """Describe the first difference between what both sides compute from the same weights, or return None."""
-    saved = built.state_dict()
-    weights, inputs = _draw(built, config)
+    saved, weights = built.state_dict(), dict(built.named_parameters())
+    for weight in weights.values():  # initial zeros would hide something
+        weight.data += torch.randn(weight.shape) * (0.3 if weight.ndim < 2 else weight.shape[-1] ** -0.5)
     own = {name: buffer.cpu() for name, buffer in found.named_buffers()}
-    own = {name: buffer.float() if buffer.is_floating_point() else buffer for name, buffer in own.items()}
+    own |= {name: buffer.float() for name, buffer in own.items() if buffer.is_floating_point()}
     same = {name: buffer for name, buffer in own.items() if name in saved}
     for name, buffer in same.items():
         if not torch.allclose(buffer, saved[name], rtol=ROUNDING, atol=0):
             return f"{name} has other values in the modules than in a model built from it"
+    inputs, _ = draw_inputs(built, b=1, n=TEXT)
     for mode in "eval", "training":
-        outputs = []
-        for model, buffers in (found, own), (built, same):
-            random.seed(0)  # upstream's `layer_dropout` uses it
-            torch.default_generator.manual_seed(0)
-            outputs.append(functional_call(model.train(mode == "training"), weights | buffers, inputs))
-        for name, here, there in zip(("embeddings", "logits", "loss", "gradients"), *outputs, strict=True):
-            if not torch.equal(here, there):
+        pairs = (found, weights | own), (built, weights | same)
+        ours, theirs = (_compute(model.train(mode == "training"), tensors, inputs) for model, tensors in pairs)
+        for name, here in ours.items():
+            if not torch.equal(here, theirs[name]):
                 return f"{name} in {mode} mode differ between the modules and a model built from it"
     return None
 
 
-def _draw(model: _Wired, config: PalmEConfig) -> tuple[dict[str, nn.Parameter], tuple[Tensor, Tensor]]:
-    """Return the weights of a model, made random so that initial zeros hide nothing, and an image and a text."""
-    weights = dict(model.named_parameters())
-    for weight in weights.values():
-        weight.data += torch.randn(weight.shape) * (0.3 if weight.ndim < 2 else weight.shape[-1] ** -0.5)
-    img = torch.randn(1, config.channels, config.image_size, config.image_size)
-    return weights, (img, torch.randint(config.num_tokens, (1, max(2, min(TEXT, config.max_seq_len)))))
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Compute on the CPU, and put modes, buffers and random number generators back on exit."""
-    before = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-            yield
-    finally:
-        random.setstate(state)
-        for module, training, buffers in before:
-            module.training = training
-            module._buffers.update(buffers)  # upstream's ALiBi bias replaces one in forward
+def _compute(model: Wired, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+    """Return what a model computes from given parameters and buffers, with gradients of the first parameters."""
+    seen: dict[str, Tensor] = {}
+    random.seed(0)  # upstream's `layer_dropout` uses it
+    torch.manual_seed(0)
+    with model.encoder.register_forward_hook(lambda module, args, output: seen.update(embeddings=output)):
+        loss, (logits, _) = functional_call(model, tensors, inputs, {"return_outputs": True})
+    first = [tensors[".".join(item)] for item in _MARKS[1].items()]
+    gradients = torch.autograd.grad(loss, first, materialize_grads=True)
+    return {
+        **seen,
+        "logits": logits,
+        "loss": loss,
+        "gradients": torch.cat([gradient.flatten() for gradient in gradients]),
+    }
 
 
 def find_renaming(model: nn.Module, given: Mapping[str, Any]) -> str:
@@ -283,22 +250,15 @@ def find_renaming(model: nn.Module, given: Mapping[str, Any]) -> str:
         given: A state dict, for example of a model in a wrapper, of one wired by hand, or of a part of one.
     """
     for marks in _MARKS:
-        found = [
-            (path, name.removesuffix(mark))
-            for path, mark in marks.items()
-            for name in given
-            if f".{name}".endswith(f".{mark}")
-        ]
         lines, fitting = [], 0
-        for path, prefix in found:
-            others = tuple(other for _, other in found if other != prefix and other.startswith(prefix))
-            names = [name for name in given if name.startswith(prefix) and not name.startswith(others)]
-            expected = {name: tensor.shape for name, tensor in model.get_submodule(path).state_dict().items()}
-            if {name.removeprefix(prefix): getattr(given[name], "shape", None) for name in names} == expected:
-                fitting += len(names)
-                which = f" if name.startswith({prefix!r})" + (f" and not name.startswith({others!r})" if others else "")
-                renamed = f"name.removeprefix({prefix!r}): value for name, value in state_dict.items()"
-                lines.append(f"model{path and '.' + path}.load_state_dict({{{renamed}{which}}})")
+        for path, mark in marks.items():
+            part = f"model.{path}".removesuffix(".")
+            shapes = {name: tensor.shape for name, tensor in model.get_submodule(path).state_dict().items()}
+            for prefix in [name.removesuffix(mark) for name in given if f".{name}".endswith(f".{mark}")]:
+                if all(getattr(given.get(prefix + name), "shape", None) == shape for name, shape in shapes.items()):
+                    renamed = f"{{name: state_dict[{prefix!r} + name] for name in {part}.state_dict()}}"
+                    lines.append(f"{part}.load_state_dict({renamed})")
+                    fitting += len(shapes)
         if fitting == len(given):
             return "\n".join(lines)
     return ""

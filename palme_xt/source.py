@@ -67,22 +67,18 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
 
 
 def _call(node: Node, config: PalmEConfig) -> _Call:
-    keywords = config.keywords(node.part)
-    defaults = dict(upstream_keywords(node.part))
-    unused = set()
-    if "heads" in keywords:
-        # These defaults are in no signature: ALiBi biases all heads, and a context is as wide as the decoder.
-        defaults |= {"alibi_num_heads": keywords["heads"], "cross_attn_dim_context": keywords["dim"]}
-        if not keywords.get("alibi_pos_bias"):
-            unused.add("alibi_num_heads")
-        if not keywords.get("cross_attend"):
-            unused.add("cross_attn_dim_context")
+    keywords, defaults = dict(config.keywords(node.part)), dict(upstream_keywords(node.part))
+    # These defaults are in no signature: ALiBi biases all heads, and a context is as wide as the decoder.
+    defaults |= {"alibi_num_heads": keywords.get("heads"), "cross_attn_dim_context": keywords.get("dim")}
+    for flag, unused in {"alibi_pos_bias": "alibi_num_heads", "cross_attend": "cross_attn_dim_context"}.items():
+        if not keywords.get(flag):
+            keywords.pop(unused, None)
 
     def needed(name: str, value: Any) -> bool:
         # `attn_` keywords also reach cross-attention, where the default may be given to override them.
         inherited = name.startswith("cross_attn_") and name.removeprefix("cross_") in keywords
         is_default = type(defaults[name]) is type(value) and bool(defaults[name] == value)
-        return name not in unused and (inherited or not is_default)
+        return inherited or not is_default
 
     modules = {keyword: _call(child, config) for keyword, child in node.modules.items()}
     given = {name: value for name, value in keywords.items() if needed(name, value)}
@@ -97,9 +93,7 @@ def _imports(own_decoder: bool, weights: str | None) -> str:
         lines += ["from typing import Any", "", "import torch", "import x_transformers"]
     if weights:
         lines += ["from safetensors.torch import load_file"]
-    flat = f"from x_transformers import {', '.join(names)}"
-    wrapped = "\n".join(["from x_transformers import (", *(f"    {name}," for name in names), ")"])
-    return "\n".join([*lines, flat if len(flat) <= _WIDTH else wrapped, ""])
+    return "\n".join([*lines, "from x_transformers import (", *(f"    {name}," for name in names), ")\n"])
 
 
 def _assign(name: str, value: _Call) -> str:

@@ -18,25 +18,16 @@ import torch
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 
-from palme_xt.parity.numbers import (
-    Numbers,
-    describe_crash,
-    describe_value,
-    first_difference,
-    first_nan,
-    first_tensor,
-    first_unlikely_choice,
-)
+from palme_xt.parity.numbers import Numbers, describe_crash, describe_value, first_difference, first_unlikely_choice
 from palme_xt.parity.observation import a_weight, cached_logits, gradients, observe, running
-from palme_xt.parity.parts import Inputs, Wired, draw_inputs, find_parts, part_name
+from palme_xt.parts import Inputs, Wired, draw_inputs, find_parts, part_name
 
 CHECKS = ("parameters", "buffers", "layers", "outputs", "logits", "cached decoding", "gradients")
 STATIC = ("parameters", "buffers")  # the checks that call no forward
 
 Pair = tuple[nn.Module, nn.Module]
 Rename = Callable[[str], str]
-Accepted = tuple[float, float]  # the largest absolute difference, and the largest as a share of the largest value
-_Found = Numbers | Exception
+_Found = Numbers | str  # what a check compares, or the error that the model raises
 
 
 class Outcome(NamedTuple):
@@ -72,14 +63,12 @@ class Report:
         return not self.differences and any(outcome.result == "agrees" for outcome in telling)
 
     def __str__(self) -> str:
-        within = "within rounding" if self.tolerance is None else f"within {self.tolerance:g}"
-        within = "bitwise" if self.tolerance == 0 else within
+        within = {None: " within rounding", 0.0: " bitwise"}.get(self.tolerance, f" within {self.tolerance}")
         width = max(map(len, self.outcomes))
-        rows = [
-            f"{name:{width}}  {result}{f': {reason}' if reason else f' {within}'}"
-            for name, (result, reason) in self.outcomes.items()
-        ]
-        return "\n".join([f"x-transformers {version('x-transformers')}, torch {torch.__version__}", *rows])
+        rows = [f"x-transformers {version('x-transformers')}, torch {torch.__version__}"]
+        for name, (result, reason) in self.outcomes.items():
+            rows.append(f"{name:{width}}  {result}{f': {reason}' if reason else within}")
+        return "\n".join(rows)
 
     __repr__ = __str__  # pytest prints it when `assert compare(...)` fails
 
@@ -120,7 +109,7 @@ def compare(
         second: As `first`.
         *inputs: The positional arguments of forward, which may be nested. Each side gets copies on the device of its
             parameters, and in their dtype if they are floating point. Without `inputs` and `kwargs`, inputs are drawn
-            for modules of x-transformers and models of these; see `palme_xt.parity.parts.draw_inputs`.
+            for modules of x-transformers and models of these; see `palme_xt.parts.draw_inputs`.
         kwargs: The keyword arguments of forward.
         tolerance: Largest accepted absolute difference between two numbers. The default, 0, is bitwise. None accepts
             what rounding explains, to compare across dtypes and devices: differences up to the square root of the
@@ -142,19 +131,19 @@ def compare(
     models = _module(first), _module(second)
     given = (inputs, kwargs or {}) if inputs or kwargs is not None else _draw(*models)
     renames = _renames(*models)
-    states = [_renamed(_state(model), rename) for model, rename in zip(models, renames, strict=True)]
-    buffers = [_renamed(dict(model.named_buffers()), rename) for model, rename in zip(models, renames, strict=True)]
-    found = [_static(*side, bitwise=tolerance == 0) for side in zip(states, buffers, strict=True)]
-    accepted = (0.0, _rounding(models)) if tolerance is None else (tolerance, 0.0)
-    same_parameters = _judge("parameters", found, accepted)
-    if same_parameters.result == "differs":
-        return Report({"parameters": same_parameters}, tolerance)
+    sides = list(zip(models, renames, strict=True))
+    found = [_static(model, rename, bitwise=tolerance == 0) for model, rename in sides]
+    judge = partial(_judge, absolute=tolerance or 0.0, share=_rounding(models) if tolerance is None else 0.0)
+    parameters = judge("parameters", *found)
+    if parameters.result == "differs":
+        return Report({"parameters": parameters}, tolerance)
     with running(models[1]):
-        for name, value in states[1].items():
-            value.copy_(states[0][name])
-        for side, model, rename in zip(found, models, renames, strict=True):
+        weights, copies = (_renamed(_state(model), rename) for model, rename in sides)
+        for name, value in copies.items():
+            value.copy_(weights[name])
+        for side, (model, rename) in zip(found, sides, strict=True):
             side |= _computed(model, given, rename, set(checks) - set(STATIC), greedy=tolerance is None)
-    return Report({check: _judge(check, found, accepted) for check in CHECKS if check in checks}, tolerance)
+    return Report({check: judge(check, *found) for check in CHECKS if check in checks}, tolerance)
 
 
 def _module(model: nn.Module | Pair) -> nn.Module:
@@ -198,17 +187,16 @@ def _state(model: nn.Module) -> Numbers:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
 
-def _static(state: Numbers, buffers: Numbers, *, bitwise: bool) -> dict[str, _Found]:
+def _static(model: nn.Module, rename: Rename, *, bitwise: bool) -> dict[str, _Found]:
     """Return what can be compared without calling forward: shapes, and buffers by name and shape."""
-    return {
-        "parameters": {name: describe_value(value, dtype=bitwise) for name, value in state.items()},
-        "buffers": {f"{name} {tuple(value.shape)}": value.clone() for name, value in buffers.items()},
-    }
+    state = {rename(name): describe_value(value, dtype=bitwise) for name, value in _state(model).items()}
+    buffers = {f"{rename(name)} {tuple(value.shape)}": value.clone() for name, value in model.named_buffers()}
+    return {"parameters": state, "buffers": buffers}
 
 
 def _rounding(models: Iterable[nn.Module]) -> float:
-    weights = [weight for model in models if (weight := a_weight(model)) is not None]
-    return float(max(torch.finfo(weight.dtype).eps for weight in weights or [torch.zeros(())]) ** 0.5)
+    dtypes = [a_weight(model, default=torch.zeros(())).dtype for model in models]
+    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
 def _computed(
@@ -219,12 +207,12 @@ def _computed(
         return {}
     with running(model):
         seen = _attempt(lambda: observe(model, inputs))
-        if isinstance(seen, Exception):
+        if isinstance(seen, str):
             return dict.fromkeys(checks, seen)
         call = seen.call
         numbers: dict[str, Callable[[], Numbers]] = {
             "layers": lambda: _renamed(seen.layers, rename),
-            "outputs": lambda: seen.outputs if first_tensor(seen.outputs) is not None else {},
+            "outputs": lambda: seen.outputs,
             "logits": lambda: {"logits": call.logits} if call else {},
             "cached decoding": lambda: cached_logits(call, greedy=greedy) if call else {},
             "gradients": lambda: _renamed(gradients(model, inputs), rename),  # last, because it leaves eval mode
@@ -233,36 +221,37 @@ def _computed(
 
 
 def _attempt(function: Callable[[], Any]) -> Any:
-    """Return the result of a function, or the error that it raises: any error of a model is a result."""
+    """Return the result of a function, or a description of the error that it raises."""
     try:
         return function()
-    except Exception as error:
-        return error
+    except Exception as error:  # any error of a model is a result
+        return describe_crash(error)
 
 
-def _judge(check: str, found: Iterable[Mapping[str, _Found]], accepted: Accepted) -> Outcome:
+def _judge(
+    check: str, first: Mapping[str, _Found], second: Mapping[str, _Found], absolute: float, share: float
+) -> Outcome:
     """Return the outcome of a check, from what was found in each model."""
-    ours, theirs = (side[check] for side in found)
-    if isinstance(ours, Exception) or isinstance(theirs, Exception):
-        errors = [describe_crash(side) if isinstance(side, Exception) else None for side in (ours, theirs)]
-        if errors[0] == errors[1]:
-            return Outcome("could not be checked", f"both raise {errors[0]}")
-        raised = [
-            f"the {which} raises {error}" for which, error in zip(("first", "second"), errors, strict=True) if error
-        ]
+    ours, theirs = first[check], second[check]
+    if isinstance(ours, str) or isinstance(theirs, str):
+        if ours == theirs:
+            return Outcome("could not be checked", f"both raise {ours}")
+        sides = {"first": ours, "second": theirs}
+        raised = [f"the {which} raises {error}" for which, error in sides.items() if isinstance(error, str)]
         # Upstream's cache fails with options with which that of `PalmE` works.
         return Outcome("could not be checked" if check == "cached decoding" else "differs", "; ".join(raised))
-    alone = [name for name in [*ours, *theirs] if name not in ours or name not in theirs]
-    exhaustive = check in ("parameters", "outputs", "gradients")
-    if len(alone) == len(ours) + len(theirs) and not (exhaustive and alone):
-        return Outcome("could not be checked", "there is nothing to compare")
-    absolute, share = accepted
-    if check == "cached decoding" and share:
+    if check == "cached decoding" and share and theirs:
         difference = first_unlikely_choice(ours, theirs)
     else:
         difference = first_difference(ours, theirs, absolute, 4 * share if check == "gradients" else share)
-    if difference is None and alone and exhaustive:
+    alone = [name for name in [*ours, *theirs] if name not in ours or name not in theirs]
+    if difference is None and alone and check in ("parameters", "outputs", "gradients"):
         difference = f"{alone[0]} is only in the {'first' if alone[0] in ours else 'second'}"
-    if difference is None and (nan := first_nan(ours)) is not None:
-        return Outcome("could not be checked", f"{nan} has nan in both")
-    return Outcome("agrees") if difference is None else Outcome("differs", difference)
+    if difference is not None:
+        return Outcome("differs", difference)
+    if len(alone) == len(ours) + len(theirs):
+        return Outcome("could not be checked", "there is nothing to compare")
+    for name, value in ours.items():
+        if isinstance(value, Tensor) and value.isnan().any():
+            return Outcome("could not be checked", f"{name} has nan in both")
+    return Outcome("agrees")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from palme_xt.parity.numbers import Numbers, describe_crash, first_difference
 from palme_xt.parity.observation import a_weight, cached_logits, observe, running
-from palme_xt.parity.parts import Inputs, draw_inputs
+from palme_xt.parts import draw_inputs
 from palme_xt.storage.folder import FolderError, load, one_line, write_files
 
 PARITY = "parity.safetensors"
@@ -44,8 +45,8 @@ class Verdict:
     @property
     def changes(self) -> dict[str, tuple[str, str]]:
         """What was recorded of the environment and is different now, with both values. It explains a difference."""
-        pairs = {name: (value, self.current[name]) for name, value in self.recorded.items()}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        recorded = self.recorded.items()
+        return {name: (value, self.current[name]) for name, value in recorded if value != self.current[name]}
 
 
 def record(
@@ -66,12 +67,20 @@ def record(
         TypeError: If `inputs` holds anything but tensors.
         FolderError: If the module computes nan or inf, or the file cannot be written.
     """
-    args = () if isinstance(inputs, Mapping) else (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    kwargs = inputs if isinstance(inputs, Mapping) else {}
-    if wrong := [type(value).__name__ for value in (*args, *kwargs.values()) if not isinstance(value, Tensor)]:
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    given = dict(inputs if isinstance(inputs, Mapping) else enumerate(inputs))
+    if wrong := [type(value).__name__ for value in given.values() if not isinstance(value, Tensor)]:
         found = f"inputs holds a {wrong[0]}, must be a tensor, a tuple of tensors, or a dict of tensors"
         raise TypeError(f"{found}: wrap the module in one whose forward takes tensors only")
-    _record(module, (args, kwargs), Path(path))
+    reference = _numbers(module, given)
+    if bad := [name for name, tensor in reference.items() if not tensor.isfinite().all()]:
+        raise FolderError(f"{type(module).__name__} computes nan or inf from {bad[0]} on: these cannot be compared")
+    tensors = reference | {f"input {key}": value for key, value in given.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    order = {f"order.{place:06}": name for place, name in enumerate(tensors)}  # safetensors sorts names
+    metadata = environment(module) | order | {"parameters": _digest(module), "inputs": json.dumps(list(given))}
+    path = Path(path)
+    write_files(path.parent, {path.name: lambda file: save_file(tensors, file, metadata)})
 
 
 def check(module: nn.Module, path: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdict:
@@ -88,14 +97,14 @@ def check(module: nn.Module, path: str | os.PathLike[str], tolerance: float = TO
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance} must be 0 or more")
-    inputs, reference, metadata = _read(Path(path))
+    given, reference, metadata = _read(Path(path))
     if metadata.get("parameters", _digest(module)) != _digest(module):
         remedy = "load them from a file, because a seed gives others if the initialisation changes, or record again"
         raise FolderError(f"the parameters of the {type(module).__name__} are not those recorded in {path}: {remedy}")
     current = environment(module)
     recorded = {name: metadata[name] for name in current if name in metadata}
     try:
-        numbers = _numbers(module, inputs, reference)
+        numbers = _numbers(module, given, reference)
     except Exception as error:  # any error of upstream is a result
         return Verdict(recorded, current, f"the model crashes: {describe_crash(error)}")
     gone = [name for name in reference if name.startswith("the output") and name not in numbers]
@@ -110,7 +119,8 @@ def record_folder(folder: str | os.PathLike[str]) -> None:
         FolderError: If `folder` is not a model folder or cannot be written, or if its model computes nan or inf.
     """
     model = load(folder)
-    _record(model, draw_inputs(model, b=1), Path(folder) / PARITY)
+    args, _ = draw_inputs(model, b=1)
+    record(model, args, Path(folder) / PARITY)
 
 
 def check_folder(folder: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdict:
@@ -134,7 +144,7 @@ def fingerprint(output: Tensor) -> Tensor:
 
 def environment(module: nn.Module) -> dict[str, str]:
     """Return what may determine the numbers that a module computes."""
-    weight = torch.zeros(()) if (found := a_weight(module)) is None else found
+    weight = a_weight(module, default=torch.zeros(()))
     processor = f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         **{name: version(name) for name in ("x-transformers", "torch", "palme-xt")},
@@ -145,25 +155,15 @@ def environment(module: nn.Module) -> dict[str, str]:
     }
 
 
-def _record(module: nn.Module, inputs: Inputs, path: Path) -> None:
-    reference = _numbers(module, inputs)
-    if bad := [name for name, tensor in reference.items() if not tensor.isfinite().all()]:
-        raise FolderError(f"{type(module).__name__} computes nan or inf from {bad[0]} on: these cannot be compared")
-    given = dict(enumerate(inputs[0])) | dict(inputs[1])
-    tensors = reference | {f"input {key}": value for key, value in given.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    order = {f"order.{place:06}": name for place, name in enumerate(tensors)}  # safetensors sorts names
-    metadata = environment(module) | order | {"parameters": _digest(module), "inputs": json.dumps(list(given))}
-    write_files(path.parent, {path.name: lambda file: save_file(tensors, file, metadata)})
-
-
-def _numbers(module: nn.Module, inputs: Inputs, recorded: Numbers | None = None) -> dict[str, Tensor]:
+def _numbers(module: nn.Module, given: Mapping[Any, Tensor], recorded: Numbers | None = None) -> Numbers:
     """Return fingerprints of all layers, in the order in which they finish, then the outputs and the cached logits.
 
     There are no cached logits if upstream crashes while they are recorded, or if none were recorded.
     """
+    args = tuple(value for key, value in given.items() if isinstance(key, int))
+    kwargs = {key: value for key, value in given.items() if isinstance(key, str)}
     with running(module):
-        seen = observe(module, inputs)
+        seen = observe(module, (args, kwargs))
         numbers = {name: fingerprint(layer) for name, layer in seen.layers.items()}
         numbers |= {name: value for name, value in seen.outputs.items() if isinstance(value, Tensor)}
         if seen.call is not None and (recorded is None or "cached logits" in recorded):
@@ -172,8 +172,8 @@ def _numbers(module: nn.Module, inputs: Inputs, recorded: Numbers | None = None)
     return numbers
 
 
-def _read(path: Path) -> tuple[Inputs, dict[str, Tensor], dict[str, str]]:
-    """Return what `_write` wrote: the inputs, the other tensors in order, and the metadata."""
+def _read(path: Path) -> tuple[dict[Any, Tensor], dict[str, Tensor], dict[str, str]]:
+    """Return what `record` wrote: the inputs, the other tensors in order, and the metadata."""
     if not path.is_file():
         raise FolderError(f"{path.parent} has no {path.name}: write one with `palme-xt parity record`")
     try:
@@ -187,11 +187,9 @@ def _read(path: Path) -> tuple[Inputs, dict[str, Tensor], dict[str, str]]:
             metadata["inputs"] = '["img", "text"]'
         given = {key: reference.pop(f"input {key}") for key in json.loads(metadata["inputs"])}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise FolderError(
-            f"{path} is not a reference that `palme-xt parity record` wrote: {one_line(error)}"
-        ) from error
-    args = tuple(value for key, value in given.items() if isinstance(key, int))
-    return (args, {key: value for key, value in given.items() if isinstance(key, str)}), reference, metadata
+        message = f"{path} is not a reference that `palme-xt parity record` wrote: {one_line(error)}"
+        raise FolderError(message) from error
+    return given, reference, metadata
 
 
 def _digest(module: nn.Module) -> str:

@@ -53,11 +53,6 @@ def first_difference(ours: Numbers, theirs: Numbers, absolute: float = 0.0, shar
     return None
 
 
-def first_nan(values: Numbers) -> str | None:
-    """Return the name of the first tensor that has a nan."""
-    return next((name for name, value in values.items() if isinstance(value, Tensor) and value.isnan().any()), None)
-
-
 def first_unlikely_choice(ours: Numbers, theirs: Numbers) -> str | None:
     """Describe the first greedy token that the other side finds unlikely, or return None if there is none.
 
@@ -69,7 +64,7 @@ def first_unlikely_choice(ours: Numbers, theirs: Numbers) -> str | None:
         ours: The logits `(b, v)` of each step of greedy decoding.
         theirs: The same of the other side.
     """
-    same = torch.ones(len(next(iter(ours.values()))), dtype=torch.bool)  # samples whose tokens are equal so far
+    same = torch.tensor(True)  # for each sample, whose tokens are equal so far
     for name, expected in ours.items():
         sides = expected.detach().cpu(), theirs[name].detach().cpu()
         likely = [logits.topk(min(CHOICES, logits.shape[-1])).indices for logits in sides]
@@ -80,7 +75,7 @@ def first_unlikely_choice(ours: Numbers, theirs: Numbers) -> str | None:
             sample = int(unlikely[0])
             ids = " and ".join(str(int(tokens[sample])) for tokens in chosen)
             return f"{name} of sample {sample}: the choices {ids} are not both among each other's {CHOICES} likeliest"
-        same &= ~differ
+        same = same & ~differ
     return None
 
 

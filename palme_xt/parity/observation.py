@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map_only
 
 from palme_xt.parity.numbers import Numbers, first_tensor, leaves
-from palme_xt.parity.parts import Inputs, is_causal
+from palme_xt.parts import Inputs, is_causal, undisturbed
 from palme_xt.upstream.loss import AutoregressiveWrapper
 
 
@@ -41,7 +41,7 @@ class Observation(NamedTuple):
     Attributes:
         layers: The first tensor that each module returned, in the order in which they finished, innermost first. Names
             are those in the state dict, followed by the number of the call if a module is called repeatedly.
-        outputs: The leaves of the output.
+        outputs: The leaves of the output, or nothing if none of them is a tensor.
         call: The first call of a decoder's net, or None if there was none.
     """
 
@@ -50,9 +50,9 @@ class Observation(NamedTuple):
     call: Call | None
 
 
-def a_weight(model: nn.Module) -> Tensor | None:
+def a_weight(model: nn.Module, default: Tensor) -> Tensor:
     """Return the first floating-point parameter or buffer, whose device and dtype stand for those of the model."""
-    return next((t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), None)
+    return next((t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), default)
 
 
 @contextmanager
@@ -62,25 +62,14 @@ def running(model: nn.Module) -> Iterator[None]:
     Inside, the random numbers are others than outside, there are no gradients, and the loss of a `PalmE` is computed as
     upstream computes it.
     """
-    modules = [(module, module.training) for module in model.modules()]
-    tensors = [
-        (module, name, tensor, tensor.detach().clone())
-        for module in model.modules()
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    ]
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())), torch.no_grad():
-            AutoregressiveWrapper.exact = True
+    tensors = [(tensor, tensor.detach().clone()) for tensor in chain(model.parameters(), model.buffers())]
+    with undisturbed(model), torch.no_grad():
+        AutoregressiveWrapper.exact = True
+        try:
             yield
-    finally:
-        AutoregressiveWrapper.exact = False
-        random.setstate(state)
-        for module, mode in modules:
-            module.training = mode
-        with torch.no_grad():
-            for module, name, tensor, before in tensors:
-                setattr(module, name, tensor)
+        finally:
+            AutoregressiveWrapper.exact = False
+            for tensor, before in tensors:
                 tensor.copy_(before)
 
 
@@ -103,8 +92,9 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
             calls.append(Call(module, args[0] if args else kwargs["x"], context, tensor.clone()))
 
     with register_module_forward_hook(keep, with_kwargs=True):
-        outputs = dict(leaves(_forward(model, inputs, training=False)))
+        output = _forward(model, inputs, training=False)
     layers.pop("", None)  # the model itself
+    outputs = {} if first_tensor(output) is None else dict(leaves(output))
     return Observation(layers, outputs, calls[0] if calls else None)
 
 
@@ -150,10 +140,9 @@ def gradients(model: nn.Module, inputs: Inputs) -> Numbers:
 
 def _forward(model: nn.Module, inputs: Inputs, *, training: bool) -> Any:
     """Call forward with copies of the inputs on the model's device and in its dtype, and seeded random numbers."""
-    weight = a_weight(model)
 
     def copy(tensor: Tensor) -> Tensor:
-        like = tensor if weight is None else weight
+        like = a_weight(model, default=tensor)
         return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
     args, kwargs = tree_map_only(Tensor, copy, inputs)

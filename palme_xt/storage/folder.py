@@ -163,9 +163,7 @@ def save(
     for name, tensor in model.state_dict().items():
         memory = tensor.device, tensor.untyped_storage().data_ptr()
         # safetensors rejects tensors that share memory or are not contiguous.
-        weights[name] = (
-            tensor.clone(memory_format=torch.contiguous_format) if memory in memories else tensor.contiguous()
-        )
+        weights[name] = tensor.clone().contiguous() if memory in memories else tensor.contiguous()
         memories.add(memory)
     writers: dict[str, Callable[[Path], object]]
     writers = {name: methodcaller("write_bytes", content) for name, content in contents.items()}

@@ -1,8 +1,10 @@
-"""Find the encoder and the decoder in a model, and draw inputs that fit them."""
+"""Find the encoder and the decoder in a model, draw inputs that fit, and run it without leaving a trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,12 +25,26 @@ class Wired(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
 
-    def forward(self, img: Tensor, text: Tensor) -> Tensor:
-        """Return the loss of `text (b, n)`, for `img (b, c, h, w)` or `(b, m, c, h, w)`."""
+    def forward(self, img: Tensor, text: Tensor, **kwargs: Any) -> Any:
+        """Return what the decoder returns for `text (b, n)`, for `img (b, c, h, w)` or `(b, m, c, h, w)`."""
         embeddings = self.encoder(img.flatten(0, -4), return_embeddings=True)
         context = embeddings.unflatten(0, (len(img), -1)).flatten(1, 2)
-        loss: Tensor = self.decoder(text, context=context if self.decoder.net.attn_layers.cross_attend else None)
-        return loss
+        return self.decoder(text, context=context if self.decoder.net.attn_layers.cross_attend else None, **kwargs)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the modes and buffers of a model, and the random number generators, back on exit."""
+    before = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(state)
+        for module, training, buffers in before:
+            module.training = training
+            module._buffers.update(buffers)  # upstream's ALiBi bias replaces one in forward
 
 
 def is_causal(module: nn.Module) -> bool:
@@ -58,6 +74,12 @@ def part_name(name: str, parts: Mapping[str, tuple[str, Any]]) -> str:
     return name
 
 
+def image_shape(vit: Any) -> tuple[int, int, int]:
+    """Return the channels, height and width of the images that a `ViTransformerWrapper` takes."""
+    size = round(vit.pos_embedding.shape[1] ** 0.5) * vit.patch_size
+    return vit.patch_to_embedding[1].in_features // vit.patch_size**2, size, size
+
+
 def draw_inputs(model: nn.Module, b: int = 2, n: int = 12) -> Inputs:
     """Return random inputs of a model's forward, positional and keyword. They are the same in every call.
 
@@ -76,14 +98,12 @@ def draw_inputs(model: nn.Module, b: int = 2, n: int = 12) -> Inputs:
     parts = {name: module for name, (_, module) in find_parts(model).items()}
 
     def images(vit: Any) -> Tensor:
-        size = round(vit.pos_embedding.shape[1] ** 0.5) * vit.patch_size
-        channels = vit.patch_to_embedding[1].in_features // vit.patch_size**2
-        return torch.randn(b, channels, size, size, generator=generator)
+        return torch.randn(b, *image_shape(vit), generator=generator)
 
     def texts(net: Any, wrapper: Any = None) -> Tensor:
         text = torch.randint(net.num_tokens, (b, max(2, min(n, net.max_seq_len))), generator=generator)
-        if wrapper is not None and text.shape[1] > 3:
-            text[0, text.shape[1] // 2] = wrapper.ignore_index
+        if wrapper is not None:
+            text[0, 3:4] = wrapper.ignore_index  # shorter texts would have no other target
         return text
 
     if isinstance(model, XTransformer):
