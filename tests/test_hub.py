@@ -18,7 +18,6 @@ from torch import nn
 
 import palme_xt
 from palme_xt import PalmEConfig
-from palme_xt.captioner.training.run import Run
 from palme_xt.hub import PalmE
 from palme_xt.storage.atomic import UNFINISHED
 from palme_xt.storage.folder import COMPANIONS, CONFIG, WEIGHTS, FolderError, load, read_config, save
@@ -77,7 +76,7 @@ def test_a_saved_model_is_read_again(overrides: dict[str, Any], tmp_path: Path) 
     img, text = batch(model)
     assert torch.equal(logits(loaded, img, text), logits(model.eval(), img, text))
 
-    for plain in Run(tmp_path).load(), load(str(tmp_path)):
+    for plain in load(tmp_path), load(str(tmp_path)):
         assert type(plain) is palme_xt.PalmE
         assert same(plain, model)
         assert not any(module.training for module in plain.modules())

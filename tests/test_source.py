@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from palme_xt import PalmE, PalmEConfig
-from palme_xt.captioner.training.run import Run
+from palme_xt.captioner.training.run import WEIGHTS, Run
 from palme_xt.cli import main
 from palme_xt.parity.comparison import compare
 from palme_xt.source import to_source
@@ -76,8 +76,8 @@ def test_long_values_are_wrapped() -> None:
 def test_the_program_of_a_run_has_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = small()
     run = Run(tmp_path / "run")
-    run.create(model.config, {})
-    run.save(model.state_dict())
+    run.create(model.config, {}, {})
+    run.write_tensors(WEIGHTS, model.state_dict())
     assert main(["source", str(run.folder)]) == 0
     program = execute(capsys.readouterr().out)
     img, text = batch(model)

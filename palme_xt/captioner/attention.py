@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from x_transformers.x_transformers import Attention
 
+from palme_xt.config import is_int
 from palme_xt.decoding.loop import evaluating
 from palme_xt.inputs import check_batches, check_img, check_text
 from palme_xt.model import PalmE
@@ -38,17 +39,28 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
         ValueError: If the model does not cross-attend, there is no such layer, `img` or `text` has the wrong shape or
             values, or memory tokens are placed within the text.
     """
-    _check(model, img, text, layer)
-    rows = model.config.image_size // model.config.patch_size
+    config = model.config
+    if not config.cross_attend:
+        raise ValueError("model has cross_attend=False, must cross-attend: it never looks at an image")
+    if not is_int(layer):
+        raise TypeError(f"layer={layer!r} must be an int, not {type(layer).__name__}")
+    check_img(img, config)
+    if img.ndim != 4:
+        raise ValueError(f"img has shape {tuple(img.shape)}, must be (b, c, h, w): pass one image per text")
+    check_text(text, config)
+    check_batches(img, text)
+    if (text == config.ignore_index).any():
+        raise ValueError(
+            f"text has ignore_index={config.ignore_index}, must hold only token ids: group texts by length"
+        )
+    rows = config.image_size // config.patch_size
     net = model.decoder.net
     calls: list[tuple[Any, tuple[Tensor, ...], dict[str, Any]]] = []
     with evaluating(model):
         context = model.encode(img)
         if context.shape[1] != rows**2:
-            raise ValueError(
-                f"model encodes img to {context.shape[1]} embeddings, must be {rows}x{rows}, one per patch: remove the "
-                "hook that adds or drops embeddings"
-            )
+            rule = f"must be {rows}x{rows}, one per patch: remove the hook that adds or drops embeddings"
+            raise ValueError(f"model encodes img to {context.shape[1]} embeddings, {rule}")
         with contextlib.ExitStack() as hooks:
             for module in net.attn_layers.modules():
                 if isinstance(module, Attention) and not module.causal:
@@ -60,33 +72,16 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
         attend, (q, k, _), keywords = calls[layer]
         positions = net.num_memory_tokens + text.shape[1] - 1
         if q.shape[-2] != positions:
-            raise ValueError(
-                f"model attends from {q.shape[-2]} positions, must be {positions}, its memory tokens and text's: "
-                "build it without memory_tokens_interspersed_every, which puts memory tokens within the text"
+            rule = (
+                f"must be {positions}, its memory tokens and text's: build it without memory_tokens_interspersed_every"
             )
+            raise ValueError(f"model attends from {q.shape[-2]} positions, {rule}")
         # Flash attention does not return its weights, but with the identity as values, its output is the weights.
         identity = torch.eye(k.shape[-2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
         weights, _ = attend(q, k, identity, **keywords)
     # Memory keys come before the patches, memory tokens before the text.
     maps: Tensor = weights[:, :, 1 - text.shape[1] :, -(rows**2) :].float().mean(dim=1)
     return rearrange(maps, "b n (r c) -> b n r c", r=rows)
-
-
-def _check(model: PalmE, img: Tensor, text: Tensor, layer: int) -> None:
-    config = model.config
-    if not config.cross_attend:
-        raise ValueError("model has cross_attend=False, must cross-attend: it never looks at an image")
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"layer={layer!r} must be an int, not {type(layer).__name__}")
-    check_img(img, config)
-    if img.ndim != 4:
-        raise ValueError(f"img has shape {tuple(img.shape)}, must be (b, c, h, w): pass one image per text")
-    check_text(text, config)
-    check_batches(img, text)
-    if (text == config.ignore_index).any():
-        raise ValueError(
-            f"text has ignore_index={config.ignore_index}, must hold only token ids: group texts by length"
-        )
 
 
 def words(pieces: Sequence[str]) -> list[tuple[str, list[int]]]:
@@ -121,11 +116,6 @@ def word_maps(maps: Tensor, words: Sequence[tuple[str, Sequence[int]]]) -> Tenso
         `(number of words, rows, columns)`.
 
     Raises:
-        ValueError: If a token of a word has no map.
+        IndexError: If a token of a word has no map.
     """
-    for word, tokens in words:
-        if not all(0 <= token < len(maps) for token in tokens):
-            raise ValueError(
-                f"words has {word!r} of tokens {tokens}, must be within 0..{len(maps) - 1}: pass the maps of the text"
-            )
     return torch.cat([maps[:0], *(maps[list(tokens)].mean(dim=0, keepdim=True) for _, tokens in words)])

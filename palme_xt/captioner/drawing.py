@@ -87,9 +87,8 @@ def draw_loss(metrics: Sequence[dict[str, Any]], path: Path, saved: int | None =
     curves += _plot(right, steps, [100 * share for share in shares], ORANGE, "held-out exact match (%)")
     curves += _plot(right, *_points(metrics, "held_out_chrf", above=-1), GREEN, "held-out chrF")
     if saved is not None:
-        curves.append(
-            axes.axvline(saved, color=GREY, linestyle="--", zorder=1.9, label=f"saved weights (step {saved:,})")
-        )
+        label = f"saved weights (step {saved:,})"
+        curves.append(axes.axvline(saved, color=GREY, linestyle="--", zorder=1.9, label=label))
     right.set(ylabel="exact match (%), chrF", ylim=(-2, 102), frame_on=False)
     for each in axes, right:
         each.tick_params(length=0, labelcolor=GREY)
@@ -106,19 +105,15 @@ def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) 
         maps: `(number of words, rows, columns)`, the share of attention that each patch gets, as
             `palme_xt.captioner.attention.word_maps` returns them. The colours of a panel go from 0 to its own largest
             share, which is written above it.
-        path: The PNG file to write. Its name must end in .png.
+        path: The PNG file to write.
 
     Raises:
-        ValueError: If `maps` has the wrong shape, or `path` does not end in .png.
+        ValueError: If `maps` has the wrong shape.
         OSError: If `path` cannot be written.
     """
     if maps.ndim != 3 or len(maps) != len(words):
-        raise ValueError(
-            f"maps has shape {tuple(maps.shape)}, must be (number of words, rows, columns) for {len(words)} words: "
-            "pass what word_maps returns"
-        )
-    if not path.name.lower().endswith(".png"):
-        raise ValueError(f"path={path} must end in .png: no other format is written")
+        rule = f"must be (number of words, rows, columns) for {len(words)} words: pass what word_maps returns"
+        raise ValueError(f"maps has shape {tuple(maps.shape)}, {rule}")
     count = 1 + len(words)
     columns = min(count, max(5, math.ceil(math.sqrt(1.3 * count))))
     title = "Where the model looks, word by word" if words else "Nothing was generated"

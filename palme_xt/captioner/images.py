@@ -73,9 +73,8 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.channels not in MODES:
-            raise ImageError(
-                f"channels={self.channels} must be one of {list(MODES)}, as image files have: set vit_kwargs"
-            )
+            rule = f"must be one of {list(MODES)}, as image files have: set vit_kwargs"
+            raise ImageError(f"channels={self.channels} {rule}")
         if self.fit not in FITS:
             raise ImageError(f"fit={self.fit} must be one of {', '.join(FITS)}")
 
@@ -111,7 +110,7 @@ class Preprocessing:
 
     def normalise(self, img: Tensor) -> Tensor:
         """Return model inputs, float32, from images `(..., c, h, w)`, uint8 or floating point in 0..1."""
-        mean, std = self._column(self.mean, img), self._column(self.std, img)
+        mean, std = torch.tensor([self.mean, self.std], device=img.device)[:, :, None, None]
         # In place, because every batch passes here.
         img = img.float().div_(255).sub_(mean) if img.dtype == torch.uint8 else img.float() - mean
         return img.div_(std)
@@ -161,10 +160,6 @@ class Preprocessing:
             content = file if isinstance(file, bytes) else Path(file).read_bytes()
         with image_errors(name, BrokenImageError), Image.open(io.BytesIO(content)) as image:
             return self.pixels(image)
-
-    @staticmethod
-    def _column(values: tuple[float, ...], img: Tensor) -> Tensor:
-        return torch.tensor(values, device=img.device)[:, None, None]
 
     def to_json(self) -> str:
         """Return the content of `preprocessor_config.json`, which transformers' image processors read as well."""
@@ -230,10 +225,10 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
     path = folder / PREPROCESSING
     try:
         values: dict[str, Any] = json.loads(path.read_text())
-        size, width = (values["crop_size"][side] for side in ("height", "width"))
+        size = values["crop_size"]["height"]
         mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
-        if width != size or len(mean) != len(std) or not all(std):
-            raise ValueError("crop_size is not square, or image_std has a zero or not the length of image_mean")
+        if len(mean) != len(std) or not all(std):
+            raise ValueError("image_std has a zero or not the length of image_mean")
         if (size, len(mean)) != (config.image_size, config.channels):
             raise ValueError(f"has {len(mean)} channels of {size} pixels, not {config.channels} of {config.image_size}")
         fit = "crop" if values["do_center_crop"] else "pad" if values.get("do_pad") else "squash"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from palme_xt import tokens
 from palme_xt.config import PalmEConfig
@@ -31,6 +31,11 @@ DIGITS_MODEL = PalmEConfig(
 )
 
 PICTURES_MODEL = replace(DIGITS_MODEL, image_size=64, max_seq_len=128, vit_kwargs={})
+
+
+def default_model(data: str) -> PalmEConfig:
+    """Return the arguments of the model that learns these data by default."""
+    return DIGITS_MODEL if data == DIGITS else PICTURES_MODEL
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,8 @@ class Data:
         for option in fields(self):
             value = getattr(self, option.name)
             if self.data == DIGITS and option.name in NOT_OF_DIGITS and value != option.default:
-                raise ValueError(
-                    f"{option.name}={value} has no effect with data={DIGITS}, whose scenes are composed: leave it out"
-                )
+                rule = f"has no effect with data={DIGITS}, whose scenes are composed: leave it out"
+                raise ValueError(f"{option.name}={value} {rule}")
         for name, least in ("shuffle_buffer", 1), ("num_workers", 0):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
@@ -176,26 +180,19 @@ class Training:
             raise ValueError(f"mixed_precision={self.mixed_precision} must be no or bf16: fp16 would need loss scaling")
 
 
-KINDS: dict[Any, tuple[Any, str]] = {  # by annotation
-    "str": (str, "text"),
-    "str | None": (str | None, "text or None"),
-    "bool": (bool, "true or false"),
-    "int": (int, "an int"),
-    "int | None": (int | None, "an int or None"),
-    "float": (int | float, "a number"),
-}
-
-
 def check_types(options: Any) -> None:
     """Reject a dataclass with a value that does not have the declared type.
 
     Raises:
         ValueError: If there is such a value.
     """
+    kinds = get_type_hints(type(options))
     for option in fields(options):
-        value, (kind, rule) = getattr(options, option.name), KINDS[option.type]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{option.name}={value!r} must be {rule}")
+        value, kind = getattr(options, option.name), kinds[option.name]
+        if not isinstance(value, int | float if kind is float else kind) or (
+            isinstance(value, bool) and kind is not bool
+        ):
+            raise ValueError(f"{option.name}={value!r} must be of type {option.type}")
 
 
 # Options that older runs do not have, with what they did.

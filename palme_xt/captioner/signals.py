@@ -35,11 +35,10 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.raise_signal(number)
 
     may_handle = threading.current_thread() is threading.main_thread()
-    ignored = [
-        number for number in STOP_SIGNALS if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-    ]
-    numbers = [number for number in STOP_SIGNALS if may_handle and number not in ignored]
-    previous: dict[Any, Any] = {number: signal.signal(number, handle) for number in numbers}
+    previous: dict[Any, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS if may_handle}
+    for number, handler in previous.items():
+        if (number.name, handler) != ("SIGHUP", signal.SIG_IGN):
+            signal.signal(number, handle)
     try:
         yield requested
     finally:

@@ -85,8 +85,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Return token ids: BOS, the bytes, EOS."""
-        ids: list[int] = tokens.encode([text])[0].tolist()
-        return ids
+        return [self.bos, *text.encode(), self.eos]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text, as `tokens.decode` does."""
@@ -163,9 +162,8 @@ def load_tokenizer(file_or_name: str | None, bos_token: str | None = None, eos_t
         local = path.is_file() or not may_be_on_the_hub
         vocabulary = Vocabulary.from_file(str(path)) if local else Vocabulary.from_pretrained(file_or_name)
     except Exception as error:  # the library raises bare Exceptions
-        raise TokenizerError(
-            f"tokenizer={file_or_name} must be a file of the tokenizers library or a name on the hub: {one_line(error)}"
-        ) from error
+        rule = f"must be a file of the tokenizers library or a name on the hub: {one_line(error)}"
+        raise TokenizerError(f"tokenizer={file_or_name} {rule}") from error
     return VocabularyTokenizer(vocabulary, bos_token, eos_token, name=file_or_name)
 
 

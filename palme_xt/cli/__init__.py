@@ -10,6 +10,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -80,9 +81,8 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         parser.exit()
     command: str = parser.parse_args(argv[:1]).command
     if command not in COMMANDS:
-        raise ValueError(
-            f"{command!r} must be one of the commands {', '.join(COMMANDS)}{did_you_mean(command, COMMANDS)}"
-        )
+        hint = did_you_mean(command, COMMANDS)
+        raise ValueError(f"{command!r} must be one of the commands {', '.join(COMMANDS)}{hint}")
     return command, _module(command).parse([_with_underscores(argument) for argument in argv[1:]])
 
 
@@ -111,7 +111,5 @@ def _module(command: str) -> Any:
 
 
 def _raised_here(error: Exception) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("palme_xt.")
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("palme_xt.")

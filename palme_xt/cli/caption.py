@@ -17,17 +17,11 @@ from palme_xt.cli import complain
 from palme_xt.cli.given import Parser, device_of
 from palme_xt.tokens import printable
 
-CAPTIONED_AT_ONCE = 64
-
 
 def parse(argv: list[str]) -> dict[str, Any]:
     """Return the options in `argv`."""
-    parser = Parser(
-        prog="palme-xt caption",
-        usage="palme-xt caption RUN IMAGE|FOLDER [IMAGE|FOLDER ...] [OPTION ...]",
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    usage = "palme-xt caption RUN IMAGE|FOLDER [IMAGE|FOLDER ...] [OPTION ...]"
+    parser = Parser(prog="palme-xt caption", usage=usage, description=__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` wrote")
     parser.add_argument("image", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     parser.add_argument("--beams", type=int, default=1, help="width of a beam search (default: 1, no search)")
@@ -37,9 +31,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--stream", action="store_true", help="print each caption as it is decoded")
     parser.add_argument("--json", action="store_true", help='print {"file": ..., "caption": ...} on each line')
     parser.add_argument("--device", help="device to compute on, such as cpu or cuda:1 (default: a GPU if there is one)")
-    parser.add_argument(
-        "--attention", metavar="OUT.png", help="draw where in one IMAGE the decoder looked for each word"
-    )
+    shown = "draw where in one IMAGE the decoder looked for each word"
+    parser.add_argument("--attention", metavar="OUT.png", help=shown)
     layer = "index of the cross-attention to draw, in the order of execution (default: -1, the last)"
     parser.add_argument("--layer", type=int, help=layer)
     return dict(parser.parse_args(argv).as_dict())
@@ -57,9 +50,9 @@ def run(options: dict[str, Any]) -> int:
     if options["layer"] is not None:
         raise ValueError(f"--layer={options['layer']} has no effect without --attention: leave it out")
     unreadable, files = 0, _files(options["image"])
-    for start in range(0, len(files), CAPTIONED_AT_ONCE):
+    for start in range(0, len(files), captioning.CAPTIONED_AT_ONCE):
         images: list[tuple[str, Tensor]] = []
-        for path in files[start : start + CAPTIONED_AT_ONCE]:
+        for path in files[start : start + captioning.CAPTIONED_AT_ONCE]:
             try:
                 images.append((path, captioner.preprocessing.read(path).to(device)))
             except ImageError as error:  # caption the other images

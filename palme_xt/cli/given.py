@@ -40,10 +40,8 @@ def device_of(name: str | None) -> torch.device:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--device={name} must be a device of this machine, such as cpu or cuda:0: {reason}"
-        ) from error
+        rule = f"must be a device of this machine, such as cpu or cuda:0: {str(error).splitlines()[0]}"
+        raise ValueError(f"--device={name} {rule}") from error
 
 
 def given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:

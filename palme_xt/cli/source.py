@@ -17,12 +17,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: If there are other options in addition to a run.
     """
-    parser = Parser(
-        prog="palme-xt source",
-        usage="palme-xt source [RUN] [OPTION VALUE ...]",
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    usage = "palme-xt source [RUN] [OPTION VALUE ...]"
+    parser = Parser(prog="palme-xt source", usage=usage, description=__doc__, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=str, nargs="?", help="folder that `palme-xt train` wrote")
     parser.add_class_arguments(PalmEConfig)
     options: dict[str, Any] = parser.parse_args(argv).as_dict()

@@ -19,24 +19,19 @@ from typing import Any
 
 from accelerate import PartialState
 
-from palme_xt.captioner.options import (
-    ADDED,
-    DIGITS,
-    DIGITS_MODEL,
-    PICTURES_MODEL,
-    RESUMABLE,
-    Data,
-    RunOptions,
-    Training,
-)
+from palme_xt.captioner.options import ADDED, RESUMABLE, Data, RunOptions, Training, default_model
 from palme_xt.captioner.tokenizer import load_tokenizer, read_tokenizer
 from palme_xt.captioner.training.loop import Outcome, train
 from palme_xt.captioner.training.run import SKIPPED, Run
 from palme_xt.cli import INTERRUPTED, complain
 from palme_xt.cli.given import Parser, device_of, from_options, given, reject_others
 from palme_xt.config import PalmEConfig
+from palme_xt.storage.folder import read_config
 from palme_xt.tokens import printable
 
+USAGE = """palme-xt train [--data DATA] [--run RUN] [OPTION VALUE ...]
+       palme-xt train --from RUN [--data DATA] [--run RUN] [OPTION VALUE ...]
+       palme-xt train --resume RUN [--data DATA] [--steps STEPS] [--patience PATIENCE]"""
 FLAGS = ("--strict", "--streaming", "--augment")  # options that may stand alone
 NAMES_OF_TOKENS = {"bos_token": None, "eos_token": None}  # names here, ids in a config: `open_task` sets those
 SHOW = ("-h", "--help", "--print_config")  # options that print something instead of training
@@ -51,14 +46,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: If there are other options in addition to `--resume`, or the tokenizer cannot be read.
     """
-    parser = Parser(
-        prog="palme-xt train",
-        usage="palme-xt train [--data DATA] [--run RUN] [OPTION VALUE ...]\n"
-        "       palme-xt train --from RUN [--data DATA] [--run RUN] [OPTION VALUE ...]\n"
-        "       palme-xt train --resume RUN [--data DATA] [--steps STEPS] [--patience PATIENCE]",
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="palme-xt train", usage=USAGE, description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options; later ones win")
     for options in RunOptions, Data, Training:
         parser.add_class_arguments(options, skip={"start"})
@@ -82,8 +70,8 @@ def _with_value(argument: str, following: str) -> str:
 
 def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]:
     if "from" in named:
-        return Run(named["from"]).config().to_dict() | NAMES_OF_TOKENS
-    model = (DIGITS_MODEL if named.get("data", DIGITS) == DIGITS else PICTURES_MODEL).to_dict()
+        return read_config(named["from"]).to_dict() | NAMES_OF_TOKENS
+    model = default_model(named.get("data", Data.data)).to_dict()
     if "tokenizer" not in named or described:
         return model
     tokenizer = load_tokenizer(named["tokenizer"], named.get("bos_token"), named.get("eos_token"))
@@ -99,7 +87,7 @@ def run(options: dict[str, Any]) -> int:
         os.environ |= {"ACCELERATE_TORCH_DEVICE": str(device), "ACCELERATE_USE_CPU": str(device.type == "cpu")}
     if options["resume"] is not None:
         folder = Run(options["resume"])
-        config, values, tokenizer = folder.config(), folder.training(), read_tokenizer(folder.folder)
+        config, values, tokenizer = read_config(folder.folder), folder.training(), read_tokenizer(folder.folder)
         values = ADDED | values | options["changed"]
     else:
         values = options | {"start": options["from"]}

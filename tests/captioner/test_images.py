@@ -31,7 +31,7 @@ from palme_xt.captioner.images import (
     save_images,
     unit_range,
 )
-from palme_xt.captioner.training.run import Run
+from palme_xt.captioner.training.run import WEIGHTS, Run
 from palme_xt.cli import main
 from tests.models import small
 
@@ -472,7 +472,7 @@ def write_run(folder: Path) -> Path:
     model = small(image_size=16, patch_size=8, num_tokens=258)
     run = Run(folder)
     run.create(model.config, {}, {PREPROCESSING: Preprocessing.like_clip(model.config).to_json().encode()})
-    run.save(model.state_dict())
+    run.write_tensors(WEIGHTS, model.state_dict())
     return folder
 
 

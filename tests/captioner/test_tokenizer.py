@@ -37,8 +37,8 @@ from palme_xt.captioner.tokenizer import (
     warn_if_lossy,
 )
 from palme_xt.captioner.tokenizer import Tokenizer as AnyTokenizer
-from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
+from palme_xt.storage import folder as model_folder
 from tests.captioner.captioned import picture, write_folder, write_rows
 from tests.models import batch, small
 
@@ -530,7 +530,7 @@ def test_a_run_has_its_tokenizer(
     assert found.encode(LONGEST_CAPTION) == tokenizer.encode(LONGEST_CAPTION)
 
     images = [str(path) for path in sorted((run / "held_out").glob("*.png"))]
-    model = Run(run).load()
+    model = model_folder.load(run)
     img = torch.stack([Preprocessing.plain(model.config).read(path) for path in images])
     expected = [f"{path}: {text}" for path, text in zip(images, caption(model, img, found), strict=True)]
     with torch.no_grad():

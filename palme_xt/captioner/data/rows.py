@@ -62,8 +62,8 @@ class Reader:
         Raises:
             DataError: If the text column does not hold text, or the image column does not hold images.
         """
-        path, content = self._image(row)
-        name = (isinstance(path, str) and path) or row.get("__key__") or f"row {number}"
+        path, image = self._image(row)
+        name = path or row.get("__key__") or f"row {number}"
         captions = self.captions(row)
         if not captions:
             return Defect("empty caption", f"{name} has no caption", name)
@@ -74,7 +74,7 @@ class Reader:
             detail = f"the caption of {name} has {shortest} tokens, more than max_seq_len={self.max_seq_len}"
             return Defect("caption longer than the model", detail, name)
         try:
-            img = self.preprocessing.read_pixels(self._file(content or path, name), name)
+            img = self.preprocessing.read_pixels(self._file(image, name), name)
         except ImageError as error:
             return Defect(error.reason, str(error), name)
         return Example(img, name, captions, usable, turn)
@@ -94,19 +94,19 @@ class Reader:
 
     def identity(self, row: Mapping[str, Any]) -> object:
         """Return what the rows of one image have in common: the content of an embedded image, otherwise the path."""
-        path, content = self._image(row)
-        if content or isinstance(path, bytes):
-            return sha256(content or path).digest()
-        return path or object()
+        path, image = self._image(row)
+        return sha256(image).digest() if isinstance(image, bytes) else path or object()
 
     def merged(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the rows of one image as one row with all their captions."""
         return {**rows[0], self.text_column: [caption for row in rows for caption in self.captions(row)]}
 
-    def _image(self, row: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the path of an image, or the content of a column without an image type, and the embedded content."""
+    def _image(self, row: Mapping[str, Any]) -> tuple[str | None, Any]:
+        """Return the path of an image, if it has one, and its content, or else the path once more."""
         image = next((row[column] for column in self.image_columns if row[column] is not None), None)
-        return (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
+        if isinstance(image, dict):
+            return image.get("path"), image.get("bytes") or image.get("path")
+        return image if isinstance(image, str) else None, image
 
     def _file(self, image: Any, name: str) -> str | bytes:
         """Return an image as a path or as the content of a file."""
@@ -124,8 +124,7 @@ class Reader:
             target = Path(image).resolve()
             if not target.is_relative_to(self.folder):
                 raise ImageError(f"{name} is a link to {target}, must not leave {self.folder}: copy the file there")
-        content: str | bytes = image
-        return content
+        return image  # type: ignore[no-any-return]
 
 
 class MapStyleSource(Source):

@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
 
-from palme_xt.captioner.training.distributed import Errors
+from palme_xt.captioner.training.distributed import Errors, in_first_process
 from palme_xt.captioner.training.run import Run, RunError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -110,10 +110,9 @@ def save(run: Run, state: State) -> None:
     tensors = {f"{part}.{name}": tensor for part, values in parts.items() for name, tensor in values.items()}
     schedule, groups = state.schedule.state_dict(), moments.get("param_groups")
     metadata = {"format": FORMAT, "progress": vars(progress), "schedule": schedule, "param_groups": groups}
-    with Errors().shared():
-        if state.accelerator.is_main_process:
-            # Write one entry, because safetensors writes several in any order, and equal states must give equal files.
-            run.write_tensors(CHECKPOINT, tensors, {METADATA: json.dumps(metadata)})
+    # Write one entry, because safetensors writes several in any order, and equal states must give equal files.
+    entry = {METADATA: json.dumps(metadata)}
+    in_first_process(state.accelerator, run.write_tensors, CHECKPOINT, tensors, entry)
 
 
 def load(run: Run, state: State) -> None:

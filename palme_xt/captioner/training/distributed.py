@@ -6,7 +6,7 @@ import contextlib
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +130,10 @@ class Errors:
         with self.held():
             yield
         self.meet()
+
+
+def in_first_process(accelerator: Accelerator, function: Callable[..., object], *arguments: Any) -> None:
+    """Call a function in the first process only, and raise its error in all processes. Call this in all of them."""
+    with Errors().shared():
+        if accelerator.is_main_process:
+            function(*arguments)

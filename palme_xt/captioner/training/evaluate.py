@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from palme_xt.captioner.caption import caption
 from palme_xt.captioner.data.batches import DataError, load_batches
 from palme_xt.captioner.training.distributed import Errors
-from palme_xt.captioner.training.run import Run
+from palme_xt.captioner.training.run import EVALUATION, Run
 from palme_xt.captioner.training.task import Task, check_rows
 from palme_xt.decoding.loop import evaluating
 from palme_xt.model import PalmE
@@ -50,7 +51,8 @@ class Evaluation:
     @classmethod
     def saved(cls, run: Run) -> Self | None:
         """Return the evaluation of the saved weights, or None if an uninterrupted run would not have evaluated them."""
-        values = run.evaluation()
+        path = run.folder / EVALUATION
+        values = json.loads(path.read_bytes()) if path.is_file() else {}
         return cls(**values) if "loss" in values and not values["interrupted"] else None
 
     @property

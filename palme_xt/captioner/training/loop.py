@@ -23,7 +23,7 @@ from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training import checkpoint, distributed
 from palme_xt.captioner.training.evaluate import Evaluation, evaluate, unsharded
-from palme_xt.captioner.training.run import EVALUATION, Run, as_json
+from palme_xt.captioner.training.run import EVALUATION, WEIGHTS, Run, as_json
 from palme_xt.captioner.training.step import compute_gradients, initial_state
 from palme_xt.captioner.training.task import Task, check_rows, open_run, open_task
 from palme_xt.config import PalmEConfig
@@ -84,8 +84,7 @@ def train(
                 share = _share(training, accelerator)
                 training = replace(training, mixed_precision=accelerator.mixed_precision)
                 task = open_task(config, training, data, tokenizer)
-                if accelerator.is_main_process:
-                    open_run(run, task, resume)
+            distributed.in_first_process(accelerator, open_run, run, task, resume)
             return _Trainer(accelerator, task, share, run, resume).train()
         finally:
             run.unlock()
@@ -107,9 +106,7 @@ class _Trainer:
         step, steps = self.state.progress.step, task.training.steps
         with self.errors.shared():
             if steps < step:
-                raise ValueError(
-                    f"steps={steps} must be at least {step}, the number of steps that {run.folder} has done"
-                )
+                raise ValueError(f"steps={steps} must be at least {step}, the number that {run.folder} has done")
             if resume and self.main:
                 run.change(steps=steps, patience=task.training.patience)
             if task.training.log_with:
@@ -143,9 +140,7 @@ class _Trainer:
                 state.random_states = checkpoint.random_state()
             best = self.best or self.evaluate(interrupted=stop)
             self.save_checkpoint()
-        with self.errors.shared():
-            if self.main:
-                self.draw(best)
+        distributed.in_first_process(self.accelerator, self.draw, best)
         return Outcome(best, checkpoint.total_progress(progress), stop)
 
     def stalled(self) -> bool:
@@ -177,10 +172,8 @@ class _Trainer:
         """
         self.unusable_rows = 0 if targets else self.unusable_rows + self.share.batch_size
         if self.unusable_rows >= UNUSABLE_ROWS:
-            detail = micro_batches[0].defects[0].detail
-            raise DataError(
-                f"data={self.task.data.data} has {self.unusable_rows} unusable rows in succession: {detail}"
-            )
+            found = f"{self.unusable_rows} unusable rows in succession: {micro_batches[0].defects[0].detail}"
+            raise DataError(f"data={self.task.data.data} has {found}")
         self.state.optimizer.step()
         self.state.schedule.step()
         self.state.optimizer.zero_grad()
@@ -218,13 +211,12 @@ class _Trainer:
         evaluation = replace(evaluation, interrupted=interrupted)
         skipped, scores = checkpoint.total_progress(self.state.progress).skipped, evaluation.scores
         if not math.isfinite(evaluation.loss):
-            raise distributed.TrainingError(
-                f"lr={task.training.lr} led to a held-out loss of {evaluation.loss} after step {step}: lower it; "
-                f"{self.run.folder} keeps the earlier weights"
-            )
+            found = f"led to a held-out loss of {evaluation.loss} after step {step}"
+            keeps = f"{self.run.folder} keeps the earlier weights"
+            raise distributed.TrainingError(f"lr={task.training.lr} {found}: lower it; {keeps}")
         if self.best is None or evaluation.loss < self.best.loss:
             self.best = evaluation
-            self.save_weights(weights)
+            distributed.in_first_process(accelerator, self.save_weights, weights)
         with self.errors.shared():
             if self.main:
                 marked = {"interrupted": True} if interrupted else {}
@@ -241,26 +233,22 @@ class _Trainer:
         The rows that were skipped are written first. A run that ends in between resumes from before them.
         """
         skipped = gather_object(self.skipped)
-        with self.errors.shared():
-            if self.main:
-                self.run.log_skipped(map(asdict, skipped))
+        distributed.in_first_process(self.accelerator, self.run.log_skipped, map(asdict, skipped))
         self.skipped = []
         checkpoint.save(self.run, self.state)
         if self.best is None and self.state.progress.step:
-            self.save_weights(checkpoint.full_weights(self.state.model))
+            weights = checkpoint.full_weights(self.state.model)
+            distributed.in_first_process(self.accelerator, self.save_weights, weights)
 
     def save_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Save weights with their evaluation, if any, and a model card."""
-        with self.errors.shared():
-            if self.main:
-                evaluation, step = self.best, self.state.progress.step
-                described: dict[str, Any] = {"step": step, "selected_by": "last checkpoint"}
-                if evaluation is not None:
-                    described = {"step": step, "selected_by": "lowest held-out loss"}
-                    described |= {"held_out_images": len(evaluation.predicted)} | evaluation.scores
-                card = model_card(self.task.config, self.task.options, described)
-                values = {"step": step} if evaluation is None else asdict(evaluation)
-                self.run.save(weights, {EVALUATION: as_json(values), CARD: card.encode()})
+        values: dict[str, Any] = {"step": self.state.progress.step}
+        described = values | {"selected_by": "last checkpoint"}
+        if (evaluation := self.best) is not None:
+            values, held_out = asdict(evaluation), {"held_out_images": len(evaluation.predicted)}
+            described |= {"selected_by": "lowest held-out loss"} | held_out | evaluation.scores
+        card = model_card(self.task.config, self.task.options, described)
+        self.run.write_tensors(WEIGHTS, weights, others={EVALUATION: as_json(values), CARD: card.encode()})
 
     def draw(self, evaluation: Evaluation) -> None:
         """Draw held-out images with their captions, and the loss curve."""
@@ -277,8 +265,7 @@ class _Trainer:
 def _share(training: Training, accelerator: Accelerator) -> Share:
     processes, count = accelerator.num_processes, training.gradient_accumulation_steps
     if training.batch_size % (processes * count):
-        raise ValueError(
-            f"batch_size={training.batch_size} must be divisible by {processes} processes times "
-            f"gradient_accumulation_steps={count}: it is the batch size of all processes together"
-        )
+        divisor = f"{processes} processes times gradient_accumulation_steps={count}"
+        rule = f"must be divisible by {divisor}: it is the batch size of all processes together"
+        raise ValueError(f"batch_size={training.batch_size} {rule}")
     return Share(training.batch_size, count, accelerator.process_index, processes)

@@ -23,22 +23,19 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from palme_xt.config import PalmEConfig
-from palme_xt.model import PalmE
-from palme_xt.storage import folder as model_folder
 from palme_xt.storage.atomic import replace_files
-from palme_xt.storage.folder import CONFIG, TRAINING, WEIGHTS
+from palme_xt.storage.folder import CONFIG, TRAINING, WEIGHTS, read_json
 
 try:
     import fcntl
@@ -64,9 +61,7 @@ class Run:
         self.folder = Path(folder)
         self._lock: IO[bytes] | None = None
 
-    def create(
-        self, config: PalmEConfig, training: Mapping[str, Any], companions: Mapping[str, bytes] = MappingProxyType({})
-    ) -> None:
+    def create(self, config: PalmEConfig, training: Mapping[str, Any], companions: Mapping[str, bytes]) -> None:
         """Create the folder and write `companions`, then `config.json`, which makes it a run.
 
         Raises:
@@ -85,14 +80,9 @@ class Run:
 
     def change(self, **training: Any) -> None:
         """Replace options in `config.json`, for a resumed run that has other ones."""
-        values, before = model_folder.read_json(self.folder), self.training()
+        values, before = read_json(self.folder), self.training()
         if before | training != before:
             self.write(CONFIG, as_json(values | {TRAINING: before | training}))
-
-    def evaluation(self) -> dict[str, Any]:
-        """Return the content of `evaluation.json`, which is empty before the first evaluation."""
-        path = self.folder / EVALUATION
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
 
     def lock(self) -> None:
         """Keep other processes from training this run until `unlock`, or until this process ends in any way.
@@ -119,10 +109,6 @@ class Run:
                 (self.folder / LOCK).unlink()
             self._lock.close()
             self._lock = None
-
-    def save(self, state_dict: Mapping[str, Tensor], described: Mapping[str, bytes] = MappingProxyType({})) -> None:
-        """Write the weights, together with the files that describe them."""
-        self.write_tensors(WEIGHTS, state_dict, others=described)
 
     def log(self, **metrics: Any) -> None:
         """Append a line to `metrics.jsonl`, beginning with `step`. Numbers that are not finite are written as strings.
@@ -162,29 +148,13 @@ class Run:
         if len(lines) > len(before):
             self.write(SKIPPED, "".join(f"{line}\n" for line in lines).encode())
 
-    def config(self) -> PalmEConfig:
-        """Return the model's arguments.
-
-        Raises:
-            FolderError: If this is not a run folder, or its `config.json` does not hold a model's arguments.
-        """
-        return model_folder.read_config(self.folder)
-
     def training(self) -> dict[str, Any]:
         """Return how the model was trained, as passed to `create`.
 
         Raises:
-            FolderError: As in `config`.
+            FolderError: If this is not a run folder, or its `config.json` is damaged.
         """
-        return dict(model_folder.read_json(self.folder).get(TRAINING, {}))
-
-    def load(self, device: str | torch.device = "cpu") -> PalmE:
-        """Return the trained model, in eval mode.
-
-        Raises:
-            FolderError: If this is not a run folder, or its files are damaged or do not belong together.
-        """
-        return model_folder.load(self.folder, device)
+        return dict(read_json(self.folder).get(TRAINING, {}))
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file atomically: a reader sees the previous file or the new one, never a part.
@@ -193,22 +163,20 @@ class Run:
             RunError: If the file cannot be written. Saved files are unchanged.
         """
         with self._writing(name):
-            replace_files(self.folder, {name: lambda path: path.write_bytes(content)})
+            replace_files(self.folder, {name: methodcaller("write_bytes", content)})
 
     def write_tensors(
         self,
         name: str,
         tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, str] | None = None,
+        metadata: dict[str, str] | None = None,
         others: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         """Write a safetensors file and the contents of `others`, in the same way as `write`."""
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        writers: dict[str, Callable[[Path], object]]
-        writers = {name: lambda path: save_file(contiguous, path, dict(metadata or {}))}
-        writers |= {other: methodcaller("write_bytes", content) for other, content in others.items()}
+        described = {other: methodcaller("write_bytes", content) for other, content in others.items()}
         with self._writing(name):
-            replace_files(self.folder, writers)
+            replace_files(self.folder, {name: lambda path: save_file(contiguous, path, metadata)} | described)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[Path]:

@@ -79,10 +79,9 @@ def compute_gradients(task: Task, state: State, run: Run, micro_batches: Sequenc
                 run.log(step=step, loss=mean, gradient_norm=norm, batch=names)
             value = f"gradient norm of {norm}" if math.isfinite(mean) else f"loss of {mean}"
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            raise TrainingError(
-                f"lr={task.training.lr} led to a {value} at step {step}, batch {', '.join(names[:NAMES_SHOWN])}{more}: "
-                f"lower it; {run.folder} keeps the last good weights, and {METRICS} lists all names"
-            )
+            where = f"at step {step}, batch {', '.join(names[:NAMES_SHOWN])}{more}"
+            keeps = f"{run.folder} keeps the last good weights, and {METRICS} lists all names"
+            raise TrainingError(f"lr={task.training.lr} led to a {value} {where}: lower it; {keeps}")
     return mean
 
 
@@ -91,7 +90,6 @@ def _check_all_have_gradients(model: nn.Module) -> None:
         return
     names = [name for name, weight in model.module.named_parameters() if weight.requires_grad and weight.grad is None]
     if names:
-        raise TrainingError(
-            f"{names[0]} and {len(names) - 1} more parameters get no gradient, and data-parallel processes wait for "
-            "them: train in one process, or without the option that leaves them unused, such as vit_kwargs.num_classes"
-        )
+        rule = "train in one process, or without the option that leaves them unused, such as vit_kwargs.num_classes"
+        found = f"{names[0]} and {len(names) - 1} more parameters get no gradient"
+        raise TrainingError(f"{found}, and data-parallel processes wait for them: {rule}")

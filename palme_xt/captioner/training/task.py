@@ -90,10 +90,8 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
     now = {"rows_fingerprint": task.rows.fingerprint(), "held_out_fingerprint": task.held_out_rows.fingerprint()}
     for name, fingerprint in now.items():
         if before.get(name, fingerprint) != fingerprint:
-            raise DataError(
-                f"data={task.data.data} differs from the data that {run.folder} started with, in its {name}: "
-                "restore the data, or start a new run"
-            )
+            found = f"differs from the data that {run.folder} started with, in its {name}"
+            raise DataError(f"data={task.data.data} {found}: restore the data, or start a new run")
     if not resume:
         files = task.tokenizer.files() | {PREPROCESSING: task.preprocessing.to_json().encode()}
         run.create(task.config, task.options | now, files)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from palme_xt.captioner.training.run import METRICS, Run, RunError
+from palme_xt.captioner.training.run import METRICS, WEIGHTS, Run, RunError
 from tests.models import small
 
 
 def test_metrics_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, resumed = Run(tmp_path / "whole"), Run(tmp_path / "resumed")
     for run in whole, resumed:
-        run.create(small().config, {})
+        run.create(small().config, {}, {})
         run.log(step=1, loss=3.0)
         run.log(step=2, loss=2.0)
         run.log(step=2, held_out_loss=2.5)
@@ -66,7 +66,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     message = r"nowhere/{} cannot be written: No such file or directory; saved files are unchanged"
     for name, write in {
         "README.md": lambda: run.write("README.md", b""),
-        "model.safetensors": lambda: run.save(small().state_dict()),
+        "model.safetensors": lambda: run.write_tensors(WEIGHTS, small().state_dict()),
         "metrics.jsonl": lambda: run.log(step=1),
         "training.lock": run.lock,
     }.items():
