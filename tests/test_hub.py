@@ -300,7 +300,7 @@ def test_a_pushed_card_names_its_repository(
     model.save_pretrained(tmp_path / "saved", repo_id=repo_id, push_to_hub=True, model_card_kwargs={})
     cards = [files["README.md"].decode() for _, files in uploads]
     for card in cards[0], cards[1], cards[3]:
-        assert re.findall(r'from_pretrained\("(.*)"\)', card) == [named]
+        assert re.findall(r'PalmE\.from_pretrained\("(.*)"\)', card) == [named]
     assert ["| loss | 0.5 |" in card for card in cards] == [False, True, False, False]
     assert cards[2].encode() == OTHER_FILES["README.md"]
 

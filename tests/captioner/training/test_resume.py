@@ -88,7 +88,7 @@ def crashes(arguments: list[str]) -> None:
 
 OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 NO_GRADIENT = pytest.mark.skipif(OLD_TORCH, reason="torch 2.9 refuses to load an optimizer in which a state is missing")
-MARKS = {"augmented": pytest.mark.slow, "some parameters had no gradient yet": [NO_GRADIENT]}
+MARKS = {"augmented": [pytest.mark.slow], "some parameters had no gradient yet": [NO_GRADIENT]}
 
 
 @pytest.mark.parametrize("variant", [pytest.param(variant, marks=MARKS.get(variant, [])) for variant in VARIANTS])
