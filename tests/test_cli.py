@@ -543,7 +543,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--seed=2147483648"], r"seed=2147483648 must be below 2\*\*31"),
         (["--mixed-precision=fp16"], "mixed_precision=fp16 must be no or bf16: fp16 would need loss scaling"),
         (["--num_workers=-1"], "num_workers=-1 must be 0 or more"),
-        (["--shuffle_buffer=0"], "shuffle_buffer=0 must be 1 or more"),
+        (["--shuffle_buffer=0"], "shuffle_buffer=0 must be greater than 0"),
         (["--gradient_accumulation_steps=3"], r"batch_size=32 must be divisible by 1 processes times .*=3: .*"),
         (["--log-with=papyrus"], "accelerate rejects the options: Unsupported logging capability: papyrus.*"),
         (["--log-with=clearml"], "log_with=clearml is not installed: pip install clearml"),

@@ -10,6 +10,7 @@ from palme_xt.config import PalmEConfig
 
 DIGITS = "digits"
 NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "fit", "streaming", "strict")
+MAY_BE_ZERO = ("seed", "weight_decay", "jitter", "num_workers", "augment", "streaming", "strict")  # false is 0
 PRECISIONS = ("no", "bf16")
 RESUMABLE = ("data", "steps", "patience", "device")  # options that a resumed run may change
 
@@ -103,15 +104,12 @@ class Data:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_values(self)
         for option in fields(self):
             value = getattr(self, option.name)
             if self.data == DIGITS and option.name in NOT_OF_DIGITS and value != option.default:
                 rule = f"has no effect with data={DIGITS}, whose scenes are composed: leave it out"
                 raise ValueError(f"{option.name}={value} {rule}")
-        for name, least in ("shuffle_buffer", 1), ("num_workers", 0):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
 
 
 @dataclass(frozen=True)
@@ -167,21 +165,15 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_types(self)
-        may_be_zero = {"seed", "weight_decay", "jitter", "augment"}
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if isinstance(value, int | float) and not (value > 0 or (value == 0 and option.name in may_be_zero)):
-                rule = "0 or more" if option.name in may_be_zero else "greater than 0"
-                raise ValueError(f"{option.name}={value} must be {rule}")
+        check_values(self)
         if self.seed >= 2**31:
             raise ValueError(f"seed={self.seed} must be below 2**31")
         if self.mixed_precision not in (None, *PRECISIONS):
             raise ValueError(f"mixed_precision={self.mixed_precision} must be no or bf16: fp16 would need loss scaling")
 
 
-def check_types(options: Any) -> None:
-    """Reject a dataclass with a value that does not have the declared type.
+def check_values(options: Any) -> None:
+    """Reject a dataclass with a value that does not have the declared type, or with a number that is too small.
 
     Raises:
         ValueError: If there is such a value.
@@ -193,6 +185,9 @@ def check_types(options: Any) -> None:
             isinstance(value, bool) and kind is not bool
         ):
             raise ValueError(f"{option.name}={value!r} must be of type {option.type}")
+        positive = option.name not in MAY_BE_ZERO
+        if isinstance(value, int | float) and not (value > 0 if positive else value >= 0):
+            raise ValueError(f"{option.name}={value} must be {'greater than 0' if positive else '0 or more'}")
 
 
 # Options that older runs do not have, with what they did.

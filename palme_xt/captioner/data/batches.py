@@ -87,7 +87,6 @@ class Batch:
             image, which does not count.
         text: Token ids `(b, n)`, int64, with `ignore_index` after EOS.
         targets: Number of tokens to predict; 0 without usable rows.
-        captions: The captions of the images, one for each.
         references: All captions of each image.
         names: The names of the images.
         defects: The defects of the rows that were left out.
@@ -98,7 +97,6 @@ class Batch:
     img: Tensor
     text: Tensor
     targets: int
-    captions: list[str]
     references: list[list[str]]
     names: list[str]
     defects: list[Defect]
@@ -133,7 +131,6 @@ class _Batches(Dataset["Batch | DataError"]):
             img=torch.stack([example.img for example in shown]),
             text=pad_sequence(ids, batch_first=True, padding_value=self.config.ignore_index),
             targets=sum(len(example.ids) - 1 for example in examples),
-            captions=[example.caption for example in examples],
             references=[example.captions for example in examples],
             names=[example.name for example in examples],
             defects=[row for row in rows if isinstance(row, Defect)],

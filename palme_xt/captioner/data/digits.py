@@ -110,9 +110,8 @@ class Scenes(Source):
         if config.image_size < 8:
             raise ValueError(f"image_size={config.image_size} must be at least 8 pixels to show digits")
         self.tokenizer, self.block, self.seed = tokenizer, block, seed
-        self._draw = partial(
-            compose, scans, block, image_size=config.image_size, channels=config.channels, jitter=jitter
-        )
+        size, channels = config.image_size, config.channels
+        self._draw = partial(compose, scans, block, image_size=size, channels=channels, jitter=jitter)
         self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
 
     def read(self, numbers: range) -> list[Example | Defect]:

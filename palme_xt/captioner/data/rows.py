@@ -224,7 +224,12 @@ def load_data(
             rows is usable.
     """
     splits = open_splits(data.data, data.streaming)
-    name, other, wanted = _chosen_splits(splits, data)
+    name = "train" if "train" in splits else next(iter(splits))
+    if name != "train" and len(splits) > 1:
+        raise DataError(f"data={data.data} has the splits {', '.join(splits)}, must have one named train, or only one")
+    others = [split for split in splits if split != name]
+    wanted = data.held_out or next((split for split in ("validation", "test") if split in others), None)
+    other = wanted if wanted in others else None
     folder = Path(data.data).resolve() if Path(data.data).is_dir() else None
     reader = Reader(*_columns(data, splits[name]), preprocessing, tokenizer, config.max_seq_len, folder)
     train, whole = (_undecoded(splits[split], reader, data) for split in (name, other or name))
@@ -250,16 +255,6 @@ def load_data(
         return MapStyleSource(train, reader, seed), MapStyleSource(held_out, reader)
     train = train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer)
     return StreamedSource(train, reader, () if other else identities), MapStyleSource(held_out, reader)
-
-
-def _chosen_splits(splits: Mapping[str, Any], data: Data) -> tuple[str, str | None, str | None]:
-    """Return the split to train on, the data's own held-out split, if any, and the value of the option `held_out`."""
-    name = "train" if "train" in splits else next(iter(splits))
-    if name != "train" and len(splits) > 1:
-        raise DataError(f"data={data.data} has the splits {', '.join(splits)}, must have one named train, or only one")
-    others = [split for split in splits if split != name]
-    wanted = data.held_out or next((split for split in ("validation", "test") if split in others), None)
-    return name, wanted if wanted in others else None, wanted
 
 
 def _first_images(rows: Any, reader: Reader, most: int) -> tuple[list[dict[str, Any]], Collection[object]]:

@@ -28,9 +28,11 @@ def open_splits(name: str, streaming: bool) -> Mapping[str, Any]:
     Raises:
         DataError: If the data do not exist, cannot be loaded, or have no captions or no rows.
     """
-    saved = name and any((Path(name) / file).is_file() for file in SAVED)
     with reading(f"data={name} cannot be loaded"):
-        splits = _load_saved(name, streaming) if saved else _load(name, streaming)
+        splits = _prepared(name)
+        if streaming:
+            splits = {split: rows.to_iterable_dataset() for split, rows in splits.items()}
+        splits = splits or _load(name, streaming)
     for split, rows in splits.items():
         if not streaming and not len(rows):
             raise DataError(f"data={name} has no rows in its split {split}: remove the split, or add rows")
@@ -75,13 +77,14 @@ def columns_of(rows: Any, name: str) -> dict[str, Any]:
         return dict(rows.features or next(iter(rows.take(1)), {}))
 
 
-def _load_saved(folder: str, streaming: bool) -> Mapping[str, Any]:
-    """Return the splits that `save_to_disk` wrote."""
+def _prepared(name: str) -> Mapping[str, Any]:
+    """Return the splits that `save_to_disk` wrote, or those of images beside text files, or nothing."""
     from datasets import Dataset, load_from_disk
 
-    loaded = load_from_disk(folder)
-    splits = {"train": loaded} if isinstance(loaded, Dataset) else loaded
-    return {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else splits
+    if name and any((Path(name) / file).is_file() for file in SAVED):
+        loaded = load_from_disk(name)
+        return {"train": loaded} if isinstance(loaded, Dataset) else loaded
+    return _captioned_by_files(Path(name)) if _arguments(name) == {"path": name} else {}
 
 
 def _load(name: str, streaming: bool) -> Mapping[str, Any]:
@@ -89,8 +92,6 @@ def _load(name: str, streaming: bool) -> Mapping[str, Any]:
 
     arguments = _arguments(name)
     undescribed = arguments == {"path": name}
-    if undescribed and (captioned := _captioned_by_files(Path(name))):
-        return {split: rows.to_iterable_dataset() if streaming else rows for split, rows in captioned.items()}
     if arguments["path"] == "webdataset" or (undescribed and any(Path(name).rglob("*.tar"))):
         arguments["features"] = _features_of_shards(arguments)
     splits: Mapping[str, Any] = load_dataset(**arguments, streaming=streaming)

@@ -86,10 +86,8 @@ def compute_gradients(task: Task, state: State, run: Run, micro_batches: Sequenc
 
 
 def _check_all_have_gradients(model: nn.Module) -> None:
-    if not isinstance(model, DistributedDataParallel):
-        return
-    names = [name for name, weight in model.module.named_parameters() if weight.requires_grad and weight.grad is None]
-    if names:
+    weights = model.module.named_parameters() if isinstance(model, DistributedDataParallel) else ()
+    if names := [name for name, weight in weights if weight.requires_grad and weight.grad is None]:
         rule = "train in one process, or without the option that leaves them unused, such as vit_kwargs.num_classes"
         found = f"{names[0]} and {len(names) - 1} more parameters get no gradient"
         raise TrainingError(f"{found}, and data-parallel processes wait for them: {rule}")
