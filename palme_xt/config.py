@@ -20,9 +20,9 @@ _NO_LOGITS_FOR_EACH_TOKEN = ("use_cls_token", "average_pool_embed", "return_only
 # x-transformers 2.26.0 to 2.31.10: with these `decoder_kwargs`, the logits of a token depend on the tokens after it, or
 # on their number. `test_exactly_the_keywords_that_see_later_tokens_are_warned_of` tries all keywords.
 _SEE_LATER_TOKENS = ["orthog_residual", "mv_split_residual", "cross_attn_inverted_attention", "cross_attn_causal"]
-_SEE_LATER_TOKENS += ["attn_orthog_projected_values", "attn_orthog_projected_values_per_head"]
 _INHERITED = ("cross_attn_use_rel_proj_pos_bias", "cross_attn_max_attend_past")  # from the same name without `cross_`
-DEFAULT_DIM_HEAD = 64  # upstream's default, independent of the model's dim and heads
+_SEE_LATER_TOKENS += ["attn_orthog_projected_values", "attn_orthog_projected_values_per_head", *_INHERITED]
+_RESIDUALS = ("integrate_layers", "attn_aggregated_residuals", "gated_multi_residual")  # each a further stream
 
 
 @dataclass(frozen=True)
@@ -114,19 +114,15 @@ class PalmEConfig:
         if not isinstance(overrides, Mapping):
             raise TypeError(f"{where}={overrides!r} must be a dict of keywords for x-transformers")
         for key, value in overrides.items():
-            if not isinstance(key, str):
-                raise TypeError(f"{where} has the key {key!r}: keywords must be str, not {type(key).__name__}")
             given = f"{where}[{key!r}]={value!r}"
             if name := argument_behind(part, key):
                 repeated = f"repeats the argument {name}={getattr(self, name)!r}: set {name}"
                 raise ValueError(f"{given} {repeated}, and leave {key!r} out of {where}")
             if key in SET_BY_COMPOSITION:
                 raise ValueError(f"{given} is set by PalmE itself: leave {key!r} out of {where}")
-            known = upstream_keywords(part)
-            if key not in known:
-                raise ValueError(
-                    f"{given} is not a keyword of the installed x-transformers: {did_you_mean(key, known)}"
-                )
+            if key not in (known := upstream_keywords(part)):
+                unknown = "is not a keyword of the installed x-transformers"
+                raise ValueError(f"{given} {unknown}: {did_you_mean(key, known)}")
 
     def _check_sizes(self) -> None:
         if self.image_size % self.patch_size:
@@ -150,53 +146,50 @@ class PalmEConfig:
         check_positive_int("vit_kwargs['channels']", self.channels)
         if not is_int(self.ignore_index):
             raise TypeError(f"autoregressive_kwargs['ignore_index']={self.ignore_index!r} must be an int")
-        why = "upstream feeds it to the decoder where a target is ignored"
-        check_token_id("autoregressive_kwargs['pad_value']", self.pad_value, self.num_tokens, why)
+        check_token_id(
+            "autoregressive_kwargs['pad_value']", self.pad_value, self.num_tokens, "it is fed to the decoder"
+        )
         if self.bos_token is not None:
             check_token_id("bos_token", self.bos_token, self.num_tokens, "or pass None")
         self.check_eos_token(self.eos_token)
 
     def _check_combinations(self) -> None:
         """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with."""
-        transformer, decoder = self.transformer_kwargs, self.decoder_kwargs
-        another_dim = transformer.get("emb_dim") not in (None, self.decoder_dim)
-        flash = self.attn_flash or decoder.get("cross_attn_flash")
-        diff = "qkv_receive_diff_residuals"
-        more = ("integrate_layers", "attn_aggregated_residuals", "gated_multi_residual")
-        same = [
-            kwargs.get("num_residual_streams", 1) == 1 and not any(kwargs.get(name) for name in more)
-            for kwargs in (self.encoder_kwargs, decoder)
+        given = self.transformer_kwargs
+        same_dim = given.get("emb_dim") in (None, self.decoder_dim)
+        flash = self.attn_flash or self.decoder_kwargs.get("cross_attn_flash")
+        rules = [
+            ("transformer", "logits_dim", "must be num_tokens", given.get("logits_dim") == self.num_tokens),
+            ("transformer", "tie_embedding", "needs emb_dim=decoder_dim", same_dim),
+            ("autoregressive", "add_attn_z_loss", "needs attn_flash=False", not flash),
         ]
-        for part, name, wrong, rule in (
-            ("transformer", "logits_dim", transformer.get("logits_dim") != self.num_tokens, "must be num_tokens"),
-            ("transformer", "tie_embedding", another_dim, "needs emb_dim=decoder_dim"),
-            ("autoregressive", "add_attn_z_loss", flash, "needs attn_flash=False"),
-            ("encoder", diff, same[0], "needs num_residual_streams=2 or more"),
-            ("decoder", diff, same[1], "needs num_residual_streams=2 or more"),
-        ):
+        for part in "encoder", "decoder":
+            given = getattr(self, f"{part}_kwargs")
+            several = given.get("num_residual_streams", 1) != 1 or any(given.get(name) for name in _RESIDUALS)
+            rules.append((part, "qkv_receive_diff_residuals", "needs num_residual_streams=2 or more", several))
+        for part, name, rule, kept in rules:
             value = getattr(self, f"{part}_kwargs").get(name)
-            if value and wrong:
+            if value and not kept:
                 raise ValueError(f"{part}_kwargs[{name!r}]={value!r} {rule}: x-transformers crashes without")
 
     def _warn_of_dropped_positions(self) -> None:
-        others = ("rotary_pos_emb", "rel_pos_bias", "polar_pos_emb")
-        dropped = self.rotary_xpos or any(self.decoder_kwargs.get(name) for name in others)
-        if self.use_abs_pos_emb and dropped and self.decoder_kwargs.get("disable_abs_pos_emb") is None:
+        others = any(map(self.decoder_kwargs.get, ("rotary_pos_emb", "rel_pos_bias", "polar_pos_emb")))
+        if (
+            self.use_abs_pos_emb
+            and (self.rotary_xpos or others)
+            and self.decoder_kwargs.get("disable_abs_pos_emb") is None
+        ):
             found = f"use_abs_pos_emb=True has no effect with rotary_xpos={self.rotary_xpos}"
             why = "x-transformers drops absolute positions when the decoder has rotary or relative ones"
             remedy = 'to keep both, pass decoder_kwargs={"disable_abs_pos_emb": False}'
             warnings.warn(f"{found}: {why}; {remedy}", stacklevel=4)
 
     def _warn_of_later_tokens(self) -> None:
-        values = {
-            name: self.decoder_kwargs.get(name.removeprefix("cross_")) for name in _INHERITED
-        } | self.decoder_kwargs
-        for name in (*_SEE_LATER_TOKENS, *_INHERITED):
-            value = values.get(name)
-            if value and (self.cross_attend or not name.startswith("cross_")):
+        inherited = {name: self.decoder_kwargs.get(name.removeprefix("cross_")) for name in _INHERITED}
+        for name, value in (inherited | self.decoder_kwargs).items():
+            if value and name in _SEE_LATER_TOKENS and (self.cross_attend or not name.startswith("cross_")):
                 found = f"decoder_kwargs[{name!r}]={value!r} lets the logits of a token depend on the tokens after it"
-                why = "or on their number, as x-transformers implements it, so that training may leak the targets"
-                warnings.warn(f"{found}, {why}: turn {name!r} off", stacklevel=4)
+                warnings.warn(f"{found}, or on their number: training may leak the targets, turn it off", stacklevel=4)
 
     @property
     def channels(self) -> int:
@@ -223,7 +216,8 @@ class PalmEConfig:
         keywords |= getattr(self, f"{part}_kwargs")
         # x-transformers up to 2.31.10 leaves `to_out` out of attention with one head, which then only runs if the head
         # is as wide as the model. In that case it is left out here too, so that hand-wired checkpoints keep loading.
-        dim_head = keywords.get("attn_value_dim_head") or keywords.get("attn_dim_head", DEFAULT_DIM_HEAD)
+        # The default width of a head, 64, is independent of the model's dim and heads.
+        dim_head = keywords.get("attn_value_dim_head") or keywords.get("attn_dim_head", 64)
         if keywords.get("heads") == 1 and dim_head != keywords["dim"]:
             keywords.setdefault("attn_project_out", True)
         return keywords
@@ -286,17 +280,11 @@ class UnprovenConfig(PalmEConfig):
         remedy = "PalmE.from_modules(encoder, decoder, decoder_kwargs={...})"
         return f"{wrong}. State what cannot be read from them: {remedy}"
 
-    def refuse(self) -> NoReturn:
+    def refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise the error."""
         raise ValueError(self.refusal)
 
-    def keywords(self, part: str) -> NoReturn:
-        """Raise an error: a model would be built."""
-        self.refuse()
-
-    def to_dict(self) -> NoReturn:
-        """Raise an error: a model would be saved."""
-        self.refuse()
+    keywords = to_dict = refuse  # a model would be built or saved
 
 
 def _set_attribute(config: PalmEConfig, name: str, value: Any) -> None:
@@ -322,8 +310,7 @@ class FrozenDict(dict[str, Any]):
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("a config is frozen: build another with dataclasses.replace(config, ...)")
 
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
@@ -375,10 +362,9 @@ def check_positive_int(name: str, value: Any, remedy: str = "use 1 or more") -> 
     return int(value)
 
 
-def check_token_id(name: str, value: Any, num_tokens: int, remedy: str) -> int:
-    """Return `value` as an `int`, and reject anything but an int within `0 .. num_tokens - 1`."""
+def check_token_id(name: str, value: Any, num_tokens: int, remedy: str) -> None:
+    """Reject anything but an int within `0 .. num_tokens - 1`."""
     if not is_int(value):
         raise TypeError(f"{name}={value!r} must be a token id, not {type(value).__name__}: {remedy}")
     if not 0 <= value < num_tokens:
         raise ValueError(f"{name}={value} must be a token id within 0..num_tokens-1={num_tokens - 1}: {remedy}")
-    return int(value)

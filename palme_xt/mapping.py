@@ -1,7 +1,5 @@
 """The x-transformers keyword that each argument of PalmE sets, and the other keywords that x-transformers accepts."""
 
-from __future__ import annotations
-
 import inspect
 from functools import cache
 from typing import Any

@@ -1,11 +1,8 @@
 """PalmE: a vision transformer whose patch embeddings a causal text decoder cross-attends to."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
@@ -16,8 +13,6 @@ from torch import Tensor, nn
 from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.decoding import loop
 from palme_xt.decoding import request as requests
-from palme_xt.decoding.probe import is_right
-from palme_xt.decoding.request import takes_arguments_of
 from palme_xt.inputs import check_batches, check_img, check_prompts, check_source, check_text
 from palme_xt.upstream.loss import AutoregressiveWrapper
 from palme_xt.wiring import DECODER, ENCODER, build
@@ -40,10 +35,8 @@ class PalmE(nn.Module):
     """
 
     config: PalmEConfig
-    encoder: Any
-    decoder: Any
 
-    @takes_arguments_of(PalmEConfig)
+    @requests.takes_arguments_of(PalmEConfig)
     def __init__(self, config: PalmEConfig) -> None:
         adopted = vars(self).pop("_adopted", None)  # what `from_modules` left here
         super().__init__()
@@ -183,7 +176,7 @@ class PalmE(nn.Module):
         kwargs = self._with_context(img, text, kwargs | {"context": context, "context_mask": context_mask})
         return self.decoder(text.long(), return_outputs=return_outputs, lens=lens, **kwargs)
 
-    @takes_arguments_of(requests.GenerationRequest)
+    @requests.takes_arguments_of(requests.GenerationRequest)
     def generate(self, request: requests.GenerationRequest, **kwargs: Any) -> Tensor:
         """Continue prompts about images. Arguments have upstream's names and meanings where upstream has them.
 
@@ -245,7 +238,7 @@ class PalmE(nn.Module):
             steps = list(loop.sample(start, request, self.config.pad_value))
         return F.pad(torch.stack(steps, dim=1), (0, request.seq_len - len(steps)), value=self.config.pad_value)
 
-    @takes_arguments_of(requests.SamplingRequest)
+    @requests.takes_arguments_of(requests.SamplingRequest)
     def stream(self, request: requests.SamplingRequest, **kwargs: Any) -> Iterator[Tensor]:
         """Yield what `generate` returns for the same arguments, step by step, as it is decoded.
 
@@ -259,12 +252,11 @@ class PalmE(nn.Module):
             TypeError, ValueError: As in `generate`, immediately rather than at the first step.
         """
         start = self._start(request, kwargs)
-
         tokens = loop.sample(start, request, self.config.pad_value)
-        advance = loop.evaluating(self)(partial(next, tokens, None))
+        advance = loop.evaluating(self)(lambda: next(tokens, None))
         return iter(advance, None)
 
-    @takes_arguments_of(requests.SearchRequest)
+    @requests.takes_arguments_of(requests.SearchRequest)
     def beam_search(self, request: requests.SearchRequest, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the most likely texts that a beam search finds, with their scores.
 
@@ -294,9 +286,7 @@ class PalmE(nn.Module):
         with loop.evaluating(self):
             return loop.beam_search(start(), request, self.config.pad_value)
 
-    def score(
-        self, img: Tensor | None, prompts: Any, tokens: Tensor, *, eos_token: Any = None, **kwargs: Any
-    ) -> Tensor:
+    def score(self, img: Tensor | None, prompts: Any, tokens: Tensor, eos_token: Any = None, **kwargs: Any) -> Tensor:
         """Return the log probability of each new token of texts, such as those that `generate` returned.
 
         The probabilities are the model's own: before `temperature`, `filter_logits_fn` and `logits_processor`. As in
@@ -334,6 +324,8 @@ class PalmE(nn.Module):
 
     def _start(self, request: requests.Request, kwargs: dict[str, Any]) -> Callable[[], loop.Texts]:
         """Check a request, and return a function that encodes its images and returns the texts to decode."""
+        from palme_xt.decoding.probe import is_right  # imported here, because only decoding needs it
+
         source = check_source(request.img, request.context, request.context_mask, self.config)
         requests.check_network_inputs(kwargs)
         net = self.decoder.net

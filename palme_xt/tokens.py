@@ -1,7 +1,5 @@
 """Encode text as UTF-8 bytes: a vocabulary that needs no training and covers every language."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 

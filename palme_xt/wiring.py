@@ -1,10 +1,7 @@
 """The tree of x-transformers classes that a model consists of: written once, built here, printed by `source.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib.metadata import version
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from x_transformers import ViTransformerWrapper
@@ -25,15 +22,12 @@ class Node(NamedTuple):
 
     part: str
     upstream: type
-    modules: Mapping[str, Node] = MappingProxyType({})
+    modules: Mapping[str, "Node"] = {}
 
 
 ENCODER = Node("vit", ViTransformerWrapper, {"attn_layers": Node("encoder", Encoder)})
-DECODER = Node(
-    "autoregressive",
-    AutoregressiveWrapper,
-    {"net": Node("transformer", TransformerWrapper, {"attn_layers": Node("decoder", Decoder)})},
-)
+_NET = Node("transformer", TransformerWrapper, {"attn_layers": Node("decoder", Decoder)})
+DECODER = Node("autoregressive", AutoregressiveWrapper, {"net": _NET})
 
 
 def build(node: Node, config: PalmEConfig) -> Any:

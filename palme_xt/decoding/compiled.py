@@ -1,7 +1,5 @@
 """One decoding step with upstream's key-value cache, as one compiled graph for any length."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,11 +10,10 @@ from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import LayerIntermediates
 
 Inputs = Mapping[str, Any]  # the other inputs of the network: context, context_mask, ...
+Cached = list[tuple[Tensor, ...]]  # the keys and values of each attention
 
 
-def _step(
-    net: Any, tokens: Tensor, kinds: tuple[str, ...], cached: list[tuple[Tensor, ...]], inputs: Inputs
-) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+def _step(net: Any, tokens: Tensor, kinds: tuple[str, ...], cached: Cached, inputs: Inputs) -> tuple[Tensor, Cached]:
     layers = [Intermediates(cached_kv=kv, layer_type=kind) for kind, kv in zip(kinds, cached, strict=True)]
     length = cached[kinds.index("a")][0].shape[-2]
     cache = LayerIntermediates(attn_intermediates=layers, cache_length=length)
@@ -30,7 +27,7 @@ def _matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 @functools.cache
-def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, list[tuple[Tensor, ...]]]]:
+def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, Cached]]:
     if not one_row_on_cpu:
         return torch.compile(_step, fullgraph=True, dynamic=True)
     from torch._inductor.custom_graph_pass import CustomGraphPass  # imported here, because it takes a while
@@ -53,9 +50,7 @@ def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, list[tuple[Te
     return torch.compile(_step, fullgraph=True, dynamic=True, options=options)
 
 
-def compiled_step(
-    net: Any, tokens: Tensor, cache: LayerIntermediates, inputs: Inputs
-) -> tuple[Tensor, LayerIntermediates]:
+def compiled_step(net: Any, tokens: Tensor, cache: Any, inputs: Inputs) -> tuple[Tensor, LayerIntermediates]:
     """Run `net` on the next `tokens (b, 1)` after `cache`, and return their logits `(b, v)` and the longer cache.
 
     The graph is compiled at the first call for a network, and once more if a batch of one follows a larger one.

@@ -3,8 +3,6 @@
 Letters in shapes: b batch, t tokens of a prompt, n new tokens, k beams, v vocabulary.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import sys
@@ -18,17 +16,15 @@ from torch.utils._pytree import tree_map
 from x_transformers.autoregressive_wrapper import align_right
 
 from palme_xt.config import PalmEConfig
-from palme_xt.decoding.compiled import compiled_step
 from palme_xt.decoding.request import Request, SamplingRequest, SearchRequest
 
 
 @contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode and disable gradients. On exit, every module is back in its previous mode."""
-    was_training = [module for model in models for module in model.modules() if module.training]
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode and disable gradients. On exit, every module is back in its previous mode."""
+    was_training = [module for module in model.modules() if module.training]
     try:
-        for model in models:
-            model.eval()
+        model.eval()
         with torch.no_grad():
             yield
     finally:
@@ -71,11 +67,12 @@ class Texts:
         cached = self.cache is not None
         # The compiler treats a length of 1 as a constant: its graph would serve that one step only.
         if cached and self.compile and self.cache.cache_length > 1:
+            from palme_xt.decoding.compiled import compiled_step  # imported here, because few calls need it
+
             logits, self.cache = compiled_step(self.net, ids[:, -1:], self.cache, inputs)
             return logits
-        read = ids[:, -1:] if cached else ids
         how = {"cache": self.cache, "input_not_include_cache": cached, "return_intermediates": True}
-        logits, cache = self.net(read, **inputs, **how)
+        logits, cache = self.net(ids[:, -1:] if cached else ids, **inputs, **how)
         if self.cache_kv and beyond < 0:
             self.cache = cache
         if not cached:
@@ -146,12 +143,10 @@ def sample(start: Callable[[], Texts], request: SamplingRequest, pad_value: int)
     texts.select(rows.repeat_interleave(request.num_return_sequences))
     batch = len(texts.ids)
     going = torch.arange(batch, device=rows.device)
-    for step in range(1, request.seq_len + 1):
+    for _ in range(request.seq_len):
         logits = texts.next_logits()
         tokens = request.choose(texts.ids, logits)
         yield tokens.new_full((batch,), pad_value).index_copy(0, going, tokens)
-        if step == request.seq_len:
-            return
         texts.append(tokens)
         if len(request.eos_tokens) == 0:
             continue
@@ -203,9 +198,8 @@ def beam_search(texts: Texts, request: SearchRequest, pad_value: int) -> tuple[T
         if last or len(request.eos_tokens):
             padded = nn.functional.pad(extended, (0, seq_len - length), value=pad_value)
             ended_scores = (scores / length**penalty).masked_fill(~ends, -torch.inf)[:, :beams]
-            all_ids = torch.cat([finished[going], padded], dim=1)
             finished_scores[going], kept = torch.cat([finished_scores[going], ended_scores], dim=1).topk(beams, dim=1)
-            finished[going] = all_ids.take_along_dim(kept[..., None], dim=1)
+            finished[going] = torch.cat([finished[going], padded], dim=1).take_along_dim(kept[..., None], dim=1)
 
         scores, best = scores.masked_fill(ends, -torch.inf).topk(min(beams, scores.shape[1]), dim=1)
         worst = finished_scores[going].amin(dim=1)

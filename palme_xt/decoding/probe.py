@@ -1,7 +1,5 @@
 """Find out what decoding with a network can rely on, by trying it on a small copy of the network."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from typing import Any
@@ -53,19 +51,14 @@ def _try(net: Any, config: PalmEConfig, dtype: torch.dtype, steps: int, padding:
         inputs["condition"] = torch.randn(2, net.attn_layers.dim_condition, dtype=dtype)
 
     def read(rows: slice, start: int, steps: int, seq_start_pos: Tensor | None = None) -> Tensor:
-        values: list[Tensor] = []
-        cache = None
-        for end in range(length - steps, length + 1):
-            output, cache = small(
-                ids[rows, end - 1 if values else start : end],
-                **{name: value[rows] for name, value in inputs.items()},
-                seq_start_pos=seq_start_pos,
-                cache=cache,
-                input_not_include_cache=bool(values),
-                return_intermediates=True,
-            )
-            values.append(output)
-        return torch.cat(values, dim=1)
+        given: dict[str, Any] = {name: value[rows] for name, value in inputs.items()}
+        given |= {"seq_start_pos": seq_start_pos, "return_intermediates": True}
+        output, cache = small(ids[rows, start : length - steps], **given)
+        outputs = [output]
+        for place in range(length - steps, length):
+            output, cache = small(ids[rows, place : place + 1], cache=cache, input_not_include_cache=True, **given)
+            outputs.append(output)
+        return torch.cat(outputs, dim=1)
 
     found = read(slice(None), 0, steps, torch.tensor([0, padding]) if padding else None)
     for row, start in (0, 0), (1, padding):

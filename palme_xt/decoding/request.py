@@ -1,7 +1,5 @@
 """The arguments of `generate`, `stream` and `beam_search`, written once and checked once."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math
@@ -24,14 +22,13 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 _OF_TOKENS = {"condition": 3, "embed_ids": 2, "in_attn_cond": 3, "sum_embeds": 3}
 
 P = ParamSpec("P")
-Holder = TypeVar("Holder")
 Arguments = TypeVar("Arguments")
 Returned = TypeVar("Returned")
 
 
 def takes_arguments_of(
     kind: Callable[P, Arguments],
-) -> Callable[[Callable[Concatenate[Holder, Arguments, ...], Returned]], Callable[Concatenate[Holder, P], Returned]]:
+) -> Callable[[Callable[Concatenate[Any, Arguments, ...], Returned]], Callable[Concatenate[Any, P], Returned]]:
     """Let a method that takes one object be called with the arguments of the object's class.
 
     Type checkers, editors and `help()` see those arguments, which are written in the class alone. Keywords in the
@@ -39,11 +36,9 @@ def takes_arguments_of(
     """
     arguments, passed_on = inspect.signature(kind).parameters, getattr(kind, "PASSED_ON", ())
 
-    def decorate(
-        method: Callable[Concatenate[Holder, Arguments, ...], Returned],
-    ) -> Callable[Concatenate[Holder, P], Returned]:
+    def decorate(method: Any) -> Any:
         @functools.wraps(method)
-        def call(self: Holder, /, *args: P.args, **kwargs: P.kwargs) -> Returned:
+        def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
             others = {name: kwargs.pop(name) for name in passed_on if name in kwargs}
             for name in kwargs.keys() - arguments.keys():
                 unexpected = f"{method.__qualname__}() got an unexpected keyword argument {name!r}"
@@ -87,8 +82,6 @@ class Request:
     eos_tokens: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.compile, bool):
-            raise TypeError(f"compile={self.compile!r} must be True or False")
         if not (self.logits_processor is None or callable(self.logits_processor)):
             raise TypeError(f"logits_processor={self.logits_processor!r} must be a function of ids and logits")
 
@@ -192,14 +185,11 @@ class GenerationRequest(SamplingRequest, SearchRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, default in ("length_penalty", 0), ("early_stopping", "never"):
-            if self.beams == 1 and (value := getattr(self, name)) != default:
-                rule = "has no effect with beams=1: pass beams=4, for example, or leave it out"
-                raise ValueError(f"{name}={value!r} {rule}")
-        filters = self.filter_kwargs or self._filter is not FILTER_LOGITS_FN["top_k"]
-        if self.beams > 1 and (filters or self.temperature not in (0, 1) or self.generator is not None):
-            unused = f"temperature={self.temperature}, filter_logits_fn, filter_kwargs and generator have no effect"
-            raise ValueError(f"beams={self.beams} does not sample, so {unused}: leave them out, or pass beams=1")
+        sampling = ("temperature", "filter_logits_fn", "filter_kwargs", "generator")
+        for name in ("length_penalty", "early_stopping") if self.beams == 1 else sampling:
+            # A temperature of 0 asks for the most likely text, as a beam search does.
+            if (value := getattr(self, name)) not in (getattr(GenerationRequest, name), 0):
+                raise ValueError(f"{name}={value!r} has no effect with beams={self.beams}: leave it out")
         if 1 < self.beams < self.num_return_sequences:
             raise ValueError(f"num_return_sequences={self.num_return_sequences} must be at most beams={self.beams}")
 

@@ -1,7 +1,5 @@
 """Upstream's ALiBi bias without state, and the bias of a causal text computed once for all layers and samples."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

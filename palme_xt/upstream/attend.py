@@ -1,7 +1,5 @@
 """Upstream's attention core, changed so that it accepts a bias that is already causal, and can be pickled."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 
@@ -33,33 +31,25 @@ class Attend(upstream.Attend):
             self.sdp_context_manager = contextlib.nullcontext
         self.sparse_topk = getattr(self.attn_fn, "keywords", {}).get("sparse_topk", 0)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None = None,
-        attn_bias: Tensor | None = None,
-        causal: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool | None = None, **kwargs: Any) -> Any:
         """Attend, for `q (b, h, i, d)`, `k` and `v (b, kvh, j, d)`, `mask (b, 1, i, j)`, `attn_bias (h, i, j)`.
 
-        As in upstream, `mask` may also be `(b, j)`.
+        As in upstream, `mask` may also be `(b, j)`. It and what follows it are keywords.
 
         Raises:
             ValueError: If there are fewer keys than `attn_sparse_topk`.
         """
         if self.sparse_topk > k.shape[-2]:
-            rule = "must be at most the number of keys: lower it, or pass a longer text or context"
-            raise ValueError(f"attn_sparse_topk={self.sparse_topk} with {k.shape[-2]} keys, {rule}")
+            found = f"attn_sparse_topk={self.sparse_topk} with {k.shape[-2]} keys"
+            raise ValueError(f"{found}, must be at most the number of keys: lower it, or pass a longer text or context")
         others = ("prev_attn", "attn_delta", "flash_pack_seq_kwargs")
         special = self.add_zero_kv or self.l2_distance or any(kwargs.get(name) is not None for name in others)
         if not self.flash or causal is not False or special:
-            return super().forward(q, k, v, mask=mask, attn_bias=attn_bias, causal=causal, **kwargs)
+            return super().forward(q, k, v, causal=causal, **kwargs)
         # x-transformers 2.26 to 2.31.10: Attend.forward does not pass `causal` on to flash attention, which then copies
         # a bias for each sample of the batch to mask it.
         k, v = (repeat(t, "b h n d -> b (r h) n d", r=q.shape[1] // t.shape[1]) for t in (k, v))
+        mask, attn_bias = kwargs.get("mask"), kwargs.get("attn_bias")
         if mask is not None:
             mask = mask[:, None, None] if mask.ndim == 2 else mask
             return self.flash_attn(q, k, v, mask=mask, attn_bias=attn_bias, causal=False)
@@ -68,10 +58,9 @@ class Attend(upstream.Attend):
         if self.scale is not None:
             q = q * (self.scale / q.shape[-1] ** -0.5)
         bias = None if attn_bias is None else attn_bias.expand(*q.shape[:2], -1, -1)
+        dropout = self.dropout if self.training else 0.0
         with self.sdp_context_manager():
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
-            )
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return out, upstream.Intermediates()
 
 

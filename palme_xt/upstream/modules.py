@@ -1,7 +1,5 @@
 """Upstream's modules with the workarounds. `tests/upstream/test_modules.py` says when each of them can be removed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.nn.functional as F
@@ -35,13 +33,11 @@ class Decoder(CachedDecoder):
     """
 
     rel_pos: Any
-    rotary_pos_emb: Any
-    alibi: Any
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         _replace_modules(self, kwargs)
-        self.alibi = None
+        self.alibi: Any = None
         if isinstance(self.rel_pos, AlibiPositionalBias):
             attentions = [module for module in self.modules() if isinstance(module, upstream.Attention)]
             alike = {(module.num_mem_kv, module.attend.flash) for module in attentions if module.causal}

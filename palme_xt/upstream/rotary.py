@@ -1,7 +1,5 @@
 """Upstream's rotary positions, whose frequencies stay precise when the model is cast."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The releases of x-transformers that this package supports."""
 
-from __future__ import annotations
-
 import warnings
 from importlib.metadata import version
 
@@ -14,8 +12,6 @@ def warn_if_unsupported() -> None:
     installed = version("x-transformers")
     release = tuple(int(part) for part in installed.split(".")[:2] if part.isdigit())
     if not MINIMUM <= release < BELOW:
-        warnings.warn(
-            f"x-transformers {installed} is installed, but palme_xt supports 2.26 to 2.x: other releases may compute "
-            "different numbers from the same weights without an error; pip install 'x-transformers>=2.26,<3'",
-            stacklevel=3,
-        )
+        found = f"x-transformers {installed} is installed, but palme_xt supports 2.26 to 2.x"
+        why = "other releases may compute different numbers from the same weights without an error"
+        warnings.warn(f"{found}: {why}; pip install 'x-transformers>=2.26,<3'", stacklevel=3)

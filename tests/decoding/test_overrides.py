@@ -122,7 +122,10 @@ def test_promises_are_kept_under_pairs_of_keywords(seed: int) -> None:
 def test_upstream_still_breaks_the_promises(name: str) -> None:
     part = "transformer" if name in upstream_keywords("transformer") else "decoder"
     _, model = first_that_runs(part, name)
-    with mock.patch("palme_xt.model.is_right", return_value=True), pytest.raises((AssertionError, RuntimeError)):
+    with (
+        mock.patch("palme_xt.decoding.probe.is_right", return_value=True),
+        pytest.raises((AssertionError, RuntimeError)),
+    ):
         assert_promises(model)
 
 
