@@ -1,5 +1,8 @@
 """Check images, context, text and prompts before any of them reaches x-transformers."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +11,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from palme_xt.config import PalmEConfig
-
-_INTEGERS = {torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 def check_img(img: Any, config: PalmEConfig) -> None:
@@ -21,19 +22,25 @@ def check_img(img: Any, config: PalmEConfig) -> None:
         TypeError: If `img` is not a tensor, or not floating point.
         ValueError: If it has the wrong number of dimensions, channels or pixels, or is empty.
     """
-    if not isinstance(img, Tensor) or not img.is_floating_point():
-        remedy = "preprocess it as the model's training images were, for example with img / 255"
-        raise TypeError(f"img is {_kind(img)}, must be a floating-point tensor (b, c, h, w): {remedy}")
-    shape, size = tuple(img.shape), config.image_size
-    if img.ndim not in (4, 5) or 0 in shape:
-        remedy = "add the batch dimension with img[None]" if img.ndim == 3 else "every dimension must be at least 1"
+    if not isinstance(img, Tensor):
+        raise TypeError(f"img is a {type(img).__name__}, must be a torch.Tensor (b, c, h, w): convert it first")
+    shape = tuple(img.shape)
+    if img.ndim not in (4, 5):
+        remedy = "add the batch dimension with img[None]" if img.ndim == 3 else "reshape it"
         raise ValueError(f"img has shape {shape}, must be (b, c, h, w), or (b, m, c, h, w) for m images each: {remedy}")
+    if not img.is_floating_point():
+        remedy = "preprocess it as the model's training images were, for example with img / 255"
+        remedy = remedy if img.dtype == torch.uint8 else "convert it with img.float()"
+        raise TypeError(f"img has dtype {img.dtype}, must be floating point: {remedy}")
+    if 0 in shape:
+        raise ValueError(f"img has shape {shape}, must not be empty: every dimension must be at least 1")
     if img.shape[-3] != config.channels:
-        last = shape[-1] == config.channels
-        remedy = "it looks channels-last, move them with img.movedim(-1, -3)" if last else "convert the images"
-        raise ValueError(f"img has shape {shape} with {shape[-3]} channels, must have {config.channels}: {remedy}")
-    if shape[-2:] != (size, size):
-        raise ValueError(f"img has shape {shape}, must be {size}x{size}, the model's image_size: resize the images")
+        last = ": it looks channels-last, move them with img.movedim(-1, -3)" if shape[-1] == config.channels else ""
+        remedy = last or f": convert the images, or build the model with vit_kwargs={{'channels': {shape[-3]}}}"
+        raise ValueError(f"img has shape {shape} with {shape[-3]} channels, must have {config.channels}{remedy}")
+    if shape[-2:] != (config.image_size, config.image_size):
+        found, size = f"img has shape {shape} with {shape[-2]}x{shape[-1]} pixels", f"{config.image_size}"
+        raise ValueError(f"{found}, must be {size}x{size}, the model's image_size: resize or crop the images")
 
 
 def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig) -> Tensor | None:
@@ -53,8 +60,9 @@ def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig)
         ValueError: If both or neither of `img` and `context` are given, or an argument has the wrong shape.
     """
     if not config.cross_attend:
-        if context is not None or context_mask is not None:
-            raise ValueError("context and context_mask are only for models that cross-attend: leave them out")
+        for name, value in {"context": context, "context_mask": context_mask}.items():
+            if value is not None:
+                raise ValueError(f"{name} is only for models that cross-attend: leave it out with cross_attend=False")
         return None
     if (img is None) == (context is None):
         found = "neither img nor context is" if img is None else "both img and context are"
@@ -68,17 +76,20 @@ def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig)
 
 def _check_context(context: Any, config: PalmEConfig) -> None:
     if not isinstance(context, Tensor) or not context.is_floating_point():
-        raise TypeError(f"context is {_kind(context)}, must be a floating-point tensor (b, p, d), as encode returns it")
-    shape, dim = tuple(context.shape), config.encoder_dim
-    if context.ndim != 3 or shape[2] != dim or 0 in shape:
-        raise ValueError(f"context has shape {shape}, must be (b, p, encoder_dim={dim}) and not empty")
+        found = context.dtype if isinstance(context, Tensor) else type(context).__name__
+        raise TypeError(f"context is {found}, must be a floating-point tensor (b, p, d): pass what encode returns")
+    shape = tuple(context.shape)
+    if context.ndim != 3 or shape[2] != config.encoder_dim or 0 in shape:
+        rule = f"must be (b, p, encoder_dim={config.encoder_dim}) and not empty"
+        raise ValueError(f"context has shape {shape}, {rule}: pass what encode returns")
 
 
 def _check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"context_mask is {_kind(mask)}, must be a bool tensor (b, p), True where the context counts")
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"context_mask is {found}, must be a bool tensor (b, p), True where the context counts")
     patches = (config.image_size // config.patch_size) ** 2
-    embeddings = source.shape[1] if source.ndim == 3 else source.shape[1:-3].numel() * patches
+    embeddings = source.shape[1] if source.ndim == 3 else math.prod(source.shape[1:-3]) * patches
     if tuple(mask.shape) != (source.shape[0], embeddings):
         rule = f"must be (b, p) = ({source.shape[0]}, {embeddings}): one entry for each patch embedding"
         raise ValueError(f"context_mask has shape {tuple(mask.shape)}, {rule}")
@@ -108,8 +119,11 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
     within = _within(text, lens, "lens")
     target = within & (text != config.ignore_index)
     _check_range(text, target, config, "text", f", or ignore_index={config.ignore_index}")
-    rule = "text must have at least one target after its first token, or the loss is nan: drop such batches"
-    _require(target[:, 1:].any(), lambda: f"text {shape} has only ignore_index={config.ignore_index} there; ", rule)
+    _require(
+        target[:, 1:].any(),
+        lambda: f"text has shape {shape} and only ignore_index={config.ignore_index} after its first token; ",
+        "text must have at least one target, or the loss is nan: drop such batches",
+    )
 
 
 def check_prompts(
@@ -142,7 +156,8 @@ def check_prompts(
         prompts = prompts.expand(batch or 1, -1)
     prompts = _token_ids(prompts, config, name)
     if batch is not None and len(prompts) != batch:
-        raise ValueError(f"prompts has batch size {len(prompts)}, must have {batch}, as many as images: pass one each")
+        remedy = "pass one prompt (t,) for all images, or one for each image"
+        raise ValueError(f"prompts has batch size {len(prompts)}, must have {batch}, the number of images: {remedy}")
     within = _within(prompts, prompt_lens, "prompt_lens")
     _check_range(prompts, within, config, name)
     return prompts.masked_fill(~within, config.pad_value), None if bool(within.all()) else prompt_lens
@@ -153,8 +168,11 @@ def _stack_prompts(prompts: Any, config: PalmEConfig) -> tuple[Tensor, Tensor]:
         raise ValueError("prompts is an empty list, must hold a 1-d tensor for each image: start from BOS")
     for number, prompt in enumerate(prompts):
         if not isinstance(prompt, Tensor) or prompt.ndim != 1:
-            raise ValueError(f"prompts[{number}]={prompt!r} must be a 1-d tensor (t,) of token ids")
+            found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+            raise ValueError(f"prompts[{number}] is {found}, must be a 1-d tensor (t,) of token ids")
         _token_ids(prompt[None], config, f"prompts[{number}]")
+    if len(devices := sorted({str(prompt.device) for prompt in prompts})) > 1:
+        raise ValueError(f"prompts are on {', '.join(devices)}, must be on one device: move them first")
     lens = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
     return pad_sequence([prompt.long() for prompt in prompts], batch_first=True, padding_value=config.pad_value), lens
 
@@ -176,12 +194,16 @@ def check_batches(source: Tensor, text: Tensor) -> None:
 
 def _token_ids(text: Any, config: PalmEConfig, name: str) -> Tensor:
     """Return token ids `(b, n)` as int64, whose values are not checked yet."""
-    if not isinstance(text, Tensor) or text.dtype not in _INTEGERS:
-        raise TypeError(f"{name} is {_kind(text)}, must be an integer tensor (b, n) of token ids: convert it")
+    if not isinstance(text, Tensor):
+        raise TypeError(f"{name} is a {type(text).__name__}, must be a torch.Tensor (b, n) of token ids: convert it")
     shape = tuple(text.shape)
-    if text.ndim != 2 or 0 in shape:
-        remedy = f"add the batch dimension with {name}[None]" if text.ndim == 1 else "both must be at least 1"
+    if not _is_int_tensor(text):
+        raise TypeError(f"{name} has dtype {text.dtype}, must be an integer dtype: convert it with {name}.long()")
+    if text.ndim != 2:
+        remedy = f"add the batch dimension with {name}[None]" if text.ndim == 1 else "reshape it"
         raise ValueError(f"{name} has shape {shape}, must be (b, n), batch and sequence: {remedy}")
+    if 0 in shape:
+        raise ValueError(f"{name} has shape {shape}, must not be empty: both dimensions must be at least 1")
     if config.use_abs_pos_emb and shape[1] > config.max_seq_len:
         rule = f"must have at most max_seq_len={config.max_seq_len} with use_abs_pos_emb=True"
         raise ValueError(f"{name} has {shape[1]} tokens, {rule}: shorten it, or raise max_seq_len")
@@ -194,24 +216,31 @@ def _within(text: Tensor, lens: Tensor | None, name: str) -> Tensor:
     if lens is None:
         return torch.ones_like(text, dtype=torch.bool)
     count, longest = text.shape
-    if not isinstance(lens, Tensor) or lens.dtype not in _INTEGERS:
+    if not _is_int_tensor(lens):
         raise TypeError(f"{name}={lens!r} must be a tensor of ints (b,), the number of tokens in each text")
     if tuple(lens.shape) != (count,):
         raise ValueError(f"{name} has shape {tuple(lens.shape)}, must be ({count},), one length for each text")
-    rule = f"{name} must be within 1..{longest}, the number of tokens in each text"
-    _require(((lens >= 1) & (lens <= longest)).all(), lambda: f"{name}={lens.tolist()}; ", rule)
+    _require(
+        ((lens >= 1) & (lens <= longest)).all(),
+        lambda: f"{name}={lens.tolist()}; ",
+        f"{name} must be within 1..{longest}, the number of tokens in each text",
+    )
     return torch.arange(longest, device=text.device) < lens[:, None]
 
 
 def _check_range(text: Tensor, within: Tensor, config: PalmEConfig, name: str, others: str = "") -> None:
     last = config.num_tokens - 1
-    rule = f"{name} must have ids within 0..num_tokens-1={last}{others}: check the tokenizer, or raise num_tokens"
-    right = ~(within & ((text < 0) | (text > last))).any()
-    _require(right, lambda: f"{name} has ids from {int(text[within].min())} to {int(text[within].max())}; ", rule)
+    _require(
+        ~(within & ((text < 0) | (text > last))).any(),
+        lambda: f"{name} has ids from {int(text[within].min())} to {int(text[within].max())}; ",
+        f"{name} must have ids within 0..num_tokens-1={last}{others}: check the tokenizer, or raise num_tokens",
+    )
 
 
-def _kind(value: Any) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def _is_int_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and not (
+        value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+    )
 
 
 def _require(condition: Tensor, found: Callable[[], str], rule: str) -> None:

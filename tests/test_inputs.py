@@ -23,39 +23,36 @@ BAD_IMAGES: list[tuple[Any, type[Exception], str]] = [
     (
         (IMG * 255).to(torch.uint8),
         TypeError,
-        "img is torch.uint8, must be a floating-point tensor (b, c, h, w): preprocess it as the model's",
+        "img has dtype torch.uint8, must be floating point: preprocess it as the model's training images were, for",
     ),
-    (IMG.long(), TypeError, "img is torch.int64, must be a floating-point tensor"),
-    (IMG.tolist(), TypeError, "img is a list, must be a floating-point tensor (b, c, h, w)"),
+    (IMG.long(), TypeError, "img has dtype torch.int64, must be floating point: convert it with img.float()"),
+    (IMG.tolist(), TypeError, "img is a list, must be a torch.Tensor (b, c, h, w)"),
     (
         IMG[:, :1],
         ValueError,
-        "img has shape (3, 1, 8, 8) with 1 channels, must have 3: convert the images",
+        "img has shape (3, 1, 8, 8) with 1 channels, must have 3: convert the images, or build the model with "
+        "vit_kwargs={'channels': 1}",
     ),
     (IMG.movedim(1, -1), ValueError, "must have 3: it looks channels-last, move them with img.movedim(-1, -3)"),
     (
         IMG[..., :4, :4],
         ValueError,
-        "img has shape (3, 3, 4, 4), must be 8x8, the model's image_size: resize the images",
+        "img has shape (3, 3, 4, 4) with 4x4 pixels, must be 8x8, the model's image_size: resize or crop the images",
     ),
-    (IMG.reshape(3, 3, 4, 16), ValueError, "img has shape (3, 3, 4, 16), must be 8x8"),
-    (
-        IMG[:0],
-        ValueError,
-        "img has shape (0, 3, 8, 8), must be (b, c, h, w), or (b, m, c, h, w) for m images each: every",
-    ),
-    (IMG[:, None][:, :0], ValueError, "each: every dimension must be at least 1"),
+    (IMG.reshape(3, 3, 4, 16), ValueError, "with 4x16 pixels, must be 8x8"),
+    (IMG[:0], ValueError, "img has shape (0, 3, 8, 8), must not be empty"),
+    (IMG[:, None][:, :0], ValueError, "img has shape (3, 0, 3, 8, 8), must not be empty"),
 ]
 
 BAD_TEXTS: list[tuple[Any, type[Exception], str]] = [
     (TEXT[0], ValueError, "text has shape (10,), must be (b, n), batch and sequence: add the batch dimension with"),
     (TEXT[None], ValueError, "text has shape (1, 3, 10), must be (b, n), batch and sequence"),
-    (TEXT.float(), TypeError, "text is torch.float32, must be an integer tensor (b, n)"),
-    (TEXT.bool(), TypeError, "text is torch.bool, must be an integer tensor (b, n)"),
-    (TEXT.tolist(), TypeError, "text is a list, must be an integer tensor (b, n) of token ids"),
+    (TEXT.float(), TypeError, "text has dtype torch.float32, must be an integer dtype"),
+    (TEXT.bool(), TypeError, "text has dtype torch.bool, must be an integer dtype"),
+    (TEXT.tolist(), TypeError, "text is a list, must be a torch.Tensor (b, n) of token ids"),
     (TEXT[:, :1], ValueError, "text has shape (3, 1), must have at least 2 tokens"),
-    (TEXT[:, :0], ValueError, "text has shape (3, 0), must be (b, n), batch and sequence: both must be at least 1"),
-    (TEXT[:0], ValueError, "text has shape (0, 10), must be (b, n), batch and sequence: both must be at least 1"),
+    (TEXT[:, :0], ValueError, "text has shape (3, 0), must not be empty"),
+    (TEXT[:0], ValueError, "text has shape (0, 10), must not be empty"),
     (
         TEXT.clone().fill_(5).index_fill(1, torch.tensor(3), 32),
         ValueError,
@@ -66,7 +63,7 @@ BAD_TEXTS: list[tuple[Any, type[Exception], str]] = [
     (
         TEXT.clone().fill_(-100).index_fill(1, torch.tensor(0), 3),
         ValueError,
-        "text (3, 10) has only ignore_index=-100 there; text must have at least one target after its first token, "
+        "text has shape (3, 10) and only ignore_index=-100 after its first token; text must have at least one target, "
         "or the loss is nan: drop such batches",
     ),
     (
@@ -150,9 +147,7 @@ def test_a_text_only_model_refuses_a_context() -> None:
     model = small(cross_attend=False)
     arguments: dict[str, Any] = {"context": torch.randn(3, 4, 24), "context_mask": torch.ones(3, 4).bool()}
     for name, value in arguments.items():
-        with pytest.raises(
-            ValueError, match="context and context_mask are only for models that cross-attend: leave them out"
-        ):
+        with pytest.raises(ValueError, match=f"{name} is only for models that cross-attend: leave it out"):
             model(None, TEXT, **{name: value})
 
 

@@ -67,7 +67,6 @@ config.image_size = 9  # error: misc
 model(img)  # error: call-overload
 model([1], text)  # error: call-overload
 model.generate(img, text, 3, beam=2)  # error: call-arg
-model.generate(img, text)  # error: call-arg
 model.stream(img, text, 3, beams=2)  # error: call-arg
 model.beam_search(img, text, "3")  # error: arg-type
 """

@@ -82,6 +82,8 @@ class Request:
     eos_tokens: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"compile={self.compile!r} must be True or False")
         if not (self.logits_processor is None or callable(self.logits_processor)):
             raise TypeError(f"logits_processor={self.logits_processor!r} must be a function of ids and logits")
 

@@ -23,7 +23,14 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
 
     exact = False
 
-    def forward(self, x: Tensor, return_outputs: bool = False, *, lens: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        return_outputs: bool = False,
+        prepend_embeds: Tensor | None = None,
+        lens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Return what upstream returns, for token ids `x (b, n)`.
 
         With `input_not_include_cache`, which has no meaning for a loss, return what `net` returns. Decoding calls this
@@ -32,8 +39,8 @@ class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
         if "input_not_include_cache" in kwargs:
             return self.net(x, **kwargs)
         more = self.net.looped or self.net.output_is_log_prob or self.add_attn_z_loss or self.add_continuous_pred_head
-        if self.exact or return_outputs or more or self.mask_prob > 0 or kwargs.get("prepend_embeds") is not None:
-            return super().forward(x, return_outputs=return_outputs, lens=lens, **kwargs)
+        if self.exact or return_outputs or more or self.mask_prob > 0 or prepend_embeds is not None:
+            return super().forward(x, return_outputs=return_outputs, prepend_embeds=prepend_embeds, lens=lens, **kwargs)
         ignored = self.ignore_index
         if lens is not None:
             x = x.masked_fill(torch.arange(x.shape[1], device=x.device) >= lens[:, None], ignored)

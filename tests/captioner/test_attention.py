@@ -208,7 +208,7 @@ IMG, TEXT = batch(small())
         ),
         (small(), (IMG[:1], TEXT), ValueError, "text has shape (2, 10) and img (1, 3, 8, 8), must have the same batch"),
         (small(), (IMG, TEXT[:, :1]), ValueError, "text has shape (2, 1), must have at least 2 tokens"),
-        (small(), (IMG, TEXT.float()), TypeError, "text is torch.float32, must be an integer tensor"),
+        (small(), (IMG, TEXT.float()), TypeError, "text has dtype torch.float32, must be an integer dtype"),
         (small(), (IMG, TEXT.clone().fill_(32)), ValueError, "text has ids from 32 to 32; "),
         (
             small(),

@@ -110,6 +110,8 @@ def test_what_cannot_be_compiled() -> None:
     img, prompts = batch(model)
     with pytest.raises(ValueError, match=r"compile=True needs the key-value cache: leave out cache_kv=False"):
         model.generate(img, prompts, 2, compile=True, cache_kv=False)
+    with pytest.raises(TypeError, match=r"compile='yes' must be True or False"):
+        model.generate(img, prompts, 2, compile="yes")  # type: ignore[arg-type]
     shifted = small(decoder_kwargs={"shift_tokens": 1})
     with pytest.raises(
         ValueError, match=r"compile=True needs the key-value cache: leave out compile, this model cannot"

@@ -93,7 +93,11 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("how", "options"),
-    [("ddp", []), ("ddp", ["--gradient_accumulation_steps=2"]), ("fsdp2", ["--gradient_accumulation_steps=2"])],
+    [
+        ("ddp", []),
+        pytest.param("ddp", ["--gradient_accumulation_steps=2"], marks=pytest.mark.slow),
+        ("fsdp2", ["--gradient_accumulation_steps=2"]),
+    ],
 )
 def test_two_processes_train_what_one_trains(
     how: str, options: list[str], folder: Path, alone: Path, tmp_path: Path
@@ -128,6 +132,7 @@ def test_many_processes_resume_bitwise(how: str, folder: Path, tmp_path: Path) -
     assert differ(tmp_path / "told", tmp_path / "whole", "model.safetensors") == 0
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_stream(folder: Path, tmp_path: Path) -> None:
     options = [f"--data={folder}", *TRAIN, "--streaming", "--shuffle_buffer=9", "--lr=2e-4", "--augment"]
     assert main(["train", *options, f"--run={tmp_path / 'alone'}"]) == 0
@@ -204,6 +209,7 @@ def test_what_accelerate_launch_may_not_say(
         AcceleratorState._reset_state()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(folder: Path, alone: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "palme_xt", "train", f"--data={folder}", *TRAIN, "--mixed-precision=bf16"]
     done = subprocess.run([*command, f"--run={tmp_path / 'run'}"], capture_output=True, text=True)

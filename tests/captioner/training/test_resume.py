@@ -88,7 +88,8 @@ def crashes(arguments: list[str]) -> None:
 
 OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 NO_GRADIENT = pytest.mark.skipif(OLD_TORCH, reason="torch 2.9 refuses to load an optimizer in which a state is missing")
-MARKS = {"augmented": [pytest.mark.slow], "some parameters had no gradient yet": [NO_GRADIENT]}
+SLOW = "augmented", "accumulated, with a worker", "before the first checkpoint but one"
+MARKS = {variant: [pytest.mark.slow] for variant in SLOW} | {"some parameters had no gradient yet": [NO_GRADIENT]}
 
 
 @pytest.mark.parametrize("variant", [pytest.param(variant, marks=MARKS.get(variant, [])) for variant in VARIANTS])
@@ -141,6 +142,7 @@ def test_a_signal_ends_the_training_after_the_step(
     assert end_of(tmp_path / "told") == end_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_of_a_job_leaves_the_readers_to_the_training(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train = [sys.executable, "-m", "palme_xt", "train", f"--data={folder}", *SHORT, "--steps=100000"]
