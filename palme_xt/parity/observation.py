@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map_only
 
 from palme_xt.parity.numbers import Numbers, first_tensor, leaves
@@ -91,7 +90,11 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
             context = {key: kwargs[key] for key in ("context", "context_mask") if kwargs.get(key) is not None}
             calls.append(Call(module, args[0] if args else kwargs["x"], context, tensor.clone()))
 
-    with register_module_forward_hook(keep, with_kwargs=True):
+    # Not `register_module_forward_hook`: torch (2.15) never forgets such a hook that takes keywords, and then
+    # `torch.compile` warns for the rest of the process.
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.enter_context(module.register_forward_hook(keep, with_kwargs=True))
         output = _forward(model, inputs, training=False)
     layers.pop("", None)  # the model itself
     outputs = {} if first_tensor(output) is None else dict(leaves(output))

@@ -291,3 +291,10 @@ def test_the_report_prints_well() -> None:
         "logits   differs: logits differs by up to 2",
         "buffers  could not be checked: there is nothing to compare",
     ]
+
+
+def test_no_hook_is_left_behind() -> None:
+    model = small()
+    assert compare(model, model)
+    assert not torch.nn.modules.module._has_any_global_hook()
+    assert not any(module._forward_hooks for module in model.modules())
