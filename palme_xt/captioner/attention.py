@@ -116,6 +116,10 @@ def word_maps(maps: Tensor, words: Sequence[tuple[str, Sequence[int]]]) -> Tenso
         `(number of words, rows, columns)`.
 
     Raises:
-        IndexError: If a token of a word has no map.
+        ValueError: If a token of a word has no map.
     """
+    for word, tokens in words:
+        if not all(0 <= token < len(maps) for token in tokens):
+            rule = f"must be within 0..{len(maps) - 1}: pass the maps of the text"
+            raise ValueError(f"words has {word!r} of tokens {tokens}, {rule}")
     return torch.cat([maps[:0], *(maps[list(tokens)].mean(dim=0, keepdim=True) for _, tokens in words)])

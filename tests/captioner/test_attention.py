@@ -258,7 +258,9 @@ def test_word_maps() -> None:
     found = word_maps(maps, [("ab", [0, 1]), ("c", [3])])
     torch.testing.assert_close(found, torch.stack([(maps[0] + maps[1]) / 2, maps[3]]))
     assert word_maps(maps, []).shape == (0, 2, 3)
-    with pytest.raises(IndexError):
+    with pytest.raises(
+        ValueError, match=r"words has 'c' of tokens \[3, 4\], must be within 0\.\.3: pass the maps of the"
+    ):
         word_maps(maps, [("c", [3, 4])])
 
 
