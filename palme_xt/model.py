@@ -330,7 +330,7 @@ class PalmE(nn.Module):
         requests.check_network_inputs(kwargs)
         net = self.decoder.net
         batch, device = None if source is None else len(source), next(net.parameters()).device
-        can_cache = net.can_cache_kv and is_right(net, self.config, cached=True, padded=False)
+        can_cache = request.cache_kv and net.can_cache_kv and is_right(net, self.config, cached=True, padded=False)
         request.check(self.config, batch, device, can_cache)
         network = self.decoder if isinstance(self.decoder, AutoregressiveWrapper) else net
 

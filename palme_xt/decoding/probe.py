@@ -11,7 +11,7 @@ from palme_xt.config import PalmEConfig
 
 LENGTH = 16  # tokens of the texts that are tried
 RANK = 8  # of the linear layers in the copy
-TOLERANCE = 2e-4  # of the largest value. Rounding causes differences of 1e-5, and what is wrong, of 2e-3 and more.
+TOLERANCE = 2e-4  # of the largest value. Rounding differs by up to 3e-5, and what is wrong differs by at least 1e-3.
 WINDOWS = {"max_attend_past", "axial_dim", "max_dist", "max_pos"}  # attributes that matter only to longer texts
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()

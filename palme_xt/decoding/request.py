@@ -96,7 +96,7 @@ class Request:
             config: The config of the model.
             batch: Number of images, or None if the model does not look at any.
             device: The model's device.
-            can_cache: Whether the model's cached steps are correct. If not, `cache_kv` becomes False.
+            can_cache: Whether cached steps are wanted and correct. If not, `cache_kv` becomes False.
         """
         self.prompts, self.prompt_lens = check_prompts(self.prompts, self.prompt_lens, batch, config, device)
         prompt_len, most = self.prompts.shape[1], config.max_seq_len
@@ -107,10 +107,12 @@ class Request:
             found = f"prompt of {prompt_len} tokens + seq_len={self.seq_len} exceeds max_seq_len={most}"
             raise ValueError(f"{found}: shorten one, or pass restrict_to_max_seq_len=False to {how}")
         self.eos_tokens = config.check_eos_token(self.eos_token).to(device)
-        if self.compile and not (self.cache_kv and can_cache):
-            remedy = "leave out cache_kv=False" if can_cache else "leave out compile, this model cannot use the cache"
+        if self.compile and not can_cache:
+            remedy = (
+                "leave out compile, this model cannot use the cache" if self.cache_kv else "leave out cache_kv=False"
+            )
             raise ValueError(f"compile=True needs the key-value cache: {remedy}")
-        self.cache_kv = self.cache_kv and can_cache
+        self.cache_kv = can_cache
 
     def process(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Return what `logits_processor` makes of the logits, or log probabilities, `(b, v)` after texts `(b, t)`."""
@@ -137,7 +139,8 @@ class SamplingRequest(Request):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_number("temperature", self.temperature, 0, "0 (greedy) or more, and finite")
-        check_positive_int("num_return_sequences", self.num_return_sequences, "it is the number of texts of a sample")
+        rule = "it is the number of texts of a sample"
+        self.num_return_sequences = check_positive_int("num_return_sequences", self.num_return_sequences, rule)
         name, keywords = self.filter_logits_fn, self.filter_kwargs or {}
         self._filter = FILTER_LOGITS_FN.get(name, name) if isinstance(name, str) else name
         if not callable(self._filter):
@@ -189,8 +192,9 @@ class GenerationRequest(SamplingRequest, SearchRequest):
         super().__post_init__()
         sampling = ("temperature", "filter_logits_fn", "filter_kwargs", "generator")
         for name in ("length_penalty", "early_stopping") if self.beams == 1 else sampling:
+            value = getattr(self, name)
             # A temperature of 0 asks for the most likely text, as a beam search does.
-            if (value := getattr(self, name)) not in (getattr(GenerationRequest, name), 0):
+            if value != getattr(GenerationRequest, name) and (name, value) != ("temperature", 0):
                 raise ValueError(f"{name}={value!r} has no effect with beams={self.beams}: leave it out")
         if 1 < self.beams < self.num_return_sequences:
             raise ValueError(f"num_return_sequences={self.num_return_sequences} must be at most beams={self.beams}")

@@ -98,7 +98,7 @@ def check(module: nn.Module, path: str | os.PathLike[str], tolerance: float = TO
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance} must be 0 or more")
     given, reference, metadata = _read(Path(path))
-    if metadata.get("parameters", _digest(module)) != _digest(module):
+    if "parameters" in metadata and metadata["parameters"] != _digest(module):
         remedy = "load them from a file, because a seed gives others if the initialisation changes, or record again"
         raise FolderError(f"the parameters of the {type(module).__name__} are not those recorded in {path}: {remedy}")
     current = environment(module)

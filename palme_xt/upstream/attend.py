@@ -34,7 +34,7 @@ class Attend(upstream.Attend):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool | None = None, **kwargs: Any) -> Any:
         """Attend, for `q (b, h, i, d)`, `k` and `v (b, kvh, j, d)`, `mask (b, 1, i, j)`, `attn_bias (h, i, j)`.
 
-        As in upstream, `mask` may also be `(b, j)`. It and what follows it are keywords.
+        As in upstream, `mask` may also be `(b, j)`. `mask` and `attn_bias` are keyword-only.
 
         Raises:
             ValueError: If there are fewer keys than `attn_sparse_topk`.

@@ -15,6 +15,7 @@ from x_transformers.x_transformers import TokenEmbedding
 
 from palme_xt import PalmE, PalmEConfig
 from palme_xt.mapping import MAPPING, upstream_keywords
+from tests import overrides
 
 DIM, TOKENS, CONTEXT = 32, 32, 5
 SMALL: dict[str, Any] = {
@@ -48,51 +49,31 @@ NO_XPOS: list[dict[str, Any]] = [
 ]
 FLAGS: list[dict[str, Any]] = [{}, {"attn_flash": False}, {"attn_flash": False, "alibi_pos_bias": False}, *NO_XPOS]
 
-# Values of keywords whose default does not show their type. Those behind a prefix are found without it, too.
-VALUES: dict[str, Any] = {
-    "dim_condition": 16,
+# Values of keywords that need another one here, or are not overrides. Those behind a prefix are found without it, too.
+VALUES: dict[str, Any] = overrides.VALUES | {
     "rotary_emb_dim": 4,
-    "rotate_num_heads": 2,
     "custom_layers": ("a", "c", "f", "a", "f", "c"),
     "layers_execute_order": (0, 1, 2, 0, 1, 2),
-    "sandwich_coef": 1,
-    "par_ratio": 3,
-    "attn_aggregated_residual_kwargs": {"lora_rank": 4},
     "disable_abs_pos_emb": False,
     "rel_pos_kwargs": {"slopes": (1.0, 0.25)},
     "residual_fn_kwargs": {"learned": True},
-    "sparse_topk": 2,
-    "gate_values_rank": 4,
-    "output_gate_rank": 4,
-    "max_attend_past": 3,
-    "custom_attn_fn": torch.sigmoid,
     "hybrid_module": nn.GRU(DIM, DIM, batch_first=True),
     "hybrid_mask_kwarg": "mask",
     "hybrid_fold_axial_dim": 1,
-    "kv_heads": 2,
-    "value_dim_head": 4,
     "dim_out": DIM,
-    "project_out": True,
-    "dim_latent_q": 8,
-    "dim_latent_kv": 8,
     "latent_rope_subheads": 1,
     "data_dependent_alibi_kwargs": {"post_log_scale": 0.5},
     "attend_sdp_kwargs": {"enable_math": True},
-    "custom_activation": nn.Tanh(),
     "softclamp_value": 2.0,
     "glu_gate_softclamp_value": 2.0,
     "glu_up_softclamp_value": 2.0,
     "embed_num_tokens": {"kind": 3},
-    "emb_dim": 16,
-    "num_memory_tokens": 2,
     "memory_tokens_interspersed_every": 4,
-    "tie_embedding_scale": 0.5,
     "logits_dim": TOKENS,
     "dim_pooled_tokens": 16,
     "token_emb": TokenEmbedding(DIM, TOKENS),
     "to_logits": nn.Linear(DIM, TOKENS),
     "dim_head": 16,
-    "qk_norm_groups": 2,
     "emb_frac_gradient": 0.5,
     "rel_pos_max_distance": 64,
 }

@@ -227,11 +227,9 @@ def test_beams_of_several_images_and_beyond_max_seq_len() -> None:
             ValueError,
             "temperature=0.7 has no effect with beams=2: leave it out",
         ),
-        (
-            {"beams": 2, "generator": torch.Generator()},
-            ValueError,
-            "has no effect with beams=2: leave it out",
-        ),
+        ({"beams": 2, "generator": torch.Generator()}, ValueError, "generator=<torch._C.Generator"),
+        ({"beams": 2, "generator": torch.Generator()}, ValueError, "has no effect with beams=2: leave it out"),
+        ({"early_stopping": False}, ValueError, "early_stopping=False has no effect with beams=1: leave it out"),
     ],
 )
 def test_what_makes_no_beam_search(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -777,3 +777,13 @@ def test_upstream_still_counts_an_eos_of_the_prompt_and_stays_in_eval_mode() -> 
     with pytest.raises(AssertionError):
         model.decoder.generate(text, 8, temperature=0.0)
     assert not model.decoder.training
+
+
+def test_nothing_is_tried_where_the_cache_is_not_wanted() -> None:
+    model = small()
+    img, prompts = batch(model)
+    expected = model.generate(img, prompts, 3, **GREEDY)
+    with mock.patch("palme_xt.decoding.probe.is_right", side_effect=AssertionError):
+        assert torch.equal(model.generate(img, prompts, 3, cache_kv=False, **GREEDY), expected)
+        with pytest.raises(AssertionError):
+            model.generate(img, prompts, 3, **GREEDY)
