@@ -170,7 +170,7 @@ class PalmEConfig:
         for part, name, rule, kept in rules:
             value = getattr(self, f"{part}_kwargs").get(name)
             if value and not kept:
-                raise ValueError(f"{part}_kwargs[{name!r}]={value!r} {rule}: x-transformers crashes without")
+                raise ValueError(f"{part}_kwargs[{name!r}]={value!r} {rule}: otherwise, x-transformers crashes")
 
     def _warn_of_dropped_positions(self) -> None:
         others = any(map(self.decoder_kwargs.get, ("rotary_pos_emb", "rel_pos_bias", "polar_pos_emb")))
@@ -189,7 +189,7 @@ class PalmEConfig:
         for name, value in (inherited | self.decoder_kwargs).items():
             if value and name in _SEE_LATER_TOKENS and (self.cross_attend or not name.startswith("cross_")):
                 found = f"decoder_kwargs[{name!r}]={value!r} lets the logits of a token depend on the tokens after it"
-                warnings.warn(f"{found}, or on their number: training may leak the targets, turn it off", stacklevel=4)
+                warnings.warn(f"{found}, or on their number: training may leak the targets; turn it off", stacklevel=4)
 
     @property
     def channels(self) -> int:

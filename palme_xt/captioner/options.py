@@ -78,8 +78,8 @@ class Data:
             image type; in webdataset shards, the first of these that a row has.
         text_column: Column of the captions, each a text or a list of texts. By default, `text`, `caption`, `captions`
             or `txt`. Each epoch trains on another text of a list.
-        fit: How images become squares: `crop` cuts off what is beside the middle, `pad` adds borders in the mean
-            colour, `squash` changes the proportions.
+        fit: How images become squares: `crop` keeps the centre, `pad` adds borders in the mean colour, `squash` changes
+            the proportions.
         streaming: Read the data during training, instead of preparing all of them first. The option needs no value.
             Every process, and each of its `num_workers`, reads the whole stream from its start and decodes its own
             share; so does a resumed run.
