@@ -627,6 +627,7 @@ sys.exit(main(["train", "--run", {str(tmp_path / "run")!r}]))
         (["train", "--steps=many"], '.*"steps".*many.*'),
         (["train", "--config={folder}/none.yaml"], ".*File does not exist: '.*none.yaml'"),
         (["train", "--config={folder}/x.yaml"], r"Option 'stesp' is not accepted: did you mean (--)?steps\?"),
+        (["train", "--steps=x"], "Parser key \"steps\": Expected a <class 'int'>. Got value: x"),
         (["caption", "run", "x.png", "--beam=3"], r"unrecognized arguments: --beam=3: did you mean --beams\?"),
         (["source", "--image_sise=64"], r"unrecognized arguments: --image_sise=64: did you mean --image_size\?"),
     ],

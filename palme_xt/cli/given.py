@@ -23,7 +23,7 @@ class Parser(ArgumentParser):
             ValueError: Always.
         """
         known = [name for action in self._actions for name in (*action.option_strings, action.dest)]
-        unknown = [name for name in re.findall(r"--[\w.]+|(?<=')\w+(?=')", message) if name not in known]
+        unknown = [name for name in re.findall(r"--[\w.]+|(?<=Option ')\w+", message) if name not in known]
         hint = did_you_mean(unknown[0], known) if unknown else ""
         raise ValueError(f"{' '.join(message.split())}{hint}; `{self.prog} --help` lists the options") from ex
 
