@@ -15,10 +15,12 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, V
 from x_transformers import x_transformers as upstream
 
 from palme_xt.config import PalmEConfig, UnprovenConfig
+from palme_xt.insertion import insert_cross_attention
 from palme_xt.mapping import MAPPING, argument_behind, upstream_keywords
 from palme_xt.parts import Wired, draw_inputs, image_shape, undisturbed
 from palme_xt.wiring import DECODER, ENCODER, build
 
+ARGUMENTS = "palme_arguments"  # an attribute of modules that come with arguments of `PalmEConfig`
 TEXT = 32  # tokens of the text that a proof runs; attributes show what counts only in longer ones
 ROUNDING = 2**-8  # relative, of bfloat16
 # The mode, and what stays behind if a vocabulary is resized in place.
@@ -34,17 +36,32 @@ _PARTS = {
 }
 
 
-def adopt(encoder: Any, decoder: Any, **given: Any) -> PalmEConfig:
-    """Return the config that `describe` reads, if it is proven.
+def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:
+    """Return the config that `describe` reads, if it is proven, and the decoder.
 
     Otherwise, a model built from it differs from the modules: return an `UnprovenConfig`, and warn.
+
+    Arguments in the attribute `ARGUMENTS` of the modules count as given. With `cross_attend=True`, cross-attention is
+    inserted into a copy of a decoder without it (`palme_xt.insertion`).
+
+    Raises:
+        TypeError, ValueError: As in `describe`, and if cross-attention cannot be inserted.
     """
-    config = describe(encoder, decoder, **given)
-    if (difference := find_difference(config, encoder, decoder)) is None:
-        return config
+    given = _merge(vars(encoder).get(ARGUMENTS, {}), vars(decoder).get(ARGUMENTS, {}), given)
+    layers = getattr(getattr(decoder, "net", None), "attn_layers", None)
+    wanted = given.get("cross_attend") and isinstance(layers, Decoder) and not layers.cross_attend
+    config = describe(encoder, decoder, **given | ({"cross_attend": False} if wanted else {}))
+    difference = find_difference(config, encoder, decoder)
+    if wanted and difference:
+        found = f"cross_attend=True for a decoder without cross-attention, which cannot be rebuilt: {difference}"
+        raise ValueError(f"{found}. State what cannot be read from it, for example decoder_kwargs={{...}}")
+    if wanted:
+        return insert_cross_attention(config, decoder)
+    if difference is None:
+        return config, decoder
     unproven = UnprovenConfig(**vars(config), difference=difference)
     warnings.warn(unproven.refusal, stacklevel=3)
-    return unproven
+    return unproven, decoder
 
 
 def describe(encoder: Any, decoder: Any, **given: Any) -> PalmEConfig:

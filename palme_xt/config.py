@@ -61,6 +61,10 @@ class PalmEConfig:
         autoregressive_kwargs: Anything else that `x_transformers.AutoregressiveWrapper` accepts.
         bos_token: The id that texts begin with, which is the prompt if decoding is given none.
         eos_token: The id that ends a text, or a list of such ids, if decoding is given none.
+        torch_layers: Layers of torch in place of upstream's, for weights of other libraries: under "encoder" and
+            "decoder", keywords of `palme_xt.upstream.torch_layers.use_torch_layers`, or an "activation" ("gelu_tanh",
+            "quick_gelu" or "relu").
+        sources: Where the weights of the "encoder" and the "decoder" came from, for the reader.
 
     Raises:
         ValueError: If a number is out of range, or an override repeats an argument or is unknown to upstream.
@@ -92,6 +96,8 @@ class PalmEConfig:
     autoregressive_kwargs: dict[str, Any] = field(default_factory=dict)
     bos_token: int | None = None
     eos_token: int | Sequence[int] | None = None
+    torch_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for argument in fields(self):
@@ -101,6 +107,10 @@ class PalmEConfig:
                 check_positive_int(argument.name, value)
             elif argument.type == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{argument.name}={value!r} must be True or False, not {type(value).__name__}")
+        if self.torch_layers != {}:
+            from palme_xt.upstream.torch_layers import check_torch_layers  # imported here, because few models need it
+
+            check_torch_layers(self.torch_layers)
         for part in MAPPING:
             self._check_overrides(part, getattr(self, f"{part}_kwargs"))
         self._check_sizes()
@@ -220,6 +230,10 @@ class PalmEConfig:
         dim_head = keywords.get("attn_value_dim_head") or keywords.get("attn_dim_head", 64)
         if keywords.get("heads") == 1 and dim_head != keywords["dim"]:
             keywords.setdefault("attn_project_out", True)
+        if name := self.torch_layers.get(part, {}).get("activation"):
+            from palme_xt.upstream.torch_layers import activation
+
+            keywords["ff_custom_activation"] = activation(name)
         return keywords
 
     def check_eos_token(self, eos_token: Any) -> Tensor:

@@ -86,7 +86,7 @@ class PalmE(nn.Module):
         from palme_xt.adoption import adopt  # imported here, because few models need it
 
         names = [argument.name for argument in fields(PalmEConfig)]
-        config = adopt(encoder, decoder, **{name: arguments.pop(name) for name in names if name in arguments})
+        config, decoder = adopt(encoder, decoder, **{name: arguments.pop(name) for name in names if name in arguments})
         model = cls.__new__(cls)
         vars(model)["_adopted"] = config, encoder, decoder  # for `__init__`, which a subclass may extend
         cls.__init__(model, **{name: getattr(config, name) for name in names}, **arguments)

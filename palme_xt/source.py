@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import palme_xt
 from palme_xt.config import PalmEConfig, to_json_types
 from palme_xt.mapping import MAPPING, upstream_keywords
-from palme_xt.upstream import cached_decoder
+from palme_xt.upstream import cached_decoder, torch_layers
 from palme_xt.wiring import DECODER, ENCODER, Node
 
 _WIDTH = 88  # ruff's and black's default line length
@@ -36,6 +36,17 @@ class _Call(NamedTuple):
     keywords: Mapping[str, Any]
 
 
+class _Name(str):
+    """A variable to print."""
+
+
+_ACTIVATIONS = {
+    "gelu_tanh": _Call("nn.GELU", {"approximate": "tanh"}),
+    "quick_gelu": _Call("QuickGELU", {}),
+    "relu": _Call("nn.ReLU", {}),
+}
+
+
 def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     """Return a self-contained Python program that builds the encoder and the decoder of `config`.
 
@@ -54,12 +65,17 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
         to_json_types(getattr(config, f"{part}_kwargs"), f"{part}_kwargs")
     # Upstream's own Decoder is enough if ALiBi and rotary positions are not both on.
     own_decoder = bool(config.alibi_pos_bias and (config.rotary_xpos or config.decoder_kwargs.get("rotary_pos_emb")))
+    activations = [layers.get("activation") for layers in config.torch_layers.values()]
+    definitions = [cached_decoder.Decoder] if own_decoder else []
+    definitions += [torch_layers.QuickGELU] if "quick_gelu" in activations else []
+    definitions += [torch_layers.use_torch_layers] if config.torch_layers else []
     sections = [
         f'"""PalmE as an x-transformers program, printed by palme_xt {palme_xt.__version__}."""\n',
-        _imports(own_decoder, weights),
-        *([f"\n{inspect.getsource(cached_decoder.Decoder)}\n"] if own_decoder else []),
+        _imports(own_decoder, weights, bool(config.torch_layers)),
+        *(["\n" + "\n\n".join(map(inspect.getsource, definitions)) + "\n"] if definitions else []),
         _assign("encoder", _call(ENCODER, config)),
         _assign("decoder", _call(DECODER, config)),
+        *(f"{_render(_use_torch_layers(part, config), 0, 0, 0)}\n" for part in config.torch_layers),
         *([_LOAD.format(weights=json.dumps(weights))] if weights else []),
         *([_FORWARD] if config.cross_attend else []),
     ]
@@ -80,20 +96,36 @@ def _call(node: Node, config: PalmEConfig) -> _Call:
         is_default = type(defaults[name]) is type(value) and bool(defaults[name] == value)
         return inherited or not is_default
 
+    if activation := config.torch_layers.get(node.part, {}).get("activation"):
+        keywords["ff_custom_activation"] = _ACTIVATIONS[activation]
     modules = {keyword: _call(child, config) for keyword, child in node.modules.items()}
     given = {name: value for name, value in keywords.items() if needed(name, value)}
     return _Call(node.upstream.__name__, modules | given if "net" in modules else given | modules)
 
 
-def _imports(own_decoder: bool, weights: str | None) -> str:
+def _use_torch_layers(part: str, config: PalmEConfig) -> _Call:
+    layers = {name: value for name, value in config.torch_layers[part].items() if name != "activation"}
+    return _Call("use_torch_layers", {"part": _Name(part), **layers})
+
+
+def _imports(own_decoder: bool, weights: str | None, own_layers: bool) -> str:
     names = ["AutoregressiveWrapper", "Decoder", "Encoder", "TransformerWrapper", "ViTransformerWrapper"]
-    lines = []
+    lines = ["from collections.abc import Sequence"] if own_layers else []
     if own_decoder:
         names.remove("Decoder")
-        lines += ["from typing import Any", "", "import torch", "import x_transformers"]
+        lines += ["from typing import Any"]
+    if own_decoder or own_layers:
+        lines += ["", "import torch"]
+    if own_decoder:
+        lines += ["import x_transformers"]
     if weights:
         lines += ["from safetensors.torch import load_file"]
-    return "\n".join([*lines, "from x_transformers import (", *(f"    {name}," for name in names), ")\n"])
+    if own_layers:
+        lines += ["from torch import nn"]
+    lines += ["from x_transformers import (", *(f"    {name}," for name in names), ")"]
+    if own_layers:
+        lines += ["from x_transformers import x_transformers as upstream"]
+    return "\n".join(lines) + "\n"
 
 
 def _assign(name: str, value: _Call) -> str:
@@ -102,6 +134,8 @@ def _assign(name: str, value: _Call) -> str:
 
 def _render(value: Any, indent: int, before: int, after: int) -> str:
     """Return `value` on one line if it fits between `before` and `after` characters, otherwise one item per line."""
+    if isinstance(value, _Name):
+        return value
     if isinstance(value, _Call):
         opening, closing = f"{value.name}(", ")"
         items = [("" if name == "net" else f"{name}=", item) for name, item in value.keywords.items()]

@@ -28,6 +28,7 @@ class Node(NamedTuple):
 ENCODER = Node("vit", ViTransformerWrapper, {"attn_layers": Node("encoder", Encoder)})
 _NET = Node("transformer", TransformerWrapper, {"attn_layers": Node("decoder", Decoder)})
 DECODER = Node("autoregressive", AutoregressiveWrapper, {"net": _NET})
+_WHOLE = {"vit": "encoder", "autoregressive": "decoder"}  # which of the model's two modules a node builds
 
 
 def build(node: Node, config: PalmEConfig) -> Any:
@@ -39,8 +40,13 @@ def build(node: Node, config: PalmEConfig) -> Any:
     modules = {keyword: build(child, config) for keyword, child in node.modules.items()}
     keywords = config.keywords(node.part)
     try:
-        return node.upstream(**keywords, **modules)
+        module = node.upstream(**keywords, **modules)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
         rejected = f"x-transformers {version('x-transformers')} rejects {node.upstream.__name__}({given})"
         raise ValueError(f"{rejected}: {str(error) or 'it gives no reason'}") from error
+    if layers := config.torch_layers.get(_WHOLE.get(node.part, "")):
+        from palme_xt.upstream.torch_layers import use_torch_layers  # imported here, because few models need it
+
+        use_torch_layers(module, **{name: value for name, value in layers.items() if name != "activation"})
+    return module

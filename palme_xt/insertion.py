@@ -1,0 +1,64 @@
+"""Insert cross-attention into a decoder without it, so that at first it computes what it did."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from x_transformers.x_transformers import Attention
+
+from palme_xt.config import PalmEConfig
+from palme_xt.parts import draw_inputs, undisturbed
+from palme_xt.wiring import DECODER, build
+
+_LAYERS = "net.attn_layers.layers."
+
+
+def insert_cross_attention(config: PalmEConfig, decoder: Any) -> tuple[PalmEConfig, Any]:
+    """Return a config with `cross_attend=True`, and a decoder of it with the weights of one without cross-attention.
+
+    The output projections of the new layers are zero, so that the logits do not depend on the context at first, as in
+    Flamingo's gates (Alayrac et al. 2022, arXiv:2204.14198). That they are those of `decoder` is tried on a short text.
+
+    Args:
+        config: The config that describes `decoder`.
+        decoder: An `x_transformers.AutoregressiveWrapper`, which stays as it is.
+
+    Raises:
+        ValueError: If the logits differ, as they do in a decoder that normalises after each layer.
+    """
+    config = replace(config, cross_attend=True)
+    weights = next(decoder.parameters())
+    wider = build(DECODER, config).to(weights.device, weights.dtype).train(decoder.training)
+    kinds = wider.net.attn_layers.layer_types
+    places = [str(place) for place, kind in enumerate(kinds) if kind != "c"]
+
+    def renamed(name: str) -> str:
+        number, _, rest = name.removeprefix(_LAYERS).partition(".")
+        return f"{_LAYERS}{places[int(number)]}.{rest}" if name.startswith(_LAYERS) else name
+
+    wider.load_state_dict({renamed(name): value for name, value in decoder.state_dict().items()}, strict=False)
+    for module in wider.modules():
+        if isinstance(module, Attention) and not module.causal:
+            for parameter in module.to_out.parameters():
+                nn.init.zeros_(parameter)
+    if not _same_logits(wider, decoder, config.encoder_dim):
+        raise ValueError("cross_attend=True changes what the decoder computes: it must normalise before its layers")
+    trained = {renamed(name): parameter.requires_grad for name, parameter in decoder.named_parameters()}
+    for name, parameter in wider.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
+    return config, wider
+
+
+@torch.no_grad()
+def _same_logits(wider: Any, decoder: Any, width: int) -> bool:
+    (text,), _ = draw_inputs(decoder)
+    weights = next(decoder.parameters())
+    with undisturbed(wider), undisturbed(decoder):
+        wider.eval()
+        decoder.eval()
+        text = text.clamp(min=0).to(weights.device)
+        context = torch.randn(len(text), 4, width).to(weights)
+        return torch.allclose(wider.net(text, context=context), decoder.net(text), rtol=1e-3, atol=1e-4)
