@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from x_transformers.x_transformers import Attention
+from x_transformers import x_transformers as upstream
 
 from palme_xt.config import PalmEConfig
 from palme_xt.parts import draw_inputs, undisturbed
@@ -40,10 +40,13 @@ def insert_cross_attention(config: PalmEConfig, decoder: Any) -> tuple[PalmEConf
         return f"{_LAYERS}{places[int(number)]}.{rest}" if name.startswith(_LAYERS) else name
 
     wider.load_state_dict({renamed(name): value for name, value in decoder.state_dict().items()}, strict=False)
-    for module in wider.modules():
-        if isinstance(module, Attention) and not module.causal:
-            for parameter in module.to_out.parameters():
-                nn.init.zeros_(parameter)
+    for place, kind in enumerate(kinds):
+        for module in wider.net.attn_layers.layers[place].modules() if kind == "c" else ():
+            if isinstance(module, upstream.Attention):
+                for parameter in module.to_out.parameters():
+                    nn.init.zeros_(parameter)
+            elif isinstance(module, upstream.LayerScale):
+                nn.init.ones_(module.gamma)  # after a projection of zeros, a scale of zero would never learn
     if not _same_logits(wider, decoder, config.encoder_dim):
         raise ValueError("cross_attend=True changes what the decoder computes: it must normalise before its layers")
     trained = {renamed(name): parameter.requires_grad for name, parameter in decoder.named_parameters()}

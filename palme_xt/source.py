@@ -66,7 +66,7 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     # Upstream's own Decoder is enough if ALiBi and rotary positions are not both on.
     own_decoder = bool(config.alibi_pos_bias and (config.rotary_xpos or config.decoder_kwargs.get("rotary_pos_emb")))
     activations = [layers.get("activation") for layers in config.torch_layers.values()]
-    definitions = [cached_decoder.Decoder] if own_decoder else []
+    definitions: list[Any] = [cached_decoder.Decoder] if own_decoder else []
     definitions += [torch_layers.QuickGELU] if "quick_gelu" in activations else []
     definitions += [torch_layers.use_torch_layers] if config.torch_layers else []
     sections = [
@@ -113,9 +113,8 @@ def _imports(own_decoder: bool, weights: str | None, own_layers: bool) -> str:
     lines = ["from collections.abc import Sequence"] if own_layers else []
     if own_decoder:
         names.remove("Decoder")
-        lines += ["from typing import Any"]
     if own_decoder or own_layers:
-        lines += ["", "import torch"]
+        lines += ["from typing import Any", "", "import torch"]
     if own_decoder:
         lines += ["import x_transformers"]
     if weights:

@@ -39,22 +39,22 @@ CONTRACT = {
     "attn_flash": True,
     "qk_norm": True,
 }
-TOKENS = ["bos_token", "eos_token"]
+OTHERS = ["bos_token", "eos_token", "torch_layers", "sources"]
 OVERRIDES = ["vit_kwargs", "encoder_kwargs", "transformer_kwargs", "decoder_kwargs", "autoregressive_kwargs"]
 
 
 @pytest.mark.parametrize("constructor", [PalmE, PalmEConfig])
 def test_the_signature_is_the_public_contract(constructor: type) -> None:
     parameters = inspect.signature(constructor).parameters
-    assert list(parameters) == [*CONTRACT, *OVERRIDES, *TOKENS]
+    assert list(parameters) == [*CONTRACT, *OVERRIDES, *OTHERS]
     assert {name: parameters[name].default for name in CONTRACT} == CONTRACT
     assert {parameters[name].kind for name in CONTRACT} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    assert {parameters[name].kind for name in [*OVERRIDES, *TOKENS]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {parameters[name].kind for name in [*OVERRIDES, *OTHERS]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_help_shows_the_arguments() -> None:
     assert "image_size: 'int' = 256" in str(inspect.signature(PalmE.__init__))
-    for name in [*CONTRACT, *OVERRIDES, *TOKENS]:
+    for name in [*CONTRACT, *OVERRIDES, *OTHERS]:
         assert f"        {name}: " in (PalmEConfig.__doc__ or ""), name
 
 

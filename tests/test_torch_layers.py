@@ -22,7 +22,7 @@ LIKE_A_VIT = {
     "patch_norm": False,
 }
 LIKE_LLAMA = {"norm": "RMSNorm", "eps": 1e-5, "bias": ["to_q", "to_logits"]}
-SIZES = (16, 8, 16, 2, 2, 20, 64, 24, 2, 2)
+SIZES = (16, 8, 16, 2, 2, 20, 64, 24, 2, 2, 1)
 
 
 def config(**arguments: Any) -> PalmEConfig:
@@ -56,6 +56,7 @@ def test_layers_are_torch_s() -> None:
     assert type(encoder.patch_to_embedding[0]) is type(encoder.patch_to_embedding[2]) is nn.Identity
     activations = [found.ff[0][-1] for found in encoder.modules() if isinstance(found, FeedForward)]
     x = torch.randn(5)
+    assert activations
     for activation in activations:
         assert torch.equal(activation(x), x * torch.sigmoid(1.702 * x))
 
@@ -63,7 +64,8 @@ def test_layers_are_torch_s() -> None:
 def test_without_them_layers_are_upstream_s() -> None:
     encoder, decoder = modules(config(torch_layers={}))
     for module in *encoder.modules(), *decoder.modules():
-        assert not isinstance(module, nn.RMSNorm) and getattr(module, "to_q", nn.Linear(1, 1, bias=False)).bias is None
+        assert not isinstance(module, nn.RMSNorm)
+        assert getattr(module, "to_q", nn.Linear(1, 1, bias=False)).bias is None
 
 
 def test_the_bias_of_a_projection_before_a_gate() -> None:
@@ -132,7 +134,8 @@ def test_inserted_cross_attention_changes_nothing_at_first(overrides: dict[str, 
     assert len(inserted) == 2
     for module in inserted:
         for weight in module.to_out.parameters():
-            assert weight.grad is not None and weight.grad.any()
+            assert weight.grad is not None
+            assert weight.grad.any()
             nn.init.normal_(weight)
     changed = model.decoder.net(text(), context=model.encode(img))
     assert not torch.allclose(changed, found, atol=1e-3)
@@ -140,7 +143,7 @@ def test_inserted_cross_attention_changes_nothing_at_first(overrides: dict[str, 
 
 
 def _stated(description: PalmEConfig) -> dict[str, Any]:
-    return {"torch_layers": description.torch_layers}
+    return {"torch_layers": description.torch_layers, "decoder_kwargs": description.decoder_kwargs}
 
 
 def test_arguments_that_come_with_modules_count_as_given() -> None:
@@ -160,8 +163,12 @@ def test_arguments_that_come_with_modules_count_as_given() -> None:
 
 def test_cross_attention_is_not_inserted_where_it_would_change_something() -> None:
     description = config(decoder_kwargs={"attn_dim_head": 8, "pre_norm": False})
+    encoder, decoder = modules(description)
+    for module in decoder.modules():
+        if isinstance(module, nn.RMSNorm):
+            nn.init.normal_(module.weight)
     with pytest.raises(ValueError, match="cross_attend=True changes what the decoder computes: it must normalise"):
-        PalmE.from_modules(*modules(description), cross_attend=True, **_stated(description))
+        PalmE.from_modules(encoder, decoder, cross_attend=True, **_stated(description))
 
 
 def test_cross_attention_is_not_inserted_into_what_cannot_be_rebuilt() -> None:

@@ -58,7 +58,7 @@ def check_torch_layers(given: Any) -> None:
 
 
 def use_torch_layers(
-    part: nn.Module,
+    part: Any,
     norm: str | None = None,
     eps: float = 1e-5,
     bias: Sequence[str] = (),
@@ -82,7 +82,7 @@ def use_torch_layers(
                 setattr(module, name, getattr(nn, norm)(len(gain), eps=eps))
             elif name in bias:
                 # With `attn_on_attn`, a gate follows the projection.
-                linear = child[0] if isinstance(child, nn.Sequential) else child
+                linear: Any = child[0] if isinstance(child, nn.Sequential) else child
                 linear.bias = nn.Parameter(torch.zeros(linear.out_features))
     if not patch_norm:
         part.patch_to_embedding[0] = part.patch_to_embedding[2] = nn.Identity()
