@@ -1,7 +1,5 @@
 """Show where a model looks: the cross-attention of each token or word, as maps over the patches of the image."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Sequence

@@ -1,14 +1,12 @@
 """Turn image files into model inputs: resized, cropped and normalised, the same in training and in captioning."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -79,13 +77,13 @@ class Preprocessing:
             raise ImageError(f"fit={self.fit} must be one of {', '.join(FITS)}")
 
     @classmethod
-    def like_clip(cls, config: PalmEConfig, fit: str = "crop") -> Preprocessing:
+    def like_clip(cls, config: PalmEConfig, fit: str = "crop") -> Self:
         """Normalise as CLIP does, with a mean and deviation of 0.5 unless there are 3 channels."""
         mean, std = (CLIP_MEAN, CLIP_STD) if config.channels == 3 else ((0.5,) * config.channels,) * 2
         return cls(config.image_size, config.channels, fit, mean, std)
 
     @classmethod
-    def plain(cls, config: PalmEConfig) -> Preprocessing:
+    def plain(cls, config: PalmEConfig) -> Self:
         """Resize both sides and keep values in 0..1, for scenes of digits."""
         return cls(config.image_size, config.channels, "squash", (0.0,) * config.channels, (1.0,) * config.channels)
 

@@ -1,7 +1,5 @@
 """Vary training images a little, so that a model cannot learn them by heart."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

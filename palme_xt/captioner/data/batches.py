@@ -1,7 +1,5 @@
 """Collate examples into batches, the same global batches for any number of processes, workers and interruptions."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os

@@ -5,8 +5,6 @@ The digits are the 1,797 scans of 8x8 pixels that scikit-learn ships (`load_digi
 one to three of them in the quarters of a square; its caption names them in reading order.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

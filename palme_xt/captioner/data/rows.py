@@ -1,7 +1,5 @@
 """Read captioned images from anything that the `datasets` library loads: folders, parquet, webdataset, the hub."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Save the state of a training run to one safetensors file, so that a resumed run is bitwise equal."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

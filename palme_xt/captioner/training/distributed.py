@@ -1,7 +1,5 @@
 """Start the processes of a training run, share their errors, and shut them down."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import traceback

@@ -1,7 +1,5 @@
 """Train a captioner, in as many processes as `accelerate launch` starts, and show what it has learned."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

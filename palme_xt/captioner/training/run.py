@@ -17,8 +17,6 @@ logs/                     the files of trackers
 training.lock             present during training
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

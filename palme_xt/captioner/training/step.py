@@ -1,7 +1,5 @@
 """Create the initial state of a training run, and compute the gradients of one step."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The task of a training run: what stays the same from its first step to its last, such as options and data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
