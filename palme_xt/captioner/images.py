@@ -119,9 +119,8 @@ class Preprocessing:
         width, height = image.size
         shorter, longer = sorted(image.size)
         if self.fit != "squash" and longer > MAX_ASPECT * shorter:
-            raise ImageError(
-                f"has {width}x{height} pixels, must be at most {MAX_ASPECT} times as long as wide: crop it"
-            )
+            rule = f"must be at most {MAX_ASPECT} times as long as wide: crop it"
+            raise ImageError(f"has {width}x{height} pixels, {rule}")
         if self.fit == "pad":
             square = Image.new(image.mode, (longer, longer), tuple(int(255 * mean) for mean in self.mean))
             square.paste(image, ((longer - width) // 2, (longer - height) // 2))
@@ -236,8 +235,7 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
                 raise ValueError(f"{name}={values[name]} must be {expected}")
         return preprocessing
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = (
-            "restore the file that training wrote, or for a run of version 0.1, Preprocessing.plain(config).to_json()"
-        )
+        remedy = "restore the file that training wrote, or for a run of version 0.1, "
+        remedy += "Preprocessing.plain(config).to_json()"
         reason = f"{type(error).__name__}: {one_line(error)}; {remedy}"
         raise ImageError(f"{path} does not say how images of this model are preprocessed: {reason}") from error

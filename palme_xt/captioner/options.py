@@ -181,9 +181,8 @@ def check_values(options: Any) -> None:
     kinds = get_type_hints(type(options))
     for option in fields(options):
         value, kind = getattr(options, option.name), kinds[option.name]
-        if not isinstance(value, int | float if kind is float else kind) or (
-            isinstance(value, bool) and kind is not bool
-        ):
+        allowed = int | float if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{option.name}={value!r} must be of type {option.type}")
         positive = option.name not in MAY_BE_ZERO
         if isinstance(value, int | float) and not (value > 0 if positive else value >= 0):

@@ -70,10 +70,9 @@ def _problems(accelerator: Accelerator, training: Training, config: PalmEConfig)
     """Yield why training would fail later or go wrong silently."""
     launch, processes, kind = "of accelerate launch", accelerator.num_processes, accelerator.distributed_type
     if (started := os.environ.get("WORLD_SIZE", f"{processes}")) != f"{processes}":
-        yield (
-            f"WORLD_SIZE={started} processes were started, but accelerate counts {processes}: each would train the "
-            "whole run in the same folder; on CPUs, set ACCELERATE_USE_CPU=true"
-        )
+        found = f"WORLD_SIZE={started} processes were started, but accelerate counts {processes}"
+        remedy = "on CPUs, set ACCELERATE_USE_CPU=true"
+        yield f"{found}: each would train the whole run in the same folder; {remedy}"
     if training.log_with and not accelerator.log_with:
         package = "tensorboard, for example" if training.log_with == "all" else training.log_with
         yield f"log_with={training.log_with} is not installed: pip install {package}"
