@@ -121,6 +121,6 @@ class Scenes(Source):
             self._drawn = block, *self._draw(generator=torch.Generator().manual_seed(mixed % 2**63))
         _, img, captions = self._drawn
         return [
-            Example(img[place], f"scene {number}", [text := captions[place]], [(text, self.tokenizer.encode(text))])
+            Example(img[place], f"scene {number}", [text := captions[place]], [self.tokenizer.encode(text)])
             for place, number in enumerate(numbers, first)
         ]

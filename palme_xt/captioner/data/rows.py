@@ -66,10 +66,10 @@ class Reader:
         captions = self.captions(row)
         if not captions:
             return Defect("empty caption", f"{name} has no caption", name)
-        encoded = [(caption, self.tokenizer.encode(caption)) for caption in captions]
-        usable = [(caption, ids) for caption, ids in encoded if len(ids) <= self.max_seq_len]
+        encoded = [self.tokenizer.encode(caption) for caption in captions]
+        usable = [ids for ids in encoded if len(ids) <= self.max_seq_len]
         if not usable:
-            shortest = min(len(ids) for _, ids in encoded)
+            shortest = min(map(len, encoded))
             detail = f"the caption of {name} has {shortest} tokens, more than max_seq_len={self.max_seq_len}"
             return Defect("caption longer than the model", detail, name)
         try:

@@ -43,7 +43,7 @@ def load(data: Data, *, seed: int = 0, held_out: int = 100) -> tuple[Source, Sou
 
 
 def captions(source: Source, numbers: range) -> list[str]:
-    return [row.caption if isinstance(row, Example) else row.reason for row in source.read(numbers)]
+    return [tokens.decode(row.ids[1:]) if isinstance(row, Example) else row.reason for row in source.read(numbers)]
 
 
 def captions_of(batch: Batch) -> list[str]:
@@ -129,10 +129,11 @@ def test_pixels_are_those_of_the_file(folder: Path) -> None:
     preprocessing = Preprocessing.like_clip(CONFIG)
     for row in source.read(range(5)):
         assert isinstance(row, Example)
-        number = int(row.caption.rpartition(" ")[2])
+        (caption,) = row.captions
+        number = int(caption.rpartition(" ")[2])
         assert torch.equal(row.img, preprocessing.pixels(picture(number)[0]))
         assert not torch.equal(row.img, preprocessing.pixels(picture(number + 3)[0]))
-        assert row.ids == ByteTokenizer().encode(row.caption)
+        assert row.ids == ByteTokenizer().encode(caption)
         assert row.name.endswith(f"{number:03}.png")
 
 
