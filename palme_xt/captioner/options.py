@@ -105,11 +105,10 @@ class Data:
 
     def __post_init__(self) -> None:
         check_values(self)
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if self.data == DIGITS and option.name in NOT_OF_DIGITS and value != option.default:
+        for name in NOT_OF_DIGITS:
+            if self.data == DIGITS and (value := getattr(self, name)) != getattr(Data, name):
                 rule = f"has no effect with data={DIGITS}, whose scenes are composed: leave it out"
-                raise ValueError(f"{option.name}={value} {rule}")
+                raise ValueError(f"{name}={value} {rule}")
 
 
 @dataclass(frozen=True)
