@@ -109,7 +109,9 @@ class _Trainer:
             if resume and self.main:
                 run.change(steps=steps, patience=task.training.patience)
             if task.training.log_with:
-                distributed.start_trackers(accelerator, task.options, step)
+                values = {name: value for name, value in task.options.items() if value is not None}
+                purged = {"purge_step": step + 1} if step else {}  # TensorBoard drops steps that will be repeated
+                accelerator.init_trackers("palme_xt", values, {"tensorboard": purged})
         self.shown = {"loss": "-", "exact match": "-", "chrF": "-", "images/s": "-"}
         # Without smoothing, the time left includes that of evaluations.
         self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", smoothing=0, disable=not self.main)
