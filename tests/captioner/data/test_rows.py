@@ -298,7 +298,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     preprocessing = Preprocessing.like_clip(CONFIG)
     for row in rows:
         assert isinstance(row, Example)
-        assert torch.equal(row.img, preprocessing.pixels(picture(int(row.caption.rpartition(" ")[2]))[0]))
+        assert torch.equal(row.img, preprocessing.pixels(picture(int(row.captions[0].rpartition(" ")[2]))[0]))
     for column, message in (
         ("size", "image_column=size holds int, must hold images: choose another column"),
         ("alt", "no usable row among its first 8: .* cannot be read: No such file or directory"),
@@ -454,7 +454,7 @@ def test_one_of_several_image_columns(tmp_path: Path) -> None:
         load(Data(str(tmp_path / "2.parquet"), held_out="1"))
     (row,) = load(Data(str(tmp_path / "3.parquet"), held_out="1"))[0].read(range(1))
     assert isinstance(row, Example)
-    number = texts.index(row.caption)
+    number = texts.index(row.captions[0])
     assert torch.equal(row.img, Preprocessing.like_clip(CONFIG).pixels(picture(number)[0]))
 
 
@@ -474,7 +474,7 @@ def test_each_epoch_draws_a_caption_of_a_list(streaming: bool, tmp_path: Path) -
     (held_out,) = rows.read(range(1))
     assert isinstance(held_out, Example)
     assert held_out.captions in LISTS
-    assert held_out.caption == held_out.captions[0]
+    assert tokens.decode(held_out.ids[1:]) == held_out.captions[0]
     drawn = [captions(source, range(3 * epoch, 3 * epoch + 3)) for epoch in range(12)]
     assert {caption for epoch in drawn for caption in epoch} == {*chain(*LISTS)} - {*held_out.captions}
     for epoch in drawn:
