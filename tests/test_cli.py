@@ -25,8 +25,8 @@ from palme_xt.captioner.attention import cross_attention_maps
 from palme_xt.captioner.caption import caption
 from palme_xt.captioner.images import Preprocessing
 from palme_xt.captioner.options import DIGITS_MODEL, Data, Training
+from palme_xt.captioner.training.checkpoint import warm_up_and_decay
 from palme_xt.captioner.training.run import Run
-from palme_xt.captioner.training.step import warm_up_and_decay
 from palme_xt.cli import main
 from palme_xt.source import to_source
 from palme_xt.storage.folder import FolderError, load, read_config

@@ -1,7 +1,5 @@
 """Show where a model looks: the cross-attention of each token or word, as maps over the patches of the image."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Sequence
@@ -50,9 +48,8 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
     check_text(text, config)
     check_batches(img, text)
     if (text == config.ignore_index).any():
-        raise ValueError(
-            f"text has ignore_index={config.ignore_index}, must hold only token ids: group texts by length"
-        )
+        rule = "must hold only token ids: group texts by length"
+        raise ValueError(f"text has ignore_index={config.ignore_index}, {rule}")
     rows = config.image_size // config.patch_size
     net = model.decoder.net
     calls: list[tuple[Any, tuple[Tensor, ...], dict[str, Any]]] = []
@@ -72,10 +69,9 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
         attend, (q, k, _), keywords = calls[layer]
         positions = net.num_memory_tokens + text.shape[1] - 1
         if q.shape[-2] != positions:
-            rule = (
-                f"must be {positions}, its memory tokens and text's: build it without memory_tokens_interspersed_every"
-            )
-            raise ValueError(f"model attends from {q.shape[-2]} positions, {rule}")
+            rule = f"must be {positions}, its memory tokens and text's"
+            remedy = "build it without memory_tokens_interspersed_every"
+            raise ValueError(f"model attends from {q.shape[-2]} positions, {rule}: {remedy}")
         # Flash attention does not return its weights, but with the identity as values, its output is the weights.
         identity = torch.eye(k.shape[-2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)
         weights, _ = attend(q, k, identity, **keywords)

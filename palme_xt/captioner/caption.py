@@ -1,7 +1,5 @@
 """Caption images with a trained model."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path

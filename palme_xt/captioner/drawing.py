@@ -1,7 +1,5 @@
 """Draw captioned images, the loss curve, and where in an image a model looks."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 import warnings

@@ -1,14 +1,12 @@
 """Turn image files into model inputs: resized, cropped and normalised, the same in training and in captioning."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -79,13 +77,13 @@ class Preprocessing:
             raise ImageError(f"fit={self.fit} must be one of {', '.join(FITS)}")
 
     @classmethod
-    def like_clip(cls, config: PalmEConfig, fit: str = "crop") -> Preprocessing:
+    def like_clip(cls, config: PalmEConfig, fit: str = "crop") -> Self:
         """Normalise as CLIP does, with a mean and deviation of 0.5 unless there are 3 channels."""
         mean, std = (CLIP_MEAN, CLIP_STD) if config.channels == 3 else ((0.5,) * config.channels,) * 2
         return cls(config.image_size, config.channels, fit, mean, std)
 
     @classmethod
-    def plain(cls, config: PalmEConfig) -> Preprocessing:
+    def plain(cls, config: PalmEConfig) -> Self:
         """Resize both sides and keep values in 0..1, for scenes of digits."""
         return cls(config.image_size, config.channels, "squash", (0.0,) * config.channels, (1.0,) * config.channels)
 
@@ -121,9 +119,8 @@ class Preprocessing:
         width, height = image.size
         shorter, longer = sorted(image.size)
         if self.fit != "squash" and longer > MAX_ASPECT * shorter:
-            raise ImageError(
-                f"has {width}x{height} pixels, must be at most {MAX_ASPECT} times as long as wide: crop it"
-            )
+            rule = f"must be at most {MAX_ASPECT} times as long as wide: crop it"
+            raise ImageError(f"has {width}x{height} pixels, {rule}")
         if self.fit == "pad":
             square = Image.new(image.mode, (longer, longer), tuple(int(255 * mean) for mean in self.mean))
             square.paste(image, ((longer - width) // 2, (longer - height) // 2))
@@ -238,8 +235,7 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
                 raise ValueError(f"{name}={values[name]} must be {expected}")
         return preprocessing
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = (
-            "restore the file that training wrote, or for a run of version 0.1, Preprocessing.plain(config).to_json()"
-        )
+        remedy = "restore the file that training wrote, or for a run of version 0.1, "
+        remedy += "Preprocessing.plain(config).to_json()"
         reason = f"{type(error).__name__}: {one_line(error)}; {remedy}"
         raise ImageError(f"{path} does not say how images of this model are preprocessed: {reason}") from error

@@ -105,11 +105,10 @@ class Data:
 
     def __post_init__(self) -> None:
         check_values(self)
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if self.data == DIGITS and option.name in NOT_OF_DIGITS and value != option.default:
+        for name in NOT_OF_DIGITS:
+            if self.data == DIGITS and (value := getattr(self, name)) != getattr(Data, name):
                 rule = f"has no effect with data={DIGITS}, whose scenes are composed: leave it out"
-                raise ValueError(f"{option.name}={value} {rule}")
+                raise ValueError(f"{name}={value} {rule}")
 
 
 @dataclass(frozen=True)
@@ -181,9 +180,8 @@ def check_values(options: Any) -> None:
     kinds = get_type_hints(type(options))
     for option in fields(options):
         value, kind = getattr(options, option.name), kinds[option.name]
-        if not isinstance(value, int | float if kind is float else kind) or (
-            isinstance(value, bool) and kind is not bool
-        ):
+        allowed = int | float if kind is float else kind
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{option.name}={value!r} must be of type {option.type}")
         positive = option.name not in MAY_BE_ZERO
         if isinstance(value, int | float) and not (value > 0 if positive else value >= 0):

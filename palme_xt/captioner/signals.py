@@ -1,7 +1,5 @@
 """Handlers for SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal), in a training process and in its readers."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Convert text to token ids and back, as bytes or with a vocabulary of the `tokenizers` library."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

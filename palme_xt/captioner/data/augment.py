@@ -1,7 +1,5 @@
 """Vary training images a little, so that a model cannot learn them by heart."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 
@@ -38,12 +36,10 @@ class Augmented(Source):
 
     def read(self, numbers: range) -> list[Example | Defect]:
         """Return the rows with these numbers, as `Source.read` does."""
-        rows = self.source.read(numbers)
+        draws = [random.Random(f"{self.seed} {number}") for number in numbers]
         return [
-            replace(row, img=varied(row.img, random.Random(f"{self.seed} {number}")))
-            if isinstance(row, Example)
-            else row
-            for number, row in zip(numbers, rows, strict=True)
+            row if isinstance(row, Defect) else replace(row, img=varied(row.img, draw))
+            for row, draw in zip(self.source.read(numbers), draws, strict=True)
         ]
 
 

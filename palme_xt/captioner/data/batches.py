@@ -1,7 +1,5 @@
 """Collate examples into batches, the same global batches for any number of processes, workers and interruptions."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os
@@ -27,25 +25,20 @@ class Example:
         img: The image `(c, h, w)`, uint8 or float32 in 0..1.
         name: The name of the image.
         captions: All captions of the image.
-        usable: Those captions that the model can learn, each with its token ids, including BOS and EOS.
+        usable: The token ids, including BOS and EOS, of each caption that the model can learn.
         turn: Which of the usable captions is this example's; counted on from the first one again after the last.
     """
 
     img: Tensor
     name: str
     captions: list[str]
-    usable: list[tuple[str, list[int]]]
+    usable: list[list[int]]
     turn: int = 0
 
     @property
-    def caption(self) -> str:
-        """The caption whose turn it is."""
-        return self.usable[self.turn % len(self.usable)][0]
-
-    @property
     def ids(self) -> list[int]:
-        """The token ids of that caption, with BOS and EOS."""
-        return self.usable[self.turn % len(self.usable)][1]
+        """The token ids of the caption whose turn it is, with BOS and EOS."""
+        return self.usable[self.turn % len(self.usable)]
 
 
 @dataclass(frozen=True)
@@ -125,7 +118,7 @@ class _Batches(Dataset["Batch | DataError"]):
         new = sum(number < self.source.rows_per_epoch for number in numbers)
         examples = [row for row in rows if isinstance(row, Example)]
         size, channels = self.config.image_size, self.config.channels
-        shown = examples or [Example(torch.zeros(channels, size, size), "blank", [""], [("", [0, 0])])]
+        shown = examples or [Example(torch.zeros(channels, size, size), "blank", [""], [[0, 0]])]
         ids = [torch.tensor(example.ids) for example in shown]
         return Batch(
             img=torch.stack([example.img for example in shown]),

@@ -5,8 +5,6 @@ The digits are the 1,797 scans of 8x8 pixels that scikit-learn ships (`load_digi
 one to three of them in the quarters of a square; its caption names them in reading order.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 
@@ -123,6 +121,6 @@ class Scenes(Source):
             self._drawn = block, *self._draw(generator=torch.Generator().manual_seed(mixed % 2**63))
         _, img, captions = self._drawn
         return [
-            Example(img[place], f"scene {number}", [text := captions[place]], [(text, self.tokenizer.encode(text))])
+            Example(img[place], f"scene {number}", [text := captions[place]], [self.tokenizer.encode(text)])
             for place, number in enumerate(numbers, first)
         ]

@@ -1,9 +1,8 @@
 """Read captioned images from anything that the `datasets` library loads: folders, parquet, webdataset, the hub."""
 
-from __future__ import annotations
-
 import copy
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
 from palme_xt.captioner.data.sources import SHARD_IMAGES, checked, columns_of, open_splits, reading
 from palme_xt.captioner.images import ImageError, MissingImageError, Preprocessing, image_errors
 from palme_xt.captioner.options import Data
-from palme_xt.captioner.tokenizer import Tokenizer, warn_if_lossy
+from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.config import PalmEConfig
 
 IMAGE_COLUMNS = ("image", *SHARD_IMAGES)
@@ -67,10 +66,10 @@ class Reader:
         captions = self.captions(row)
         if not captions:
             return Defect("empty caption", f"{name} has no caption", name)
-        encoded = [(caption, self.tokenizer.encode(caption)) for caption in captions]
-        usable = [(caption, ids) for caption, ids in encoded if len(ids) <= self.max_seq_len]
+        encoded = [self.tokenizer.encode(caption) for caption in captions]
+        usable = [ids for ids in encoded if len(ids) <= self.max_seq_len]
         if not usable:
-            shortest = min(len(ids) for _, ids in encoded)
+            shortest = min(map(len, encoded))
             detail = f"the caption of {name} has {shortest} tokens, more than max_seq_len={self.max_seq_len}"
             return Defect("caption longer than the model", detail, name)
         try:
@@ -217,7 +216,7 @@ def load_data(
     """Return the rows to train on, and the held-out images, each as one row with all its captions.
 
     No image is in both, unless it has two names or the data's own splits share it. At most `max_held_out` images are
-    held out: a sample that is always the same, or the first ones of a stream. Warns if the tokenizer is lossy.
+    held out: a sample that is always the same, or the first ones of a stream.
 
     Raises:
         DataError: If the data cannot be loaded, do not have the requested columns or splits, or if none of the first
@@ -237,10 +236,11 @@ def load_data(
     with reading(f"data={data.data} cannot be read"):
         if data.streaming:
             number = max_held_out if other else _held_out_count(wanted or f"{HELD_OUT_OF_A_STREAM}", None, splits)
-            held_out, identities = _first_images(whole.take(number), reader, max_held_out)
+            images = _by_image(((row, row) for row in whole.take(number)), reader, max_held_out)
+            held_out, identities = [reader.merged(same) for same in images.values() if same], images.keys()
             train = train if other else train.skip(number)
         else:
-            places = _places_by_image(whole, reader)
+            places = [*_by_image(enumerate(whole.select_columns([*reader.image_columns])), reader).values()]
             number = len(places) if other else _held_out_count(wanted or f"{HELD_OUT_SHARE}", len(places), splits)
             if number < len(places) or number > max_held_out:  # the first images may be alike
                 places = [places[image] for image in _permutation(len(places)).tolist()]
@@ -250,29 +250,26 @@ def load_data(
     if not held_out:
         raise DataError(f"data={data.data} has no held-out rows: choose another split or number with --held_out")
     _check_usable(train, reader, data)
-    warn_if_lossy(tokenizer, chain(*map(reader.captions, held_out)))
     if not data.streaming:
         return MapStyleSource(train, reader, seed), MapStyleSource(held_out, reader)
     train = train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer)
     return StreamedSource(train, reader, () if other else identities), MapStyleSource(held_out, reader)
 
 
-def _first_images(rows: Any, reader: Reader, most: int) -> tuple[list[dict[str, Any]], Collection[object]]:
-    """Return a row with all captions for each of the first images of a stream, and the identities of all its images."""
+def _by_image(rows: Iterable[tuple[Any, Any]], reader: Reader, most: float = math.inf) -> dict[object, list[Any]]:
+    """Return what comes with the rows of each image, by identity, in order; nothing for images beyond the first `most`.
+
+    Args:
+        rows: Pairs of what to return for a row, and the row.
+        reader: The reader of the rows.
+        most: Number of images.
+    """
     images: dict[object, list[Any]] = {}
-    for row in rows:
+    for kept, row in rows:
         same = images.setdefault(reader.identity(row), [])
         if same or len(images) <= most:
-            same.append(row)
-    return [reader.merged(same) for same in islice(images.values(), most)], images.keys()
-
-
-def _places_by_image(rows: Any, reader: Reader) -> list[list[int]]:
-    """Return the places of the rows of each image, in the order in which the images appear."""
-    places: dict[object, list[int]] = {}
-    for place, row in enumerate(rows.select_columns(list(reader.image_columns))):
-        places.setdefault(reader.identity(row), []).append(place)
-    return list(places.values())
+            same.append(kept)
+    return images
 
 
 def _check_usable(rows: Iterable[Any], reader: Reader, data: Data) -> None:

@@ -1,7 +1,5 @@
 """Open the data of `--data` with the part of the `datasets` library that reads them."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,8 +1,7 @@
-"""Save the state of a training run to one safetensors file, so that a resumed run is bitwise equal."""
-
-from __future__ import annotations
+"""Create the state of a training run, and save it to one safetensors file, so that a resumed run is bitwise equal."""
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -13,12 +12,16 @@ from typing import Any, cast
 import safetensors
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
 
+from palme_xt.captioner.options import Training
 from palme_xt.captioner.training.distributed import Errors, in_first_process
 from palme_xt.captioner.training.run import Run, RunError
+from palme_xt.config import PalmEConfig
+from palme_xt.model import PalmE
+from palme_xt.storage.folder import load_weights
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = 1
@@ -59,6 +62,32 @@ class State:
     schedule: torch.optim.lr_scheduler.LambdaLR
     progress: Progress = field(default_factory=Progress)
     random_states: dict[str, Tensor] = field(default_factory=dict)
+
+
+def warm_up_and_decay(step: int, steps: int) -> float:
+    """Return the share of the peak learning rate at `step`: linear over the first tenth, then half a cosine."""
+    warm_up = steps // 10
+    if step < warm_up:
+        return (step + 1) / (warm_up + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Training) -> State:
+    """Return a new model with its optimizer and schedule, the same in all processes, and seed their generators.
+
+    Raises:
+        FolderError: If the folder `training.start` does not have weights of such a model.
+    """
+    set_seed(training.seed)
+    model = PalmE.from_config(config)
+    if training.start is not None:
+        load_weights(model, training.start)
+    weights, decay = [weight for weight in model.parameters() if weight.requires_grad], training.weight_decay
+    optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
+    trained, optimizer = accelerator.prepare(model, optimizer)
+    set_seed(training.seed, device_specific=True)
+    return State(accelerator, trained, optimizer, schedule)
 
 
 def random_state() -> dict[str, Tensor]:

@@ -1,12 +1,10 @@
 """Start the processes of a training run, share their errors, and shut them down."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +70,8 @@ def _problems(accelerator: Accelerator, training: Training, config: PalmEConfig)
     """Yield why training would fail later or go wrong silently."""
     launch, processes, kind = "of accelerate launch", accelerator.num_processes, accelerator.distributed_type
     if (started := os.environ.get("WORLD_SIZE", f"{processes}")) != f"{processes}":
-        yield (
-            f"WORLD_SIZE={started} processes were started, but accelerate counts {processes}: each would train the "
-            "whole run in the same folder; on CPUs, set ACCELERATE_USE_CPU=true"
-        )
+        found = f"WORLD_SIZE={started} processes were started, but accelerate counts {processes}"
+        yield f"{found}: each would train the whole run in the same folder; on CPUs, set ACCELERATE_USE_CPU=true"
     if training.log_with and not accelerator.log_with:
         package = "tensorboard, for example" if training.log_with == "all" else training.log_with
         yield f"log_with={training.log_with} is not installed: pip install {package}"
@@ -94,12 +90,6 @@ def _problems(accelerator: Accelerator, training: Training, config: PalmEConfig)
     for part, options in ("encoder_kwargs", config.encoder_kwargs), ("decoder_kwargs", config.decoder_kwargs):
         if processes > 1 and (dropout := options.get("layer_dropout")):
             yield f"{part}['layer_dropout']={dropout} must be 0 with {processes} processes, which drop different layers"
-
-
-def start_trackers(accelerator: Accelerator, options: Mapping[str, Any], step: int) -> None:
-    """Start the trackers of a run at `step`. TensorBoard drops later steps, which will be repeated."""
-    values = {name: value for name, value in options.items() if value is not None}
-    accelerator.init_trackers("palme_xt", values, {"tensorboard": {"purge_step": step + 1} if step else {}})
 
 
 class Errors:

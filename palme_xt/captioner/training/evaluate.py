@@ -1,7 +1,5 @@
 """Evaluate a model on held-out images: the loss of their captions, and the captions that it generates."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,11 +1,9 @@
 """Train a captioner, in as many processes as `accelerate launch` starts, and show what it has learned."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -13,7 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from palme_xt.captioner import drawing, images
@@ -23,8 +22,7 @@ from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training import checkpoint, distributed
 from palme_xt.captioner.training.evaluate import Evaluation, evaluate, unsharded
-from palme_xt.captioner.training.run import EVALUATION, WEIGHTS, Run, as_json
-from palme_xt.captioner.training.step import compute_gradients, initial_state
+from palme_xt.captioner.training.run import EVALUATION, METRICS, WEIGHTS, Run, as_json
 from palme_xt.captioner.training.task import Task, check_rows, open_run, open_task
 from palme_xt.config import PalmEConfig
 from palme_xt.storage.card import model_card
@@ -32,6 +30,7 @@ from palme_xt.storage.folder import CARD
 
 SAVED_IMAGES = 8
 UNUSABLE_ROWS = 1000
+NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class _Trainer:
         self.skipped: list[Defect] = []  # since the last checkpoint, by this process
         resumable = resume and (run.folder / checkpoint.CHECKPOINT).is_file()
         start = None if resumable else task.training.start  # which may be gone when the run is resumed
-        self.state = initial_state(accelerator, task.config, replace(task.training, start=start))
+        self.state = checkpoint.initial_state(accelerator, task.config, replace(task.training, start=start))
         self.best = Evaluation.saved(run) if resume else None
         if resume:
             checkpoint.load(run, self.state)
@@ -110,7 +109,9 @@ class _Trainer:
             if resume and self.main:
                 run.change(steps=steps, patience=task.training.patience)
             if task.training.log_with:
-                distributed.start_trackers(accelerator, task.options, step)
+                values = {name: value for name, value in task.options.items() if value is not None}
+                purged = {"purge_step": step + 1} if step else {}  # TensorBoard drops steps that will be repeated
+                accelerator.init_trackers("palme_xt", values, {"tensorboard": purged})
         self.shown = {"loss": "-", "exact match": "-", "chrF": "-", "images/s": "-"}
         # Without smoothing, the time left includes that of evaluations.
         self.bar = tqdm(total=steps, initial=step, desc="training", unit="step", smoothing=0, disable=not self.main)
@@ -126,7 +127,7 @@ class _Trainer:
                 started = time.perf_counter()
                 micro_batches, targets, stop = self.read(batches, stop_requested.is_set())
                 state.random_states = checkpoint.random_state()  # to resume from before this step
-                loss = compute_gradients(task, state, self.run, micro_batches, targets) if targets else math.nan
+                loss = self.compute_gradients(micro_batches, targets) if targets else math.nan
                 if targets and (stop or progress.step % training.save_every == 0):
                     # Save the weights from before this step, whose loss and gradient are now known to be finite.
                     self.save_checkpoint()
@@ -163,6 +164,39 @@ class _Trainer:
         if failures:
             self.errors.meet()
         return micro_batches, targets, stops > 0
+
+    def compute_gradients(self, micro_batches: Sequence[Batch], targets: int) -> float:
+        """Compute the gradients of the mean loss over the targets of all processes, clip them, and return that loss.
+
+        If the loss or the gradient is not finite, the names of the batch go to `metrics.jsonl`.
+
+        Raises:
+            TrainingError: If the loss or the gradient is not finite, or `DistributedDataParallel` would wait for
+                gradients that never come.
+        """
+        task, state, accelerator, losses = self.task, self.state, self.accelerator, []
+        for batch in micro_batches:
+            with contextlib.nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(state.model):
+                img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
+                loss = state.model(task.preprocessing.normalise(img), text)
+                # Processes average their gradients. This weight makes it the gradient of the mean over all targets.
+                accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
+                losses.append(loss.detach() * (batch.targets / targets))
+        _check_all_have_gradients(state.model)
+        mean = float(accelerator.reduce(torch.stack(losses).sum()))
+        norm = float(accelerator.clip_grad_norm_(state.model.parameters(), task.training.grad_clip))
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            step = state.progress.step + 1
+            names = gather_object([name for batch in micro_batches for name in batch.names])
+            with self.errors.shared():
+                if self.main:
+                    self.run.log(step=step, loss=mean, gradient_norm=norm, batch=names)
+                value = f"gradient norm of {norm}" if math.isfinite(mean) else f"loss of {mean}"
+                more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+                where = f"at step {step}, batch {', '.join(names[:NAMES_SHOWN])}{more}"
+                keeps = f"{self.run.folder} keeps the last good weights, and {METRICS} lists all names"
+                raise distributed.TrainingError(f"lr={task.training.lr} led to a {value} {where}: lower it; {keeps}")
+        return mean
 
     def update_weights(self, micro_batches: list[Batch], targets: int) -> None:
         """Finish the step, and count its rows.
@@ -260,6 +294,14 @@ class _Trainer:
             images.save_images(img[:SAVED_IMAGES], folder / "held_out")
             drawing.draw_samples(img, evaluation.predicted, evaluation.references, folder / "samples.png")
         drawing.draw_loss(self.run.metrics(), folder / "loss.png", evaluation.step)
+
+
+def _check_all_have_gradients(model: nn.Module) -> None:
+    weights = model.module.named_parameters() if isinstance(model, DistributedDataParallel) else ()
+    if names := [name for name, weight in weights if weight.requires_grad and weight.grad is None]:
+        rule = "train in one process, or without the option that leaves them unused, such as vit_kwargs.num_classes"
+        found = f"{names[0]} and {len(names) - 1} more parameters get no gradient"
+        raise distributed.TrainingError(f"{found}, and data-parallel processes wait for them: {rule}")
 
 
 def _share(training: Training, accelerator: Accelerator) -> Share:

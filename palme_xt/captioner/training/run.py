@@ -17,8 +17,6 @@ logs/                     the files of trackers
 training.lock             present during training
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -27,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -59,7 +57,7 @@ class Run:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self._lock: IO[bytes] | None = None
+        self._lock = contextlib.ExitStack()
 
     def create(self, config: PalmEConfig, training: Mapping[str, Any], companions: Mapping[str, bytes]) -> None:
         """Create the folder and write `companions`, then `config.json`, which makes it a run.
@@ -91,24 +89,20 @@ class Run:
             RunError: If another process is training it, or the folder cannot be written.
         """
         with self._writing(LOCK) as path:
-            file = open(path, "wb")  # noqa: SIM115  # open until `unlock`
+            file = self._lock.enter_context(open(path, "wb"))  # noqa: SIM115  # until `unlock`
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked readers would keep
         except (BlockingIOError, PermissionError) as error:
-            file.close()
             raise RunError(f"{self.folder} is being trained by another process: wait until it ends") from error
         except OSError:  # a file system without locks
             pass
-        self._lock = file
+        self._lock.callback(path.unlink)
 
     def unlock(self) -> None:
         """Release the lock, if this process holds it."""
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                (self.folder / LOCK).unlink()
+        with contextlib.suppress(OSError):  # the file may stay in a folder that has become read-only
             self._lock.close()
-            self._lock = None
 
     def log(self, **metrics: Any) -> None:
         """Append a line to `metrics.jsonl`, beginning with `step`. Numbers that are not finite are written as strings.

@@ -1,13 +1,11 @@
 """The task of a training run: what stays the same from its first step to its last, such as options and data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from palme_xt.captioner.data.augment import Augmented
-from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
+from palme_xt.captioner.data.batches import DataError, Defect, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing
@@ -69,8 +67,6 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
         scans, held_out_scans = load_scans()
         scenes = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
-        examples = [row for row in held_out_scenes.read(range(count)) if isinstance(row, Example)]
-        warn_if_lossy(tokenizer, [example.caption for example in examples])
         return Task(config, training, data, tokenizer, preprocessing, scenes, held_out_scenes, count)
     preprocessing = Preprocessing.like_clip(config, data.fit)
     rows, held_out = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
@@ -80,6 +76,8 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
 
 def open_run(run: Run, task: Task, resume: bool) -> None:
     """Create the run folder, or check that it can be resumed with these data, and lock it.
+
+    Warns if the tokenizer does not reproduce the held-out captions.
 
     Raises:
         DataError: If the data differ from those that the run started with, or no held-out row can be used.
@@ -102,16 +100,23 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
 def _check_held_out_rows(task: Task) -> list[Defect]:
     """Read all held-out rows, so that unusable ones are found before training, and return these.
 
+    Warns if the tokenizer does not reproduce the captions of the others.
+
     Raises:
         DataError: If no row can be used, or, with `strict`, if any row cannot.
     """
-    defects: list[Defect] = []
+    defects, captions = list[Defect](), list[str]()
     for number in range(task.held_out_images):  # one by one, because images may be many and large
-        defects += [row for row in task.held_out_rows.read(range(number, number + 1)) if isinstance(row, Defect)]
+        (row,) = task.held_out_rows.read(range(number, number + 1))
+        if isinstance(row, Defect):
+            defects.append(row)
+        else:
+            captions += row.captions
     check_rows(defects, task.data.strict)
     if len(defects) == task.held_out_images:
         rule = "choose another split or number with --held_out"
         raise DataError(f"no held-out row is usable: {defects[0].detail}; {rule}")
+    warn_if_lossy(task.tokenizer, captions)
     return defects
 
 

@@ -43,7 +43,7 @@ def load(data: Data, *, seed: int = 0, held_out: int = 100) -> tuple[Source, Sou
 
 
 def captions(source: Source, numbers: range) -> list[str]:
-    return [row.caption if isinstance(row, Example) else row.reason for row in source.read(numbers)]
+    return [tokens.decode(row.ids[1:]) if isinstance(row, Example) else row.reason for row in source.read(numbers)]
 
 
 def captions_of(batch: Batch) -> list[str]:
@@ -129,10 +129,11 @@ def test_pixels_are_those_of_the_file(folder: Path) -> None:
     preprocessing = Preprocessing.like_clip(CONFIG)
     for row in source.read(range(5)):
         assert isinstance(row, Example)
-        number = int(row.caption.rpartition(" ")[2])
+        (caption,) = row.captions
+        number = int(caption.rpartition(" ")[2])
         assert torch.equal(row.img, preprocessing.pixels(picture(number)[0]))
         assert not torch.equal(row.img, preprocessing.pixels(picture(number + 3)[0]))
-        assert row.ids == ByteTokenizer().encode(row.caption)
+        assert row.ids == ByteTokenizer().encode(caption)
         assert row.name.endswith(f"{number:03}.png")
 
 
@@ -297,7 +298,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     preprocessing = Preprocessing.like_clip(CONFIG)
     for row in rows:
         assert isinstance(row, Example)
-        assert torch.equal(row.img, preprocessing.pixels(picture(int(row.caption.rpartition(" ")[2]))[0]))
+        assert torch.equal(row.img, preprocessing.pixels(picture(int(row.captions[0].rpartition(" ")[2]))[0]))
     for column, message in (
         ("size", "image_column=size holds int, must hold images: choose another column"),
         ("alt", "no usable row among its first 8: .* cannot be read: No such file or directory"),
@@ -453,7 +454,7 @@ def test_one_of_several_image_columns(tmp_path: Path) -> None:
         load(Data(str(tmp_path / "2.parquet"), held_out="1"))
     (row,) = load(Data(str(tmp_path / "3.parquet"), held_out="1"))[0].read(range(1))
     assert isinstance(row, Example)
-    number = texts.index(row.caption)
+    number = texts.index(row.captions[0])
     assert torch.equal(row.img, Preprocessing.like_clip(CONFIG).pixels(picture(number)[0]))
 
 
@@ -473,7 +474,7 @@ def test_each_epoch_draws_a_caption_of_a_list(streaming: bool, tmp_path: Path) -
     (held_out,) = rows.read(range(1))
     assert isinstance(held_out, Example)
     assert held_out.captions in LISTS
-    assert held_out.caption == held_out.captions[0]
+    assert tokens.decode(held_out.ids[1:]) == held_out.captions[0]
     drawn = [captions(source, range(3 * epoch, 3 * epoch + 3)) for epoch in range(12)]
     assert {caption for epoch in drawn for caption in epoch} == {*chain(*LISTS)} - {*held_out.captions}
     for epoch in drawn:

@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from palme_xt.captioner import Captioner
 from palme_xt.captioner.training import checkpoint, loop
-from palme_xt.captioner.training.checkpoint import CHECKPOINT
+from palme_xt.captioner.training.checkpoint import CHECKPOINT, warm_up_and_decay
 from palme_xt.captioner.training.evaluate import evaluate
 from palme_xt.captioner.training.run import EVALUATION, METRICS, Run
-from palme_xt.captioner.training.step import warm_up_and_decay
 from palme_xt.cli import main
 from palme_xt.storage.folder import read_config
 from tests.captioner.captioned import TINY, write_folder
