@@ -1,7 +1,5 @@
 """Write a model card: the README.md of a model folder, which the hub displays and indexes."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
@@ -44,8 +42,9 @@ def model_card(
         model_name="PalmE" if results else None,
         eval_results=results or None,
     )
-    shown = {"config": config, "training": training, "metrics": metrics, "parameters": parameters, "repo_id": repo_id}
-    return f"{ModelCard.from_template(metadata, str(_TEMPLATE), cell=_escaped, **shown)}\n"
+    shown: dict[str, Any] = {"config": config, "training": training, "metrics": metrics, "cell": _escaped}
+    card = ModelCard.from_template(metadata, str(_TEMPLATE), **shown, parameters=parameters, repo_id=repo_id)
+    return f"{card}\n"
 
 
 def _task(config: PalmEConfig) -> str:
