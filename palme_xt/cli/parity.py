@@ -5,8 +5,6 @@ returns any module and its inputs, a tuple or a dict of tensors. `check` exits w
 the same numbers. If not, it exits with 1 and names the first layer that differs.
 """
 
-from __future__ import annotations
-
 import pkgutil
 import sys
 from pathlib import Path
