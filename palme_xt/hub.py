@@ -1,7 +1,5 @@
 """Save PalmE to the Hugging Face Hub, and load it from there, like other models."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Find the encoder and the decoder in a model, draw inputs that fit, and run it without leaving a trace."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

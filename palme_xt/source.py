@@ -1,7 +1,5 @@
 """Print a config as the program that a person would write: with upstream's classes, and without upstream's defaults."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Mapping

@@ -38,8 +38,6 @@ A test that a wiring of your own is the same model:
         assert compare(PalmE.from_config(config), Mine(*sizes, depth=2, rotary_xpos=config.rotary_xpos))
 """
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Callable, Sequence

@@ -630,6 +630,10 @@ sys.exit(main(["train", "--run", {str(tmp_path / "run")!r}]))
         (["train", "--steps=x"], "Parser key \"steps\": Expected a <class 'int'>. Got value: x"),
         (["caption", "run", "x.png", "--beam=3"], r"unrecognized arguments: --beam=3: did you mean --beams\?"),
         (["source", "--image_sise=64"], r"unrecognized arguments: --image_sise=64: did you mean --image_size\?"),
+        (
+            ["parity", "check", "run", "--tolerence=3"],
+            r"unrecognized arguments: --tolerence=3: did you mean --tolerance\?",
+        ),
     ],
 )
 def test_options_that_are_none_are_named(

@@ -3,8 +3,6 @@
 `palme-xt --version` therefore does not wait for the import of torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import importlib

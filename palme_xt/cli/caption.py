@@ -1,7 +1,5 @@
 """Caption image files with a trained run, one line each, or draw where in an image the model looked."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Parse options, and tell those that the user gave from those that have their defaults."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields

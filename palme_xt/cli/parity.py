@@ -5,31 +5,25 @@ returns any module and its inputs, a tuple or a dict of tensors. `check` exits w
 the same numbers. If not, it exits with 1 and names the first layer that differs.
 """
 
-from __future__ import annotations
-
-import argparse
 import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from palme_xt.cli.given import Parser
 from palme_xt.parity import drift
 
 
 def parse(argv: list[str]) -> dict[str, Any]:
     """Return the options in `argv`."""
-    parser = argparse.ArgumentParser(
-        prog="palme-xt parity",
-        usage="palme-xt parity {record,check} (RUN | PACKAGE.MODULE:FUNCTION FILE) [--tolerance TOLERANCE]",
-        description=__doc__,
-        allow_abbrev=False,
-    )
+    usage = "palme-xt parity {record,check} (RUN | PACKAGE.MODULE:FUNCTION FILE) [--tolerance TOLERANCE]"
+    parser = Parser(prog="palme-xt parity", usage=usage, description=__doc__, allow_abbrev=False)
     parser.add_argument("action", choices=["record", "check"], help="write the reference, or compare with it")
     parser.add_argument("target", metavar="RUN", help="folder that `palme-xt train` wrote, or PACKAGE.MODULE:FUNCTION")
     parser.add_argument("file", metavar="FILE", nargs="?", help="the reference of a function")
     tolerance = "largest difference that `check` accepts, as a share of the largest value (default: %(default)s)"
     parser.add_argument("--tolerance", type=float, default=drift.TOLERANCE, help=tolerance)
-    return vars(parser.parse_args(argv))
+    return dict(parser.parse_args(argv).as_dict())
 
 
 def run(options: dict[str, Any]) -> int:

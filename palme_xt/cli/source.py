@@ -1,7 +1,5 @@
 """Print a model as an x-transformers program: that of a run, with its weights, or that of the given arguments."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

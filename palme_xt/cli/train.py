@@ -6,8 +6,6 @@ them. The model's defaults depend on the data and the tokenizer: see `palme-xt t
 spelled with hyphens or underscores. `--print_config` prints all of them as YAML, to keep in a file for `--config`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

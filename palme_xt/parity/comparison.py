@@ -5,8 +5,6 @@ from palme_xt.parity import compare
 assert compare(PalmE(), my_hand_wired_model)
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Check whether a module still computes the same numbers, with another release, on another machine, after a change."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

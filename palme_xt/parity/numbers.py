@@ -1,7 +1,5 @@
 """Take nested outputs apart, and find the first number that differs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any

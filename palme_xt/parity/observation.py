@@ -1,7 +1,5 @@
 """Call a model's own forward, and keep what it computes: layers, outputs, gradients, and cached logits."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterator

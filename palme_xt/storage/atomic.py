@@ -1,7 +1,5 @@
 """Write files completely or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -32,7 +30,7 @@ def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]])
         aside.mkdir()
         for name, write in writers.items():
             write(aside / name)
-            (aside / name).chmod(0o666 & ~_umask())  # safetensors 0.8 makes its files readable by the owner only
+            (aside / name).chmod(0o666 & aside.stat().st_mode)  # safetensors 0.8 lets only the owner read its files
             sync(aside / name)
         for name in writers:
             (aside / name).replace(folder / name)
@@ -49,10 +47,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    """Return the mode bits that this process masks; setting them is the only way to read them."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return umask

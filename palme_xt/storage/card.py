@@ -1,61 +1,16 @@
 """Write a model card: the README.md of a model folder, which the hub displays and indexes."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from palme_xt.config import PalmEConfig
 
-_TEMPLATE = """---
-{metadata}
----
-
-# PalmE
-
-{description}
-Built with `palme_xt` on top of [x-transformers](https://github.com/lucidrains/x-transformers).
-
-## Use
-
-```python
-from palme_xt.hub import PalmE
-
-model = PalmE.from_pretrained("{name}")  # this repository, or a folder with its files
-```
-
-{caption}
-
-## Arguments
-
-{arguments}
-
-## Training
-
-{training}
-
-## Metrics
-
-{metrics}
-"""
-
-_IMAGES = """A vision-language model: a ViT encoder turns an image of {size} x {size} pixels into patch embeddings, and
-a causal text decoder cross-attends to them."""
-_TEXT = "A text-only decoder, built with `cross_attend=False`, that takes no images."
-_CAPTION = """To caption images, download this repository to FOLDER, or train a model into it:
-
-```python
-from palme_xt.captioner import Captioner
-
-captioner = Captioner.from_pretrained("FOLDER")
-captioner("image.png")
-```
-
-`palme-xt caption FOLDER image.png` does the same."""
+_TEMPLATE = Path(__file__).with_name("card.md")  # in the language of Jinja
 
 
 def model_card(
@@ -87,16 +42,9 @@ def model_card(
         model_name="PalmE" if results else None,
         eval_results=results or None,
     )
-    count = "" if parameters is None else f" It has {parameters:,} parameters."
-    return _TEMPLATE.format(
-        metadata=metadata.to_yaml(),
-        name=repo_id or "NAME",
-        description=(_IMAGES.format(size=config.image_size) if config.cross_attend else _TEXT) + count,
-        caption=_CAPTION if config.cross_attend else "The model does not caption images.",
-        arguments=_table("argument", config.to_dict()),
-        training=_table("option", training) if training else "No training details are available.",
-        metrics=_table("metric", metrics) if metrics else "No evaluation results are available.",
-    )
+    shown: dict[str, Any] = {"config": config, "training": training, "metrics": metrics, "cell": _escaped}
+    card = ModelCard.from_template(metadata, str(_TEMPLATE), **shown, parameters=parameters, repo_id=repo_id)
+    return f"{card}\n"
 
 
 def _task(config: PalmEConfig) -> str:
@@ -113,11 +61,6 @@ def _results(config: PalmEConfig, data: object, metrics: Mapping[str, Any]) -> l
         for metric, value in metrics.items()
         if data is not None and isinstance(value, float) and math.isfinite(value)
     ]
-
-
-def _table(title: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {_escaped(name)} | {_escaped(value)} |" for name, value in values.items()]
-    return "\n".join([f"| {title} | value |", "|---|---|", *rows])
 
 
 def _escaped(value: object) -> str:

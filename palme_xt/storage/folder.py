@@ -5,8 +5,6 @@ model.safetensors  the weights; pickles are rejected, because reading a pickle c
 COMPANIONS         files that captioning or the hub reads; each of them is optional
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
