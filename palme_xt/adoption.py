@@ -16,7 +16,7 @@ from x_transformers import x_transformers as upstream
 
 from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.mapping import MAPPING, argument_behind, upstream_keywords
-from palme_xt.parts import Wired, draw_inputs, image_shape, undisturbed
+from palme_xt.parts import Wired, draw_inputs, exactly, image_shape, undisturbed
 from palme_xt.wiring import DECODER, ENCODER, build
 
 TEXT = 32  # tokens of the text that a proof runs; attributes show what counts only in longer ones
@@ -81,7 +81,7 @@ def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module)
     the random number generators are unchanged.
     """
     found = Wired(encoder, decoder)
-    with undisturbed(found), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    with undisturbed(found), exactly(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         try:
             built = _build(vars(config), "cpu").float()
             different = chain(_different_shapes(found, built), _different_attributes(found, built))
