@@ -67,14 +67,14 @@ class Attend(upstream.Attend):
         # causal, so that a graph exported with more text tokens than image patches rejects a shorter text.
         if self.scale is not None:
             q = q * (self.scale / q.shape[-1] ** -0.5)
-        scale, width = q.shape[-1] ** -0.5, v.shape[-1]
+        scale, width, causal = q.shape[-1] ** -0.5, v.shape[-1], False
         if in_keys:
             q, k, v = _with_bias_in_keys(q, k, v, bias[:, 0] / scale)
-            bias = None
+            bias, causal = None, True  # not `in_keys`, which is no bool where lengths are symbols
         bias = None if bias is None else bias.expand(*q.shape[:2], -1, -1)
         dropout = self.dropout if self.training else 0.0
         with self.sdp_context_manager():
-            out = F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=in_keys, scale=scale)
+            out = F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=causal, scale=scale)
         return out[..., :width], upstream.Intermediates()
 
 
@@ -94,7 +94,7 @@ def _with_bias_in_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[T
     exact = torch.stack(parts, dim=-1)
     unit = torch.full_like(exact, UNIT)
     of_queries, of_keys = (
-        torch.stack(pair, dim=-1).flatten(-2).expand(len(q), -1, -1, -1) for pair in ((unit, -exact), (exact, unit))
+        torch.stack(pair, dim=-1).flatten(-2).expand(q.shape[0], -1, -1, -1) for pair in ((unit, -exact), (exact, unit))
     )
     # Flash attention takes only values that are as wide as the keys.
     return torch.cat((of_queries, q), dim=-1), torch.cat((of_keys, k), dim=-1), F.pad(v, (0, EXTRA))
