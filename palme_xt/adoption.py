@@ -17,7 +17,7 @@ from x_transformers import x_transformers as upstream
 from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.insertion import insert_cross_attention
 from palme_xt.mapping import MAPPING, argument_behind, upstream_keywords
-from palme_xt.parts import Wired, draw_inputs, image_shape, undisturbed
+from palme_xt.parts import Wired, draw_inputs, exactly, image_shape, undisturbed
 from palme_xt.wiring import DECODER, ENCODER, build
 
 ARGUMENTS = "palme_arguments"  # an attribute of modules that come with arguments of `PalmEConfig`
@@ -98,7 +98,7 @@ def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module)
     the random number generators are unchanged.
     """
     found = Wired(encoder, decoder)
-    with undisturbed(found), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+    with undisturbed(found), exactly(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         try:
             built = _build(vars(config), "cpu").float()
             different = chain(_different_shapes(found, built), _different_attributes(found, built))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, TransformerWrapper, ViTransformerWrapper, XTransformer
 from x_transformers.x_transformers import Attention
 
+from palme_xt.upstream.exact import Exact
+
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword arguments of forward
 
 
@@ -43,6 +45,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, training, buffers in before:
             module.training = training
             module._buffers.update(buffers)  # upstream's ALiBi bias replaces one in forward
+
+
+@contextmanager
+def exactly() -> Iterator[None]:
+    """Inside, let all models of this process compute as upstream does, bit for bit, which is slower.
+
+    Otherwise, the loss alone, and causal flash attention with ALiBi, differ from upstream's by rounding.
+    """
+    before, Exact.exact = Exact.exact, True
+    try:
+        yield
+    finally:
+        Exact.exact = before
 
 
 def is_causal(module: nn.Module) -> bool:

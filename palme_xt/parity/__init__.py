@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from palme_xt.parity.comparison import Outcome, Report, compare
+from palme_xt.parts import exactly
 
 if TYPE_CHECKING:
     from palme_xt.parity.drift import Verdict, check, record
@@ -17,4 +18,4 @@ else:
         return getattr(drift, name)
 
 
-__all__ = ["Outcome", "Report", "Verdict", "check", "compare", "record"]
+__all__ = ["Outcome", "Report", "Verdict", "check", "compare", "exactly", "record"]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from palme_xt.parity.numbers import Numbers, first_tensor, leaves
-from palme_xt.parts import Inputs, is_causal, undisturbed
-from palme_xt.upstream.loss import AutoregressiveWrapper
+from palme_xt.parts import Inputs, exactly, is_causal, undisturbed
 
 
 class Call(NamedTuple):
@@ -56,16 +55,14 @@ def a_weight(model: nn.Module, default: Tensor) -> Tensor:
 def running(model: nn.Module) -> Iterator[None]:
     """Allow a model to be run in any mode: on exit, it has its modes, weights and buffers again.
 
-    Inside, the random numbers are others than outside, there are no gradients, and the loss of a `PalmE` is computed as
-    upstream computes it.
+    Inside, the random numbers are others than outside, there are no gradients, and a `PalmE` computes exactly as
+    upstream does.
     """
     tensors = [(tensor, tensor.detach().clone()) for tensor in chain(model.parameters(), model.buffers())]
-    with undisturbed(model), torch.no_grad():
-        AutoregressiveWrapper.exact = True
+    with undisturbed(model), torch.no_grad(), exactly():
         try:
             yield
         finally:
-            AutoregressiveWrapper.exact = False
             for tensor, before in tensors:
                 tensor.copy_(before)
 

@@ -36,6 +36,14 @@ class AlibiPositionalBias(upstream.AlibiPositionalBias):
         later = torch.arange(j, device=bias.device) > torch.arange(j - i, j, device=bias.device)[:, None]
         return bias.masked_fill_(later, -torch.finfo(bias.dtype).max // 2)
 
+    def row(self, n: int) -> Tensor:
+        """Return a bias `(total_heads, 1, n)`, float64, that is equal to `causal(n, n)` up to a number for each query.
+
+        Softmax ignores that number: in a causal row, `-slope * (i - j)` is `slope * j` less `slope * i`.
+        """
+        slopes = F.pad(self.slopes, (0, 0, 0, 0, 0, self.total_heads - self.heads))
+        return slopes.double() * torch.arange(n, device=slopes.device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # x-transformers 1.30 to 2.31.10: no state dict has the slopes, so they hold garbage after `to_empty`, and
         # bfloat16 rounds them. They depend only on the number of heads: compute them again, in float32 at least.

@@ -8,20 +8,17 @@ import x_transformers
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from palme_xt.upstream.exact import Exact
+
 LOGITS_IN_CACHE = 2**23  # numbers, 32 MB in float32: chunks are no faster for fewer
 CHUNK = 512  # tokens
 
 
-class AutoregressiveWrapper(x_transformers.AutoregressiveWrapper):
+class AutoregressiveWrapper(Exact, x_transformers.AutoregressiveWrapper):
     """`x_transformers.AutoregressiveWrapper`, whose loss takes less time and memory.
 
     Upstream's own code handles any call with `return_outputs=True`, and any loss that adds terms to the cross entropy.
-
-    Attributes:
-        exact: Compute every loss as upstream does, bit for bit.
     """
-
-    exact = False
 
     def forward(
         self,

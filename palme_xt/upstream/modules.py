@@ -10,9 +10,12 @@ from x_transformers import x_transformers as upstream
 from palme_xt.upstream.alibi import AlibiPositionalBias
 from palme_xt.upstream.attend import replace_attends
 from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
+from palme_xt.upstream.exact import Exact
 from palme_xt.upstream.rotary import RotaryEmbedding
 
 MASKS = ("mask", "attn_mask", "self_attn_kv_mask", "mem_masks", "seq_start_pos", "additional_kv_mask")
+LONGER = ("pos", "mems", "cache", "self_attn_additional_kv")  # with which keys are at other positions than queries
+SPECIAL = ("num_mem_kv", "max_attend_past", "rel_proj_pos_bias", "add_zero_kv", "l2_distance")
 
 
 class Encoder(x_transformers.Encoder):
@@ -23,10 +26,13 @@ class Encoder(x_transformers.Encoder):
         _replace_modules(self, kwargs)
 
 
-class Decoder(CachedDecoder):
+class Decoder(Exact, CachedDecoder):
     """`x_transformers.Decoder`, which decodes with a cache in every configuration, pickles, and has no ALiBi state.
 
-    Arguments, parameters, buffers and outputs are those of upstream.
+    Arguments, parameters, buffers and outputs are those of upstream. For a whole text without padding, masks, custom
+    positions or memories, ALiBi is part of the keys of flash attention, whose memory is then linear in the length. The
+    numbers differ from upstream's by rounding: for 128 to 32,768 tokens in float32, bfloat16 and float16, the error
+    against float64 was measured to be no larger than that of upstream's bias.
 
     Attributes:
         alibi: The ALiBi bias, computed once for all layers. `rel_pos`, which upstream computes in each layer, is None.
@@ -44,6 +50,10 @@ class Decoder(CachedDecoder):
             if len(alike) == 1:
                 self.alibi, self.rel_pos = self.rel_pos, None
                 ((self._num_mem_kv, self._flash),) = alike
+                parts = [part for module in attentions if module.causal for part in (module, module.attend)]
+                self._plain = self._flash and not any(getattr(part, name, None) for part in parts for name in SPECIAL)
+                for part in parts[1::2]:
+                    part.bias_in_keys = self._plain
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what upstream returns, for `x (b, n, d)` and the same keywords.
@@ -62,6 +72,10 @@ class Decoder(CachedDecoder):
         # x-transformers 1.30 to 2.31.10 computes the bias in each layer, and masks a copy of it for each sample.
         # Padding has to be masked for each sample. Without padding, one causal bias serves all samples.
         arguments: dict[str, Any] = {}
+        causal = all(kwargs.get(name) is None for name in (*MASKS, "causal"))
+        whole = causal and x.shape[1] > 1 and all(kwargs.get(name) is None for name in LONGER)
+        if self._plain and whole and not self.exact and x.device.type != "mps":  # which has no float64
+            return {"attn_bias": self.alibi.row(x.shape[1])}
         if kwargs.get("pos") is not None:
             bias = self.alibi.forward_custom_pos(kwargs["pos"])
         else:
@@ -70,7 +84,7 @@ class Decoder(CachedDecoder):
             if cache is not None:
                 past += cache.cache_length
                 i = min(i, kwargs.get("cache_age", 1) or i)
-            if self._flash and i > 1 and all(kwargs.get(name) is None for name in (*MASKS, "causal")):
+            if self._flash and i > 1 and causal:
                 bias = self.alibi.causal(i, past + i)
                 arguments["causal"] = False
             else:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE, PalmEConfig
+from palme_xt.parity import exactly
 from palme_xt.strategies import batches, configs
 
 
@@ -36,7 +37,8 @@ def test_loss_logits_and_gradients_are_bitwise_those_of_the_hand_wired_model(dat
     config = data.draw(configs())
     img, text = data.draw(batches(config))
     palme, hand_wired = same_weights(config)
-    ours, theirs = numbers(palme, img, text), numbers(hand_wired, img, text)
+    with exactly():
+        ours, theirs = numbers(palme, img, text), numbers(hand_wired, img, text)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.isfinite(value).all(), name
@@ -82,6 +84,10 @@ def test_the_default_configuration_at_full_size() -> None:
     config = PalmEConfig()
     palme, hand_wired = same_weights(config)
     img, text = torch.randn(1, 3, 256, 256), torch.randint(20000, (1, 40))
-    ours, theirs = numbers(palme, img, text), numbers(hand_wired, img, text)
+    with exactly():
+        ours, theirs = numbers(palme, img, text), numbers(hand_wired, img, text)
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
+    palme.zero_grad()
+    for name, value in numbers(palme, img, text).items():  # within rounding without the switch
+        assert (value - theirs[name]).norm() <= 1e-4 * theirs[name].norm() + 1e-6, name

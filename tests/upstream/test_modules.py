@@ -20,6 +20,7 @@ from x_transformers.attend import Attend as UpstreamAttend
 
 from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE
+from palme_xt.parity import exactly
 from palme_xt.upstream.alibi import AlibiPositionalBias
 from palme_xt.upstream.attend import Attend
 from tests.models import batch, logits, small
@@ -265,6 +266,7 @@ def test_alibi_is_computed_once_and_not_copied_for_each_sample_as_upstream_still
     b, h, n = 3, 4, 64
     img, text = batch(model, b=b, n=n)
     alibi = model.decoder.net.attn_layers.alibi
+    model.decoder.net.attn_layers.exact = True
     with mock.patch.object(alibi, "forward", wraps=alibi.forward) as computed:
         model(img, text)
     assert computed.call_count == 1
@@ -299,8 +301,10 @@ def test_logits_are_bitwise_upstreams_with_and_without_masks(arguments: dict[str
     padding = torch.arange(10) < torch.tensor([[10], [6]])
     positions = torch.arange(10) * 2
     kwargs: dict[str, Any]
-    outputs = []
-    for kwargs in {}, {"self_attn_kv_mask": padding}, {"mask": padding}, {"seq_start_pos": torch.tensor([0, 4])}:
+    with exactly():
+        outputs = [logits(model, img, text)]
+    assert torch.equal(outputs[0], logits(theirs, img, text))
+    for kwargs in {"self_attn_kv_mask": padding}, {"mask": padding}, {"seq_start_pos": torch.tensor([0, 4])}:
         outputs.append(logits(model, img, text, **kwargs))
         assert torch.equal(outputs[-1], logits(theirs, img, text, **kwargs)), kwargs
     outputs.append(logits(model, img, text, pos=positions))

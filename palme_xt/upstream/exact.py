@@ -1,0 +1,11 @@
+"""The switch between upstream's own computations and faster ones, which differ from them by rounding."""
+
+
+class Exact:
+    """A module that computes something faster than upstream, unless it is told to be exact.
+
+    Attributes:
+        exact: Compute as upstream does, bit for bit. Set on this class, it is for all modules.
+    """
+
+    exact = False
