@@ -46,15 +46,17 @@ OVERRIDES = ["vit_kwargs", "encoder_kwargs", "transformer_kwargs", "decoder_kwar
 @pytest.mark.parametrize("constructor", [PalmE, PalmEConfig])
 def test_the_signature_is_the_public_contract(constructor: type) -> None:
     parameters = inspect.signature(constructor).parameters
-    assert list(parameters) == [*CONTRACT, *OVERRIDES, *TOKENS]
+    own = ["encoder"] if constructor is PalmE else []
+    assert list(parameters) == [*CONTRACT, *OVERRIDES, *TOKENS, "external_encoder", *own]
     assert {name: parameters[name].default for name in CONTRACT} == CONTRACT
     assert {parameters[name].kind for name in CONTRACT} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    assert {parameters[name].kind for name in [*OVERRIDES, *TOKENS]} == {inspect.Parameter.KEYWORD_ONLY}
+    others = [*OVERRIDES, *TOKENS, "external_encoder", *own]
+    assert {parameters[name].kind for name in others} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_help_shows_the_arguments() -> None:
     assert "image_size: 'int' = 256" in str(inspect.signature(PalmE.__init__))
-    for name in [*CONTRACT, *OVERRIDES, *TOKENS]:
+    for name in [*CONTRACT, *OVERRIDES, *TOKENS, "external_encoder"]:
         assert f"        {name}: " in (PalmEConfig.__doc__ or ""), name
 
 

@@ -43,8 +43,10 @@ model = PalmE.from_pretrained("{name}")  # this repository, or a folder with its
 {metrics}
 """
 
-_IMAGES = """A vision-language model: a ViT encoder turns an image of {size} x {size} pixels into patch embeddings, and
-a causal text decoder cross-attends to them."""
+_IMAGES = """A vision-language model: a ViT encoder turns an image of {image_size} x {image_size} pixels into patch
+embeddings, and a causal text decoder cross-attends to them."""
+_OTHER = """A vision-language model: its encoder, `{external_encoder}`, turns an image into embeddings, and a causal
+text decoder cross-attends to them. To load it, pass the encoder: `PalmE.from_pretrained(..., encoder=module)`."""
 _TEXT = "A text-only decoder, built with `cross_attend=False`, that takes no images."
 _CAPTION = """To caption images, download this repository to FOLDER, or train a model into it:
 
@@ -87,11 +89,12 @@ def model_card(
         model_name="PalmE" if results else None,
         eval_results=results or None,
     )
+    images = (_OTHER if config.external_encoder else _IMAGES).format_map(vars(config))
     count = "" if parameters is None else f" It has {parameters:,} parameters."
     return _TEMPLATE.format(
         metadata=metadata.to_yaml(),
         name=repo_id or "NAME",
-        description=(_IMAGES.format(size=config.image_size) if config.cross_attend else _TEXT) + count,
+        description=(images if config.cross_attend else _TEXT) + count,
         caption=_CAPTION if config.cross_attend else "The model does not caption images.",
         arguments=_table("argument", config.to_dict()),
         training=_table("option", training) if training else "No training details are available.",
