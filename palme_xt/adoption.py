@@ -17,8 +17,8 @@ from x_transformers import x_transformers as upstream
 from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.insertion import insert_cross_attention
 from palme_xt.mapping import MAPPING, argument_behind, upstream_keywords
-from palme_xt.parts import Wired, draw_inputs, exactly, image_shape, undisturbed
-from palme_xt.wiring import DECODER, ENCODER, build
+from palme_xt.parts import Inputs, Wired, draw_inputs, exactly, image_shape, undisturbed
+from palme_xt.wiring import DECODER, ENCODER, build, name_encoder
 
 ARGUMENTS = "palme_arguments"  # an attribute of modules that come with arguments of `PalmEConfig`
 TEXT = 32  # tokens of the text that a proof runs; attributes show what counts only in longer ones
@@ -26,7 +26,7 @@ ROUNDING = 2**-8  # relative, of bfloat16
 # The mode, and what stays behind if a vocabulary is resized in place.
 _NOT_COMPARED = ("training", "num_tokens", "num_embeddings", "out_features")
 # The whole model, or its parts, and a parameter that tells where it begins in a state dict.
-_MARKS = {"": "encoder.pos_embedding"}, {"encoder": "pos_embedding", "decoder.net": "token_emb.emb.weight"}
+_MARKS = {"": "decoder.net.token_emb.emb.weight"}, {"encoder": "pos_embedding", "decoder.net": "token_emb.emb.weight"}
 _PARTS = {
     "encoder": "vit",
     "encoder.attn_layers": "encoder",
@@ -47,7 +47,7 @@ def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:
     Raises:
         TypeError, ValueError: As in `describe`, and if cross-attention cannot be inserted.
     """
-    given = _merge(vars(encoder).get(ARGUMENTS, {}), vars(decoder).get(ARGUMENTS, {}), given)
+    given = _merge(getattr(encoder, ARGUMENTS, {}), getattr(decoder, ARGUMENTS, {}), given)
     layers = getattr(getattr(decoder, "net", None), "attn_layers", None)
     wanted = given.get("cross_attend") and isinstance(layers, Decoder) and not layers.cross_attend
     config = describe(encoder, decoder, **given | ({"cross_attend": False} if wanted else {}))
@@ -71,7 +71,7 @@ def describe(encoder: Any, decoder: Any, **given: Any) -> PalmEConfig:
     embeddings and rotary positions without xPos are read as well.
 
     Args:
-        encoder: An `x_transformers.ViTransformerWrapper`.
+        encoder: An `x_transformers.ViTransformerWrapper`, or another module or None, as in `PalmE(encoder=...)`.
         decoder: An `x_transformers.AutoregressiveWrapper` around a `TransformerWrapper` with a `Decoder`.
         **given: Arguments of `PalmEConfig`, which replace what is read. Override dicts are merged with what is read.
 
@@ -80,10 +80,12 @@ def describe(encoder: Any, decoder: Any, **given: Any) -> PalmEConfig:
         ValueError: If the decoder cross-attends to a context whose width is not that of the encoder, or `given` is
             invalid.
     """
-    _check_kind("encoder", encoder, ViTransformerWrapper)
+    if not isinstance(encoder, ViTransformerWrapper):
+        given["external_encoder"] = name_encoder(encoder, given.get("external_encoder"))
     _check_kind("decoder", decoder, AutoregressiveWrapper)
     _check_kind("decoder.net", decoder.net, TransformerWrapper)
     _check_kind("decoder.net.attn_layers", decoder.net.attn_layers, Decoder)
+    encoder = None if given.get("external_encoder") else encoder
     read = _arguments(encoder, decoder)
     named = _named_overrides(Wired(encoder, decoder), _build(_merge(read, given), "meta"))
     return PalmEConfig(**_merge(read, named, given))
@@ -93,11 +95,12 @@ def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module)
     """Describe the first difference between the modules and a model built from `config`, or return None.
 
     Parameters, buffers and attributes are compared, and what both sides compute from the same random weights, on one
-    image and a short text: embeddings, logits, loss and gradients, bitwise, in eval and training mode. This runs on the
-    CPU in float32, wherever the modules are, and takes memory for one copy of the weights. The modules and the state of
-    the random number generators are unchanged.
+    image and a short text: embeddings, logits, loss and gradients, bitwise, in eval and training mode. With an encoder
+    other than the config's ViT, only the decoders are compared, on a random context. This runs on the CPU in float32,
+    wherever the modules are, and takes memory for one copy of the weights. The modules and the state of the random
+    number generators are unchanged.
     """
-    found = Wired(encoder, decoder)
+    found = Wired(None if config.external_encoder else encoder, decoder)
     with undisturbed(found), exactly(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         try:
             built = _build(vars(config), "cpu").float()
@@ -128,16 +131,16 @@ def _build(arguments: Mapping[str, Any], device: str) -> Wired:
         warnings.simplefilter("ignore")
         quiet = {f"{part}_kwargs": {"verbose": False} for part in ("encoder", "decoder")}
         config = PalmEConfig(**_merge(arguments, quiet))
-        return Wired(build(ENCODER, config), build(DECODER, config))
+        return Wired(None if config.external_encoder else build(ENCODER, config), build(DECODER, config))
 
 
 def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
     """Return the 17 arguments, and the overrides that upstream keeps in no attribute of the same name."""
-    net, layers, width = decoder.net, decoder.net.attn_layers, encoder.attn_layers.dim
+    net, layers, width = decoder.net, decoder.net.attn_layers, encoder and encoder.attn_layers.dim
     attentions = [module for module in layers.modules() if isinstance(module, upstream.Attention)]
     for attention in attentions:
         context = getattr(attention.to_latent_kv, "in_features", attention.to_k.in_features)
-        if not attention.causal and context != width:
+        if not attention.causal and context != (width := width or context):
             raise ValueError(
                 f"decoder takes a context of width {context}, must be {width}, the width of the encoder: build the "
                 f"Decoder with cross_attn_dim_context={width}"
@@ -146,13 +149,7 @@ def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
     rel_pos = getattr(layers, "alibi", None) or layers.rel_pos
     alibi = isinstance(rel_pos, upstream.AlibiPositionalBias)
     rotary = layers.rotary_pos_emb
-    channels, image_size, _ = image_shape(encoder)
-    return {
-        "image_size": image_size,
-        "patch_size": encoder.patch_size,
-        "encoder_dim": width,
-        "encoder_depth": _depth(encoder.attn_layers),
-        "encoder_heads": encoder.attn_layers.attn_heads,
+    return (_arguments_of_vit(encoder) if encoder else {"encoder_dim": width or layers.dim}) | {
         "num_tokens": net.token_emb.emb.weight.shape[0],
         "max_seq_len": net.max_seq_len,
         "decoder_dim": layers.dim,
@@ -165,13 +162,21 @@ def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
         "rotary_xpos": rotary is not None and rotary.scale is not None,
         "attn_flash": own.attend.flash,
         "qk_norm": own.qk_norm,
-        "vit_kwargs": _changed(
-            "vit",
-            channels=channels,
-            num_register_tokens=len(encoder.register_tokens) if encoder.has_register_tokens else 0,
-        ),
         "transformer_kwargs": _changed("transformer", tie_embedding=not isinstance(net.to_logits, nn.Module)),
         "decoder_kwargs": _changed("decoder", rotary_pos_emb=rotary is not None and rotary.scale is None),
+    }
+
+
+def _arguments_of_vit(encoder: Any) -> dict[str, Any]:
+    channels, image_size, _ = image_shape(encoder)
+    registers = len(encoder.register_tokens) if encoder.has_register_tokens else 0
+    return {
+        "image_size": image_size,
+        "patch_size": encoder.patch_size,
+        "encoder_dim": encoder.attn_layers.dim,
+        "encoder_depth": _depth(encoder.attn_layers),
+        "encoder_heads": encoder.attn_layers.attn_heads,
+        "vit_kwargs": _changed("vit", channels=channels, num_register_tokens=registers),
     }
 
 
@@ -232,7 +237,7 @@ def _different_numbers(found: Wired, built: Wired) -> str | None:
     for name, buffer in same.items():
         if not torch.allclose(buffer, saved[name], rtol=ROUNDING, atol=0):
             return f"{name} has other values in the modules than in a model built from it"
-    inputs, _ = draw_inputs(built, b=1, n=TEXT)
+    inputs = draw_inputs(built, b=1, n=TEXT)
     for mode in "eval", "training":
         pairs = (found, weights | own), (built, weights | same)
         ours, theirs = (_compute(model.train(mode == "training"), tensors, inputs) for model, tensors in pairs)
@@ -242,14 +247,14 @@ def _different_numbers(found: Wired, built: Wired) -> str | None:
     return None
 
 
-def _compute(model: Wired, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+def _compute(model: Wired, tensors: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
     """Return what a model computes from given parameters and buffers, with gradients of the first parameters."""
     seen: dict[str, Tensor] = {}
     random.seed(0)  # upstream's `layer_dropout` uses it
     torch.manual_seed(0)
-    with model.encoder.register_forward_hook(lambda module, args, output: seen.update(embeddings=output)):
-        loss, (logits, _) = functional_call(model, tensors, inputs, {"return_outputs": True})
-    first = [tensors[".".join(item)] for item in _MARKS[1].items()]
+    with (model.encoder or nn.Identity()).register_forward_hook(lambda *call: seen.update(embeddings=call[2])):
+        loss, (logits, _) = functional_call(model, tensors, inputs[0], {**inputs[1], "return_outputs": True})
+    first = [tensors[name] for name in map(".".join, _MARKS[1].items()) if name in tensors]
     gradients = torch.autograd.grad(loss, first, materialize_grads=True)
     return {
         **seen,
@@ -268,7 +273,7 @@ def find_renaming(model: nn.Module, given: Mapping[str, Any]) -> str:
     """
     for marks in _MARKS:
         lines, fitting = [], 0
-        for path, mark in marks.items():
+        for path, mark in ((path, mark) for path, mark in marks.items() if path in dict(model.named_modules())):
             part = f"model.{path}".removesuffix(".")
             shapes = {name: tensor.shape for name, tensor in model.get_submodule(path).state_dict().items()}
             for prefix in [name.removesuffix(mark) for name in given if f".{name}".endswith(f".{mark}")]:

@@ -65,6 +65,9 @@ class PalmEConfig:
             "decoder", keywords of `palme_xt.upstream.torch_layers.use_torch_layers`, or an "activation" ("gelu_tanh",
             "quick_gelu" or "relu").
         sources: Where the weights of the "encoder" and the "decoder" came from, for the reader.
+        external_encoder: What `PalmE(encoder=...)` was given, which sets it: the class of a module, such as
+            "timm.models.resnet.ResNet", or "none" for no encoder. None is the ViT that the arguments describe; the
+            other two have no use for `patch_size`, `encoder_depth`, `encoder_heads`, `vit_kwargs` and `encoder_kwargs`.
 
     Raises:
         ValueError: If a number is out of range, or an override repeats an argument or is unknown to upstream.
@@ -98,6 +101,7 @@ class PalmEConfig:
     eos_token: int | Sequence[int] | None = None
     torch_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    external_encoder: str | None = None
 
     def __post_init__(self) -> None:
         for argument in fields(self):
@@ -135,7 +139,9 @@ class PalmEConfig:
                 raise ValueError(f"{given} {unknown}: {did_you_mean(key, known)}")
 
     def _check_sizes(self) -> None:
-        if self.image_size % self.patch_size:
+        if not isinstance(self.external_encoder, str | None):
+            raise TypeError(f"external_encoder={self.external_encoder!r} must be the name of a class, 'none' or None")
+        if self.external_encoder is None and self.image_size % self.patch_size:
             nearest = max(1, round(self.image_size / self.patch_size)) * self.patch_size
             rule = f"image_size={self.image_size} must be divisible by patch_size={self.patch_size}"
             raise ValueError(f"{rule}: an image is cut into whole patches; use image_size={nearest}, for example")

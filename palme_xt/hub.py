@@ -50,6 +50,7 @@ class PalmE(model.PalmE, ModelHubMixin):
         local_files_only: bool = False,
         revision: str | None = None,
         device: str | torch.device = "cpu",
+        encoder: model.Encoder = "config",
     ) -> Self:
         """Return the model in a folder, or in a repository of the hub, in eval mode.
 
@@ -64,16 +65,19 @@ class PalmE(model.PalmE, ModelHubMixin):
             local_files_only: Read the repository from the cache, without using the network.
             revision: Branch, tag or commit of the repository. Defaults to `main`.
             device: Where to put the model.
+            encoder: The encoder of a model that was built with `PalmE(encoder=module)`: a module of the same class and
+                dimensions, which gets the saved weights.
 
         Raises:
             FolderError: If there is no such folder and no such repository that can be read, or if it does not hold a
-                model, or if its files are damaged or do not belong together.
+                model, or if its files are damaged or do not belong together, or `encoder` is not the one that they
+                belong to.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.exists():
             cached = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
             folder = _download(str(pretrained_model_name_or_path), token, revision, **cached)
-        loaded = storage.load_as(cls, folder, device)
+        loaded = storage.load_as(cls, folder, device, encoder)
         loaded.companions = storage.read_companions(folder)
         loaded.how_trained = storage.read_json(folder).get(TRAINING)
         return loaded

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from palme_xt.config import PalmEConfig
 
 
 def check_img(img: Any, config: PalmEConfig) -> None:
-    """Reject anything but floating-point images `(b, c, h, w)` or `(b, m, c, h, w)` of the model's size.
+    """Reject anything but floating-point images `(b, c, h, w)` or `(b, m, c, h, w)`, of the size of the config's ViT.
 
-    Values are not checked: their range, and any NaN, is up to the caller.
+    With another encoder, the numbers of channels and pixels are up to it. Values are not checked: their range, and any
+    NaN, is up to the caller.
 
     Raises:
         TypeError: If `img` is not a tensor, or not floating point.
@@ -34,6 +34,8 @@ def check_img(img: Any, config: PalmEConfig) -> None:
         raise TypeError(f"img has dtype {img.dtype}, must be floating point: {remedy}")
     if 0 in shape:
         raise ValueError(f"img has shape {shape}, must not be empty: every dimension must be at least 1")
+    if config.external_encoder is not None:
+        return
     if img.shape[-3] != config.channels:
         last = ": it looks channels-last, move them with img.movedim(-1, -3)" if shape[-1] == config.channels else ""
         remedy = last or f": convert the images, or build the model with vit_kwargs={{'channels': {shape[-3]}}}"
@@ -43,55 +45,76 @@ def check_img(img: Any, config: PalmEConfig) -> None:
         raise ValueError(f"{found}, must be {size}x{size}, the model's image_size: resize or crop the images")
 
 
-def check_source(img: Any, context: Any, context_mask: Any, config: PalmEConfig) -> Tensor | None:
-    """Return the source that the decoder attends to: images, or the context that `encode` returned for some.
+def read_embeddings(output: Any, images: int, encoder_dim: int) -> Tensor:
+    """Return the embeddings `(b, p, d)` in what an encoder that is not the config's ViT returns.
 
     Args:
-        img: `(b, c, h, w)` or `(b, m, c, h, w)`, or None with a context.
-        context: `(b, p, d)`, floating point, or None with images.
-        context_mask: `(b, p)`, bool, or None.
-        config: The config of the model, which determines the sizes.
-
-    Returns:
-        `img` or `context`, or None for a model that does not cross-attend.
+        output: `(b, p, d)`, or a map `(b, h, w, d)` or `(b, d, h, w)`; a tuple or a list that begins with it; or an
+            object or a mapping that has it as `last_hidden_state`.
+        images: Number of images b.
+        encoder_dim: The width d that the decoder takes.
 
     Raises:
-        TypeError: If an argument has the wrong type or dtype.
-        ValueError: If both or neither of `img` and `context` are given, or an argument has the wrong shape.
+        ValueError: If there is no tensor, or it has another shape.
+    """
+    if isinstance(found := getattr(output, "last_hidden_state", output), Mapping):
+        found = found.get("last_hidden_state")
+    elif isinstance(found, list | tuple):
+        found = next(iter(found), None)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else ()
+    if len(shape) == 4 and (shape[1] == encoder_dim) != (shape[3] == encoder_dim):
+        found = (found.movedim(1, 3) if shape[1] == encoder_dim else found).flatten(1, 2)
+    if not shape or found.ndim != 3 or (found.shape[0], found.shape[2]) != (images, encoder_dim):
+        returned = f"a tensor {shape}" if shape else f"a {type(output).__name__}"
+        rule = f"(b, p, d), (b, h, w, d) or (b, d, h, w) with b={images} and d=encoder_dim={encoder_dim}, and no other"
+        remedy = "set encoder_dim, or wrap the encoder in a module that returns it, or override PalmE.encode"
+        raise ValueError(f"encoder returned {returned}, must return {rule} axis of width d: {remedy}")
+    return found  # type: ignore[no-any-return]
+
+
+def needs_context(img: Any, context: Any, context_mask: Any, config: PalmEConfig) -> bool:
+    """Return whether the decoder attends to images, or to the context that `encode` returned for some.
+
+    Raises:
+        ValueError: If both or neither of `img` and `context` are given, or a model that does not cross-attend gets a
+            context.
     """
     if not config.cross_attend:
         for name, value in {"context": context, "context_mask": context_mask}.items():
             if value is not None:
                 raise ValueError(f"{name} is only for models that cross-attend: leave it out with cross_attend=False")
-        return None
-    if (img is None) == (context is None):
+    elif (img is None) == (context is None):
         found = "neither img nor context is" if img is None else "both img and context are"
         raise ValueError(f"{found} given: a model that cross-attends needs img, or context=model.encode(img)")
-    source: Tensor = img if context is None else context
-    (check_img if context is None else _check_context)(source, config)
-    if context_mask is not None:
-        _check_context_mask(context_mask, source, config)
-    return source
+    return config.cross_attend
 
 
-def _check_context(context: Any, config: PalmEConfig) -> None:
+def check_context(context: Any, mask: Any, config: PalmEConfig, *, encoded: bool) -> None:
+    """Reject anything but a context `(b, p, d)`, floating point, and a mask for it, `(b, p)`, bool, or None.
+
+    Args:
+        context: The context.
+        mask: The mask.
+        config: The config of the model, for `encoder_dim`.
+        encoded: Whether it is what `encode` returned, for the error message.
+
+    Raises:
+        TypeError: If one has the wrong type or dtype.
+        ValueError: If one has the wrong shape.
+    """
+    name, remedy = ("what encode returned", "correct it") if encoded else ("context", "pass what encode returns")
     if not isinstance(context, Tensor) or not context.is_floating_point():
         found = context.dtype if isinstance(context, Tensor) else type(context).__name__
-        raise TypeError(f"context is {found}, must be a floating-point tensor (b, p, d): pass what encode returns")
+        raise TypeError(f"{name} is {found}, must be a floating-point tensor (b, p, d): {remedy}")
     shape = tuple(context.shape)
     if context.ndim != 3 or shape[2] != config.encoder_dim or 0 in shape:
         rule = f"must be (b, p, encoder_dim={config.encoder_dim}) and not empty"
-        raise ValueError(f"context has shape {shape}, {rule}: pass what encode returns")
-
-
-def _check_context_mask(mask: Any, source: Tensor, config: PalmEConfig) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ValueError(f"{name} has shape {shape}, {rule}: {remedy}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"context_mask is {found}, must be a bool tensor (b, p), True where the context counts")
-    patches = (config.image_size // config.patch_size) ** 2
-    embeddings = source.shape[1] if source.ndim == 3 else math.prod(source.shape[1:-3]) * patches
-    if tuple(mask.shape) != (source.shape[0], embeddings):
-        rule = f"must be (b, p) = ({source.shape[0]}, {embeddings}): one entry for each patch embedding"
+    if mask is not None and tuple(mask.shape) != shape[:2]:
+        rule = f"must be (b, p) = ({shape[0]}, {shape[1]}): one entry for each patch embedding"
         raise ValueError(f"context_mask has shape {tuple(mask.shape)}, {rule}")
 
 
@@ -177,18 +200,23 @@ def _stack_prompts(prompts: Any, config: PalmEConfig) -> tuple[Tensor, Tensor]:
     return pad_sequence([prompt.long() for prompt in prompts], batch_first=True, padding_value=config.pad_value), lens
 
 
-def check_batches(source: Tensor, text: Tensor) -> None:
-    """Reject images, or a context, and texts of different batch sizes, which upstream would broadcast if one is 1.
+def check_batches(context: Tensor, text: Tensor, img: Any = None) -> None:
+    """Reject a context, and a text, of different batch sizes, which upstream would broadcast if one is 1.
+
+    Args:
+        context: `(b, p, d)`.
+        text: `(b, n)`.
+        img: The images that the context was encoded from, which the error message then names.
 
     Raises:
         ValueError: If the batch sizes differ.
     """
-    images, texts = source.shape[0], text.shape[0]  # not len(), which would fix the batch size of an exported graph
+    images, texts = context.shape[0], text.shape[0]  # not len(), which would fix the batch size of an exported graph
     if images != texts:
-        name = "context" if source.ndim == 3 else "img"
+        name, source = ("context", context) if img is None else ("img", img)
         transposed = text.shape[1] == images
         remedy = "text is (batch, sequence), so transpose it: text.T" if transposed else "pass one text for each image"
-        found = f"text has shape {tuple(text.shape)} and {name} {tuple(source.shape)}"
+        found = f"text has shape {tuple(text.shape)} and {name} {tuple(getattr(source, 'shape', context.shape))}"
         raise ValueError(f"{found}, must have the same batch size, not {texts} and {images}: {remedy}")
 
 

@@ -2,33 +2,51 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from x_transformers import ViTransformerWrapper
 
+from palme_xt import inputs
 from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.decoding import loop
 from palme_xt.decoding import request as requests
-from palme_xt.inputs import check_batches, check_img, check_prompts, check_source, check_text
+from palme_xt.inputs import check_batches, check_context, check_img, check_prompts, check_text
 from palme_xt.upstream.loss import AutoregressiveWrapper
-from palme_xt.wiring import DECODER, ENCODER, build
+from palme_xt.wiring import DECODER, ENCODER, build, name_encoder
 
 Outputs = tuple[Tensor, tuple[Tensor, Any]]  # (loss, (logits, cache))
+Encoder = nn.Module | Literal["config"] | None
+
+
+@dataclass(frozen=True)
+class _Arguments(PalmEConfig):
+    __doc__ = PalmEConfig.__doc__
+
+    encoder: Encoder = field(default="config", kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Leave it to the `PalmEConfig` of the model to check them."""
 
 
 class PalmE(nn.Module):
     """A vision-language model built from 17 arguments. `PalmEConfig` documents them and the five override dicts.
 
+    `PalmE(..., encoder=module)` takes any `torch.nn.Module` from images to embeddings of width `encoder_dim` instead of
+    the ViT that the arguments describe; `encode` documents what it is given and may return. It is kept as it is, and
+    `config.external_encoder` is the name of its class. With `encoder=None`, there is none, and the model is fed by
+    `context=` alone. A subclass may override `encode`, and all other methods use it.
+
     Letters in shapes: b batch, m images per sample, c channels, h and w pixels, n tokens, t tokens of a prompt,
-    p patches of an image, d encoder_dim, v num_tokens.
+    p embeddings (patches) of an image, d encoder_dim, v num_tokens.
 
     Attributes:
         config: The `PalmEConfig` that the model was built from.
-        encoder: An `x_transformers.ViTransformerWrapper`.
+        encoder: An `x_transformers.ViTransformerWrapper`, or the module that was given, or None.
         decoder: An `x_transformers.AutoregressiveWrapper` around the `TransformerWrapper` at `decoder.net`, whose
             layers at `decoder.net.attn_layers` are an `x_transformers.Decoder`. State dicts of the same modules wired
             by hand load below `encoder.` and `decoder.` as they are.
@@ -36,30 +54,36 @@ class PalmE(nn.Module):
 
     config: PalmEConfig
 
-    @requests.takes_arguments_of(PalmEConfig)
-    def __init__(self, config: PalmEConfig) -> None:
+    @requests.takes_arguments_of(_Arguments)
+    def __init__(self, arguments: _Arguments) -> None:
         adopted = vars(self).pop("_adopted", None)  # what `from_modules` left here
         super().__init__()
-        self.config, self.encoder, self.decoder = adopted or (config, build(ENCODER, config), build(DECODER, config))
-        if not (config.cross_attend or adopted):
+        self.config, self.encoder, self.decoder = adopted or _build(**vars(arguments))
+        if not (self.config.cross_attend or self.config.external_encoder or adopted):
             # DistributedDataParallel would wait for the gradients of these parameters, which never come.
             self.encoder.requires_grad_(False)
 
     @classmethod
-    def from_config(cls, config: PalmEConfig) -> Self:
+    def from_config(cls, config: PalmEConfig, encoder: Encoder = "config") -> Self:
         """Return the model that `config` describes, newly initialised.
 
+        Args:
+            config: The config.
+            encoder: The encoder, as in `PalmE(encoder=...)`. "config" builds what the config describes.
+
         Raises:
-            ValueError: If the config is unproven (see `from_modules`), or upstream rejects it.
+            TypeError: If `encoder` is neither a module nor one of the other two.
+            ValueError: If the config is unproven (see `from_modules`), or upstream rejects it, or
+                `config.external_encoder` is a class, and `encoder` is not of this class.
         """
         if isinstance(config, UnprovenConfig):
             config.refuse()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="use_abs_pos_emb|decoder_kwargs")  # the config has already warned
-            return cls(**{argument.name: getattr(config, argument.name) for argument in fields(config)})
+            return cls(**vars(config), encoder=encoder)
 
     @classmethod
-    def from_modules(cls, encoder: nn.Module, decoder: nn.Module, **arguments: Any) -> Self:
+    def from_modules(cls, encoder: nn.Module | None, decoder: nn.Module, **arguments: Any) -> Self:
         """Return a model that consists of an encoder and a decoder that were wired by hand, unchanged.
 
         `model.config` is read from the modules' attributes, and proven: a model built from it has the same parameters,
@@ -74,7 +98,9 @@ class PalmE(nn.Module):
         dicts into `PalmE.from_config(model.config)`.
 
         Args:
-            encoder: An `x_transformers.ViTransformerWrapper`.
+            encoder: An `x_transformers.ViTransformerWrapper`, or anything that `PalmE(encoder=...)` takes. Of another
+                encoder, the config has the name of its class, and the proof is that of the decoder; `encoder_dim` is
+                the width of the context that the decoder takes.
             decoder: An `x_transformers.AutoregressiveWrapper` around a `TransformerWrapper` with a `Decoder`.
             **arguments: Arguments of `PalmEConfig` that cannot be read from the modules. Override dicts are merged with
                 what is read. Other keywords go to the constructor of a subclass.
@@ -109,22 +135,36 @@ class PalmE(nn.Module):
             raise RuntimeError(f"{error}\nThe weights fit under other names. Load them with:\n{lines}") from error
 
     def encode(self, img: Tensor) -> Tensor:
-        """Return the patch embeddings of images, the context that the decoder cross-attends to.
+        """Return the embeddings of images, the context that the decoder cross-attends to.
+
+        This is the only place where images are checked and the encoder is called. A subclass may override it, and take
+        whatever it likes as `img`: it must return `(b, p, d)`, which all methods that call it check.
+
+        A module that was given as `encoder` is called with images `(b * m, c, h, w)` of any size. It returns embeddings
+        `(b * m, p, d)`, or a map `(b * m, h, w, d)` or `(b * m, d, h, w)`, whose places become h * w embeddings; or a
+        tuple or a list that begins with them; or an object or a mapping that has them as `last_hidden_state`.
 
         Args:
             img: `(b, c, h, w)`, or `(b, m, c, h, w)` for m images per sample. Floating point, in whatever range the
-                model was trained on. It is cast to the encoder's dtype.
+                model was trained on. It is cast to the encoder's dtype, that of its first floating-point parameter.
 
         Returns:
             `(b, p, d)`, or `(b, m * p, d)`, the embeddings of the m images one after another.
 
         Raises:
-            TypeError: If `img` is not a floating-point tensor.
-            ValueError: If `img` has the wrong shape.
+            TypeError: If `img` is not a floating-point tensor, or the encoder returns none.
+            ValueError: If `img`, or what the encoder returns, has the wrong shape, or the model has no encoder.
         """
+        if self.encoder is None:
+            raise ValueError(
+                "img is given, but the model has no encoder (encoder=None): pass context=embeddings instead"
+            )
         check_img(img, self.config)
-        images = img.flatten(0, -4).to(self.encoder.pos_embedding.dtype)  # (b m) c h w
-        embeddings: Tensor = self.encoder(images, return_embeddings=True)
+        images = img.flatten(0, -4).to(dtype=_dtype(self.encoder))  # (b m) c h w
+        if self.config.external_encoder is None or isinstance(self.encoder, ViTransformerWrapper):
+            embeddings: Tensor = self.encoder(images, return_embeddings=True)
+        else:
+            embeddings = inputs.read_embeddings(self.encoder(images), images.shape[0], self.config.encoder_dim)
         return rearrange(embeddings, "(b m) p d -> b (m p) d", b=img.shape[0])
 
     @overload
@@ -323,19 +363,20 @@ class PalmE(nn.Module):
         __call__ = forward
 
     def _start(self, request: requests.Request, kwargs: dict[str, Any]) -> Callable[[], loop.Texts]:
-        """Check a request, and return a function that encodes its images and returns the texts to decode."""
+        """Check a request, encode its images, and return a function that returns the texts to decode."""
         from palme_xt.decoding.probe import is_right  # imported here, because only decoding needs it
 
-        source = check_source(request.img, request.context, request.context_mask, self.config)
         requests.check_network_inputs(kwargs)
+        with loop.evaluating(self):
+            context = self._context(request.img, request.context, request.context_mask)
         net = self.decoder.net
-        batch, device = None if source is None else len(source), next(net.parameters()).device
+        batch, device = None if context is None else len(context), next(net.parameters()).device
         can_cache = request.cache_kv and net.can_cache_kv and is_right(net, self.config, cached=True, padded=False)
         request.check(self.config, batch, device, can_cache)
         network = self.decoder if isinstance(self.decoder, AutoregressiveWrapper) else net
 
         def start() -> loop.Texts:
-            texts = loop.Texts(network, request, {"context": self._context(source), **kwargs}, self.config)
+            texts = loop.Texts(network, request, {"context": context, **kwargs}, self.config)
             ragged = request.prompt_lens is not None
             together = not ragged or is_right(net, self.config, cached=request.cache_kv, padded=True)
             return texts if together else loop.SeparateTexts(texts)
@@ -344,13 +385,26 @@ class PalmE(nn.Module):
 
     def _with_context(self, img: Tensor | None, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return keywords for the decoder with the context of `text (b, n)`, if the model cross-attends."""
-        source = check_source(img, kwargs.pop("context", None), kwargs.get("context_mask"), self.config)
-        if source is not None:
-            check_batches(source, text)
-        return kwargs | {"context": self._context(source)}
+        context = self._context(img, kwargs.pop("context", None), kwargs.get("context_mask"))
+        if context is not None:
+            check_batches(context, text, img)
+        return kwargs | {"context": context}
 
-    def _context(self, source: Tensor | None) -> Tensor | None:
-        """Return the embeddings of images, or embeddings `(b, p, d)` that are given already, in the encoder's dtype."""
-        if source is None:
+    def _context(self, img: Any, context: Any, mask: Any) -> Tensor | None:
+        """Return the context that is given, or that of images, checked and in the decoder's dtype, or None."""
+        if not inputs.needs_context(img, context, mask, self.config):
             return None
-        return source.to(self.encoder.pos_embedding.dtype) if source.ndim == 3 else self.encode(source)
+        found = self.encode(img) if context is None else context
+        check_context(found, mask, self.config, encoded=context is None)
+        return found.to(dtype=_dtype(self.decoder))
+
+
+def _build(encoder: Encoder, **arguments: Any) -> tuple[PalmEConfig, Any, Any]:
+    external = name_encoder(encoder, arguments["external_encoder"])
+    config = PalmEConfig(**arguments | {"external_encoder": external})
+    built = build(ENCODER, config) if external is None else None if encoder == "config" else encoder
+    return config, built, build(DECODER, config)
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), None)

@@ -16,17 +16,22 @@ Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional and keyword arg
 
 
 class Wired(nn.Module):
-    """An encoder and a decoder, named and composed as in `PalmE`."""
+    """An encoder, or None, and a decoder, named and composed as in `PalmE`."""
 
     encoder: Any
     decoder: Any
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module | None, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
 
-    def forward(self, img: Tensor, text: Tensor, **kwargs: Any) -> Any:
-        """Return what the decoder returns for `text (b, n)`, for `img (b, c, h, w)` or `(b, m, c, h, w)`."""
+    def forward(self, img: Tensor | None, text: Tensor, **kwargs: Any) -> Any:
+        """Return what the decoder returns for `text (b, n)`, for `img (b, c, h, w)` or `(b, m, c, h, w)`.
+
+        Without images, keywords may have the context.
+        """
+        if img is None:
+            return self.decoder(text, **kwargs)
         embeddings = self.encoder(img.flatten(0, -4), return_embeddings=True)
         context = embeddings.unflatten(0, (len(img), -1)).flatten(1, 2)
         return self.decoder(text, context=context if self.decoder.net.attn_layers.cross_attend else None, **kwargs)
@@ -100,7 +105,7 @@ def draw_inputs(model: nn.Module, b: int = 2, n: int = 12) -> Inputs:
 
     Args:
         model: A `ViTransformerWrapper`, `TransformerWrapper`, `AutoregressiveWrapper` or `XTransformer`, or a module
-            that holds one ViT and one decoder, and whose forward takes `(img, text)`.
+            that holds one ViT, or None as its `encoder`, and one decoder, and whose forward takes `(img, text)`.
         b: Batch size.
         n: Number of tokens, unless `max_seq_len` is smaller.
 
@@ -123,6 +128,9 @@ def draw_inputs(model: nn.Module, b: int = 2, n: int = 12) -> Inputs:
         return (texts(model.encoder), texts(model.decoder.net, model.decoder)), {}
     if isinstance(model, ViTransformerWrapper):
         return (images(model),), {}
+    if "decoder" in parts and getattr(model, "encoder", model) is None:
+        args, kwargs = draw_inputs(parts["decoder"], b, n)
+        return (None, *args), kwargs
     if isinstance(model, TransformerWrapper | AutoregressiveWrapper):
         net = getattr(model, "net", model)
         text = texts(net, parts.get("decoder"))

@@ -56,9 +56,12 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
         weights: A safetensors file that the program loads, such as that of a run folder. With None, it loads none.
 
     Raises:
-        ValueError: If the config is unproven (see `PalmE.from_modules`).
+        ValueError: If the config is unproven (see `PalmE.from_modules`), or has an `external_encoder`.
         TypeError: If an override has no literal form.
     """
+    if config.external_encoder is not None:
+        wrong = f"external_encoder={config.external_encoder!r} cannot be printed, because no argument describes it"
+        raise ValueError(f"{wrong}: print dataclasses.replace(config, external_encoder=None), and replace the ViT")
     for part in MAPPING:
         to_json_types(getattr(config, f"{part}_kwargs"), f"{part}_kwargs")
     # Upstream's own Decoder is enough if ALiBi and rotary positions are not both on.

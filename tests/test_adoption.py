@@ -279,8 +279,6 @@ def test_an_adopted_model_also_decodes_where_upstreams_cache_crashes() -> None:
 
 def test_modules_that_do_not_fit_are_rejected() -> None:
     model = small()
-    with pytest.raises(TypeError, match=r"encoder is a Linear, must be an x_transformers\.ViTransformerWrapper"):
-        PalmE.from_modules(nn.Linear(2, 2), model.decoder)
     with pytest.raises(TypeError, match=r"decoder is a TransformerWrapper, must be an x_transformers\.Autoreg"):
         PalmE.from_modules(model.encoder, model.decoder.net)
     message = "decoder takes a context of width 40, must be 24, the width of the encoder"

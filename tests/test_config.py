@@ -39,17 +39,18 @@ CONTRACT = {
     "attn_flash": True,
     "qk_norm": True,
 }
-OTHERS = ["bos_token", "eos_token", "torch_layers", "sources"]
+OTHERS = ["bos_token", "eos_token", "torch_layers", "sources", "external_encoder"]
 OVERRIDES = ["vit_kwargs", "encoder_kwargs", "transformer_kwargs", "decoder_kwargs", "autoregressive_kwargs"]
 
 
 @pytest.mark.parametrize("constructor", [PalmE, PalmEConfig])
 def test_the_signature_is_the_public_contract(constructor: type) -> None:
     parameters = inspect.signature(constructor).parameters
-    assert list(parameters) == [*CONTRACT, *OVERRIDES, *OTHERS]
+    own = ["encoder"] if constructor is PalmE else []
+    assert list(parameters) == [*CONTRACT, *OVERRIDES, *OTHERS, *own]
     assert {name: parameters[name].default for name in CONTRACT} == CONTRACT
     assert {parameters[name].kind for name in CONTRACT} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    assert {parameters[name].kind for name in [*OVERRIDES, *OTHERS]} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {parameters[name].kind for name in [*OVERRIDES, *OTHERS, *own]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
 def test_help_shows_the_arguments() -> None:

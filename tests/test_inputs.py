@@ -66,26 +66,27 @@ BAD_TEXTS: list[tuple[Any, type[Exception], str]] = [
         "text has shape (3, 10) and only ignore_index=-100 after its first token; text must have at least one target, "
         "or the loss is nan: drop such batches",
     ),
+]
+
+OTHER_BATCHES: list[tuple[Any, str]] = [
     (
         TEXT[:1],
-        ValueError,
         "text has shape (1, 10) and img (3, 3, 8, 8), must have the same batch size, not 1 and 3: pass one text for "
         "each image",
     ),
     (
         TEXT.T,
-        ValueError,
         "text has shape (10, 3) and img (3, 3, 8, 8), must have the same batch size, not 10 and 3: text is (batch, "
         "sequence), so transpose it: text.T",
     ),
 ]
 
 
-def refuses(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    """Assert that the call raises this error, and does not call x-transformers."""
+def refuses(call: Callable[[], Any], error: type[Exception], message: str, *, encodes: bool = False) -> None:
+    """Assert that the call raises this error, and does not call x-transformers, except perhaps to encode images."""
     upstream = mock.Mock(side_effect=AssertionError("this reached x-transformers"))
     with (
-        mock.patch.object(MODEL.encoder, "forward", upstream),
+        mock.patch.object(MODEL.encoder, "forward", MODEL.encoder.forward if encodes else upstream),
         mock.patch.object(MODEL.decoder, "forward", upstream),
         pytest.raises(error, match=re.escape(message)),
     ):
@@ -101,6 +102,11 @@ def test_images_are_refused(img: Any, error: type[Exception], message: str) -> N
 @pytest.mark.parametrize(("text", "error", "message"), BAD_TEXTS)
 def test_texts_are_refused(text: Any, error: type[Exception], message: str) -> None:
     refuses(lambda: MODEL(IMG, text), error, message)
+
+
+@pytest.mark.parametrize(("text", "message"), OTHER_BATCHES)
+def test_other_batch_sizes_are_refused(text: Tensor, message: str) -> None:
+    refuses(lambda: MODEL(IMG, text), ValueError, message, encodes=True)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +131,7 @@ def test_texts_are_refused(text: Any, error: type[Exception], message: str) -> N
     ],
 )
 def test_lens_are_refused(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
-    refuses(lambda: MODEL(IMG, TEXT, **kwargs), error, message)
+    refuses(lambda: MODEL(IMG, TEXT, **kwargs), error, message, encodes="context_mask" in kwargs)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ img, text = torch.rand(1, 3, 8, 8), tokens.encode(["a"])
 assert_type(PalmE.from_config(config), PalmE)
 assert_type(Mine.from_config(config), Mine)
 assert_type(PalmE.from_modules(model.encoder, model.decoder), PalmE)
+assert_type(PalmE(8, 4, encoder=torch.nn.Identity()), PalmE)
+assert_type(PalmE.from_config(config, encoder=None), PalmE)
 assert_type(PalmEConfig.from_dict(config.to_dict()), PalmEConfig)
 assert_type(dataclasses.replace(model.config, num_tokens=9), PalmEConfig)
 assert_type(load("folder"), PalmE)
@@ -61,6 +63,7 @@ def either(outputs: bool) -> Any:
 palme_xt.Palm  # error: attr-defined
 PalmE(image_sise=8)  # error: call-arg
 PalmE("8")  # error: arg-type
+PalmE(encoder=torch.nn.Identity().forward)  # error: arg-type
 PalmE(8, 4, 32, 2, 2, 99, 16, 32, 2, 4, 4, False, True, True, True, True, True, {})  # error: call-arg
 PalmEConfig(use_abs_pos_emb="yes")  # error: arg-type
 config.image_size = 9  # error: misc

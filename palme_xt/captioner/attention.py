@@ -12,7 +12,7 @@ from x_transformers.x_transformers import Attention
 
 from palme_xt.config import is_int
 from palme_xt.decoding.loop import evaluating
-from palme_xt.inputs import check_batches, check_img, check_text
+from palme_xt.inputs import check_batches, check_text
 from palme_xt.model import PalmE
 
 
@@ -42,11 +42,7 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
         raise ValueError("model has cross_attend=False, must cross-attend: it never looks at an image")
     if not is_int(layer):
         raise TypeError(f"layer={layer!r} must be an int, not {type(layer).__name__}")
-    check_img(img, config)
-    if img.ndim != 4:
-        raise ValueError(f"img has shape {tuple(img.shape)}, must be (b, c, h, w): pass one image per text")
     check_text(text, config)
-    check_batches(img, text)
     if (text == config.ignore_index).any():
         rule = "must hold only token ids: group texts by length"
         raise ValueError(f"text has ignore_index={config.ignore_index}, {rule}")
@@ -55,9 +51,12 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
     calls: list[tuple[Any, tuple[Tensor, ...], dict[str, Any]]] = []
     with evaluating(model):
         context = model.encode(img)
-        if context.shape[1] != rows**2:
+        if img.ndim != 4:
+            raise ValueError(f"img has shape {tuple(img.shape)}, must be (b, c, h, w): pass one image per text")
+        check_batches(context, text, img)
+        if context.shape[1] != rows**2 or config.external_encoder is not None:
             rule = f"must be {rows}x{rows}, one per patch: remove the hook that adds or drops embeddings"
-            raise ValueError(f"model encodes img to {context.shape[1]} embeddings, {rule}")
+            raise ValueError(f"model encodes img to {context.shape[1]} embeddings, {rule}, or use the config's ViT")
         with contextlib.ExitStack() as hooks:
             for module in net.attn_layers.modules():
                 if isinstance(module, Attention) and not module.causal:

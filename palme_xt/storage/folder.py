@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from palme_xt.config import PalmEConfig
-from palme_xt.model import PalmE
+from palme_xt.model import Encoder, PalmE
 from palme_xt.storage.atomic import replace_files
+from palme_xt.wiring import name_encoder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -40,20 +41,30 @@ class FolderError(ValueError):
     """Raised if a folder, or a repository on the hub, cannot be read or written as a model."""
 
 
-def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> PalmE:
+def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu", encoder: Encoder = "config") -> PalmE:
     """Return the model in `folder`, in eval mode.
 
+    Args:
+        folder: The folder.
+        device: Where to put the model.
+        encoder: As in `PalmE.from_config`: a module of the class that `config.json` has as `external_encoder`.
+
     Raises:
-        FolderError: If it is not a model folder, or its files are damaged or do not belong together.
+        FolderError: If it is not a model folder, or its files are damaged or do not belong together, or `encoder` is
+            not the one that they belong to.
     """
-    return load_as(PalmE, folder, device)
+    return load_as(PalmE, folder, device, encoder)
 
 
-def load_as(kind: type[Model], folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Model:
+def load_as(
+    kind: type[Model], folder: str | os.PathLike[str], device: str | torch.device = "cpu", encoder: Encoder = "config"
+) -> Model:
     """Return the model in `folder`, as `load` does, as an instance of a subclass of `PalmE`."""
     config = read_config(folder)
+    with _reading_arguments(folder, "does not describe the encoder"):
+        name_encoder(encoder, config.external_encoder)
     with _reading_arguments(folder):
-        model = kind.from_config(config)
+        model = kind.from_config(config, encoder)
     load_weights(model.to(device), folder)
     return model.eval()
 
@@ -221,9 +232,11 @@ def _find(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _reading_arguments(folder: str | os.PathLike[str]) -> Iterator[None]:
+def _reading_arguments(
+    folder: str | os.PathLike[str], wrong: str = "does not hold a model's arguments"
+) -> Iterator[None]:
     """Report any error as an error in `config.json`."""
     try:
         yield
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FolderError(f"{Path(folder) / CONFIG} does not hold a model's arguments: {one_line(error)}") from error
+        raise FolderError(f"{Path(folder) / CONFIG} {wrong}: {one_line(error)}") from error
