@@ -176,7 +176,9 @@ def _rotary(given: Mapping[str, Any], dim_head: int) -> dict[str, Any]:
     rope |= dict(given.get("rope_parameters") or {})
     kind, part = rope.get("rope_type") or rope.get("type") or "default", rope.get("partial_rotary_factor", 1)
     if kind != "default" or part != 1:
-        raise ValueError(f"rope_type={kind!r} with partial_rotary_factor={part} is not supported, only 'default' with 1")
+        raise ValueError(
+            f"rope_type={kind!r} with partial_rotary_factor={part} is not supported, only 'default' with 1"
+        )
     window, longest = given.get("sliding_window"), given["max_position_embeddings"]
     if window and window < longest and given.get("use_sliding_window", True):
         rule = f"sliding_window={window} below max_position_embeddings={longest} is not supported"

@@ -80,7 +80,9 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[_CONFIG, "model*.safetensors", _INDEX]))
     except Exception as error:  # the type depends on the release of huggingface_hub
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is neither a folder nor a repository on the hub that can be read: {reason}") from error
+        raise ValueError(
+            f"{name} is neither a folder nor a repository on the hub that can be read: {reason}"
+        ) from error
 
 
 def _not_installed(package: str) -> ModuleNotFoundError:

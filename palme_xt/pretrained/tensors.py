@@ -79,8 +79,11 @@ class Checkpoint:
         self._rest.discard(name)
         tensor = self._read(name)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, which is not supported: use floats, 16 bit or more")
-        return tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32))
+            raise ValueError(
+                f"tensor {name!r} has dtype {tensor.dtype}, which is not supported: use floats, 16 bit or more"
+            )
+        tensor = tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32))
+        return tensor.T if re.search(r"\.c_\w+\.weight$", name) else tensor  # GPT-2's are (in, out)
 
     def translate(
         self, wanted: Mapping[str, Tensor], tensor: Callable[[str], Tensor], unused: str
@@ -104,7 +107,9 @@ class Checkpoint:
         return found
 
 
-def encoder_tensors(wanted: Mapping[str, Tensor], checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+def encoder_tensors(
+    wanted: Mapping[str, Tensor], checkpoint: Checkpoint, arguments: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Return the tensors of a `ViTransformerWrapper`.
 
     Args:
@@ -125,7 +130,9 @@ def encoder_tensors(wanted: Mapping[str, Tensor], checkpoint: Checkpoint, argume
             case ["register_tokens"]:
                 first = checkpoint("cls", suffix=None).reshape(1, -1) + _positions(checkpoint)[:1]
                 if clip:  # upstream normalises the patches alone
-                    first = F.layer_norm(first, first.shape[1:], checkpoint("norm0"), checkpoint("norm0", suffix="bias"), eps)
+                    first = F.layer_norm(
+                        first, first.shape[1:], checkpoint("norm0"), checkpoint("norm0", suffix="bias"), eps
+                    )
                 more = [checkpoint("registers", suffix=None)[0]] if checkpoint.has("registers", suffix=None) else []
                 return torch.cat([first, *more])
             case ["patch_to_embedding", _, "weight"]:
@@ -141,7 +148,9 @@ def encoder_tensors(wanted: Mapping[str, Tensor], checkpoint: Checkpoint, argume
     return checkpoint.translate(wanted, tensor, _UNUSED + _OF_CLIP * clip)
 
 
-def decoder_tensors(wanted: Mapping[str, Tensor], checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+def decoder_tensors(
+    wanted: Mapping[str, Tensor], checkpoint: Checkpoint, arguments: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Return the tensors of an `AutoregressiveWrapper`. The arguments and errors are those of `encoder_tensors`."""
     layers = arguments["decoder_kwargs"]
 
@@ -174,31 +183,22 @@ def _layer_tensor(name: str, checkpoint: Checkpoint, heads: int, layers: Mapping
         case ["1", "q_rmsnorm" | "k_rmsnorm" as part, "gamma"]:  # upstream has one for each head, and adds 1
             gain = _interleave(checkpoint(part, layer), dim_head) - 1
             return gain.expand(heads if part == "q_rmsnorm" else kv_heads, 1, dim_head)
+        case ["1", "to_q" | "to_k" | "to_v" as part, suffix] if checkpoint.has("to_qkv", layer, suffix):
+            return checkpoint("to_qkv", layer, suffix).chunk(3)[("to_q", "to_k", "to_v").index(part)]
         case ["1", "to_q" | "to_k" | "to_v" as part, suffix]:
-            if checkpoint.has("to_qkv", layer, suffix):
-                found = checkpoint("to_qkv", layer, suffix).T.chunk(3)[("to_q", "to_k", "to_v").index(part)]
-            else:
-                found = checkpoint(part, layer, suffix)
+            found = checkpoint(part, layer, suffix)
             found = _interleave(found, dim_head) if rotary and part != "to_v" else found
             return _regroup(found, kv_heads, dim_head) if part == "to_q" else found
-        case ["1", "to_out", "weight"]:
-            return _regroup(_linear("to_out", layer, checkpoint).T, kv_heads, dim_head).T
         case ["1", "to_out", suffix]:
-            return checkpoint("to_out", layer, suffix)
+            found = checkpoint("to_out", layer, suffix)
+            return _regroup(found.T, kv_heads, dim_head).T if suffix == "weight" else found
         case ["1", "ff", "0", "proj", suffix]:  # upstream's gate has a bias, whatever the keywords say
             if suffix == "bias" and layers["ff_no_bias"]:
                 return torch.zeros(2 * len(checkpoint("up", layer)))
             return torch.cat([checkpoint("up", layer, suffix), checkpoint("gate", layer, suffix)])
         case ["1", "ff", number, *_, suffix]:
-            part = "up" if number == "0" else "down"
-            return _linear(part, layer, checkpoint) if suffix == "weight" else checkpoint(part, layer, suffix)
+            return checkpoint("up" if number == "0" else "down", layer, suffix)
     raise ValueError(f"the module has a tensor {name!r}, which no checkpoint has")
-
-
-def _linear(part: str, layer: int, checkpoint: Checkpoint) -> Tensor:
-    """Return a weight `(out, in)`. GPT-2's, which has q, k and v in one, are `(in, out)`."""
-    weight = checkpoint(part, layer)
-    return weight.T if checkpoint.has("to_qkv", layer) else weight
 
 
 def _interleave(tensor: Tensor, dim_head: int) -> Tensor:
