@@ -13,21 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 
 from palme_xt.adoption import ARGUMENTS
 from palme_xt.config import PalmEConfig
 from palme_xt.pretrained.families import decoder_arguments, encoder_arguments
 from palme_xt.pretrained.source import Source, open_source
-from palme_xt.pretrained.tensors import Checkpoint, decoder_tensors, encoder_tensors
-from palme_xt.wiring import DECODER, ENCODER, Node, build
+from palme_xt.pretrained.tensors import Checkpoint, translate
+from palme_xt.wiring import DECODER, ENCODER, build
 
 __all__ = ["load_decoder", "load_encoder"]
 
-# `PalmE.from_modules` reads the others.
-_STATED = ("vit_kwargs", "encoder_kwargs", "transformer_kwargs", "decoder_kwargs", "autoregressive_kwargs")
-_STATED += ("torch_layers", "bos_token", "eos_token")
+_STATED = ("torch_layers", "bos_token", "eos_token")  # and overrides; `PalmE.from_modules` reads the sizes
 
 
 def load_encoder(
@@ -53,7 +50,7 @@ def load_encoder(
         ValueError: If `source` cannot be read, or has anything that is not supported. The message names it.
     """
     opened = open_source(source)
-    return _load(opened, ENCODER, lambda: encoder_arguments(opened.config, image_size), encoder_tensors, dtype)  # type: ignore[no-any-return]
+    return _load(opened, "encoder", lambda: encoder_arguments(opened.config, image_size), dtype)
 
 
 def load_decoder(source: Any, *, dtype: torch.dtype = torch.float32) -> AutoregressiveWrapper:
@@ -75,31 +72,25 @@ def load_decoder(source: Any, *, dtype: torch.dtype = torch.float32) -> Autoregr
         ValueError: If `source` cannot be read, or has anything that is not supported. The message names it.
     """
     opened = open_source(source)
-    module = _load(opened, DECODER, lambda: decoder_arguments(opened.config), decoder_tensors, dtype)
+    module = _load(opened, "decoder", lambda: decoder_arguments(opened.config), dtype)
     getattr(module, ARGUMENTS)["cross_attend"] = True
-    return module  # type: ignore[no-any-return]
+    return module
 
 
-def _load(
-    opened: Source,
-    node: Node,
-    describe: Callable[[], dict[str, Any]],
-    translate: Callable[..., dict[str, Tensor]],
-    dtype: torch.dtype,
-) -> Any:
+def _load(opened: Source, part: str, describe: Callable[[], dict[str, Any]], dtype: torch.dtype) -> Any:
     """Return a module with weights, or raise an error that begins with the name of the source."""
     try:
         arguments = describe()
+        config = PalmEConfig(**arguments | {"cross_attend": False})
         with torch.device("meta"):
-            module = build(node, PalmEConfig(**arguments | {"cross_attend": False}))
-        found = translate(module.state_dict(), Checkpoint(opened.names, opened.read), arguments)
+            module = build({"encoder": ENCODER, "decoder": DECODER}[part], config)
+        found = translate(module.state_dict(), Checkpoint(opened.names, opened.read), part, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{opened.name} cannot be loaded: {error}") from error
     buffers = dict(module.named_buffers())  # of the rotary positions, which stay in float32
     for name, tensor in found.items():
         found[name] = tensor.to(torch.float32 if name in buffers else dtype, copy=True).contiguous()
     module.load_state_dict(found, assign=True)
-    part = "encoder" if node is ENCODER else "decoder"
-    stated = {name: value for name, value in arguments.items() if name in _STATED}
+    stated = {name: value for name, value in arguments.items() if name.endswith("_kwargs") or name in _STATED}
     setattr(module, ARGUMENTS, stated | {"sources": {part: opened.name}})
     return module.eval()

@@ -9,8 +9,9 @@ from typing import Any
 from palme_xt.config import check_positive_int, is_int
 from palme_xt.mapping import upstream_keywords
 
-_VIT = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3, "image_size": 224}
-_VIT |= {"patch_size": 16, "intermediate_size": 3072, "qkv_bias": True, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+_VIT: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3}
+_VIT |= {"image_size": 224, "patch_size": 16, "intermediate_size": 3072, "qkv_bias": True, "hidden_act": "gelu"}
+_VIT["layer_norm_eps"] = 1e-6
 _DINO = _VIT | {"mlp_ratio": 4}
 # The defaults of transformers, which a config.json may leave out.
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -20,7 +21,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "dinov2": _DINO | {"patch_size": 14},
     "dinov2_with_registers": _DINO | {"num_register_tokens": 4},
 }
-_LLAMA = {"hidden_act": "silu", "tie_word_embeddings": False}
+_LLAMA: dict[str, Any] = {"hidden_act": "silu", "tie_word_embeddings": False}
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA | {"attention_bias": False, "mlp_bias": False},
     "mistral": _LLAMA,
@@ -28,14 +29,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3": _LLAMA | {"head_dim": 128, "attention_bias": False},
     "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
 }
-_NAMES_OF_GPT2 = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "n_positions": "max_position_embeddings",
-    "activation_function": "hidden_act",
-}
+_GPT2 = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+_GPT2 |= {"n_inner": "intermediate_size", "n_positions": "max_position_embeddings", "activation_function": "hidden_act"}
 _VISION_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 # Keywords of upstream's feedforward, and of `torch_layers`.
 _ACTIVATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -46,14 +41,9 @@ _ACTIVATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "quick_gelu": ({}, {"activation": "quick_gelu"}),
     "relu": ({}, {"activation": "relu"}),
 }
-_ONLY = {
-    "quantization_config": None,
-    "use_swiglu_ffn": False,
-    "add_cross_attention": False,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "partial_rotary_factor": 1,
-}
+_ONLY = {"quantization_config": None, "use_swiglu_ffn": False, "add_cross_attention": False, "partial_rotary_factor": 1}
+_ONLY |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 _QKV = ("to_q", "to_k", "to_v")
 
 
@@ -76,27 +66,19 @@ def encoder_arguments(config: Mapping[str, Any], image_size: int | None = None) 
         config = {"model_type": tower} | config["vision_config"]
     given = _read(config, ENCODERS)
     clip, dino = given["model_type"] == "clip_vision_model", given["model_type"].startswith("dinov2")
-    dim, heads = given["hidden_size"], given["num_attention_heads"]
+    patch, dim = given["patch_size"], given["hidden_size"]
     inner = int(dim * given["mlp_ratio"]) if dino else given["intermediate_size"]
-    # Of an image whose size is no multiple of the patch's, the models see the whole patches alone.
-    size = image_size or given["image_size"] // given["patch_size"] * given["patch_size"]
     registers = (given["model_type"] != "siglip_vision_model") + given.get("num_register_tokens", 0)
-    layers, torch_layers = _layers(given, dim, heads, dim // heads, inner)
-    layers["attn_flash"] = True
-    layers |= {"pre_norm_has_final_norm": False} if clip else {"use_layerscale": True} if dino else {}
+    arguments = _arguments("encoder", given, dim // given["num_attention_heads"], inner)
+    layers = {"pre_norm_has_final_norm": False} if clip else {"use_layerscale": True} if dino else {}
+    arguments["encoder_kwargs"] |= {"attn_flash": True, **layers}
     bias = [*(_QKV if given["qkv_bias"] else ()), "to_out"]
     norms = {"norm": "LayerNorm", "eps": given["layer_norm_eps"], "patch_norm": False}
+    arguments["torch_layers"]["encoder"] |= {**norms, "bias": bias}
     vit = {"channels": given["num_channels"], "num_register_tokens": registers, "post_emb_norm": clip}
-    return {
-        "image_size": size,
-        "patch_size": given["patch_size"],
-        "encoder_dim": dim,
-        "encoder_depth": given["num_hidden_layers"],
-        "encoder_heads": heads,
-        "vit_kwargs": {name: value for name, value in vit.items() if value != upstream_keywords("vit")[name]},
-        "encoder_kwargs": layers,
-        "torch_layers": {"encoder": {**norms, "bias": bias, **torch_layers}},
-    }
+    arguments["vit_kwargs"] = {name: value for name, value in vit.items() if value != upstream_keywords("vit")[name]}
+    # Of an image whose size is no multiple of the patch's, the models see the whole patches alone.
+    return arguments | {"image_size": image_size or given["image_size"] // patch * patch, "patch_size": patch}
 
 
 def decoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,41 +91,30 @@ def decoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If the config has something that is not supported. The message names it.
     """
     given = _read(config, DECODERS)
-    gpt2, dim, heads = given["model_type"] == "gpt2", given["hidden_size"], given["num_attention_heads"]
-    inner = (given.get("intermediate_size") or 4 * dim) if gpt2 else given["intermediate_size"]
-    dim_head = given.get("head_dim") or dim // heads
-    layers, torch_layers = _layers(given, dim, heads, dim_head, inner)
+    kind, dim, heads = given["model_type"], given["hidden_size"], given["num_attention_heads"]
+    gpt2, dim_head = kind == "gpt2", given.get("head_dim") or dim // heads
+    inner = 4 * dim if gpt2 and not given.get("intermediate_size") else given["intermediate_size"]
+    arguments = _arguments("decoder", given, dim_head, inner)
     all_biased = gpt2 or given.get("attention_bias", False)
-    bias = [*(_QKV if all_biased or given["model_type"] == "qwen2" else ()), *(["to_out"] if all_biased else [])]
-    norm = {"norm": "LayerNorm", "eps": given["layer_norm_epsilon"]} if gpt2 else {"norm": "RMSNorm"}
+    bias = [*(_QKV if all_biased or kind == "qwen2" else ()), *(["to_out"] if all_biased else [])]
+    norm, eps = ("LayerNorm", "layer_norm_epsilon") if gpt2 else ("RMSNorm", "rms_norm_eps")
+    arguments["torch_layers"]["decoder"] |= {"norm": norm, "eps": given[eps], "bias": bias}
     if not gpt2:
-        norm["eps"] = given["rms_norm_eps"]
-        layers |= {"use_rmsnorm": True, "ff_glu": True, "ff_no_bias": not given.get("mlp_bias", False)}
-        layers |= _rotary(given, dim_head)
-        layers |= {"attn_kv_heads": given.get("num_key_value_heads") or heads}
-        layers |= {"attn_qk_rmsnorm": True} if given["model_type"] == "qwen3" else {}
-    # x-transformers 2.30.5 and later scale the logits of tied embeddings, unless told otherwise.
-    scale = {"tie_embedding_scale": 1.0} if "tie_embedding_scale" in upstream_keywords("transformer") else {}
-    return {
-        "num_tokens": given["vocab_size"],
-        "max_seq_len": given["max_position_embeddings"],
-        "decoder_dim": dim,
-        "decoder_depth": given["num_hidden_layers"],
-        "decoder_heads": heads,
-        "use_abs_pos_emb": gpt2,
-        "alibi_pos_bias": False,
-        "rotary_xpos": False,
-        "qk_norm": False,
-        "transformer_kwargs": {"tie_embedding": True, **scale} if given["tie_word_embeddings"] else {},
-        "decoder_kwargs": layers,
-        "torch_layers": {"decoder": {**norm, "bias": bias, **torch_layers}},
-        **_special_tokens(given),
-    }
+        layers = {"use_rmsnorm": True, "ff_glu": True, "ff_no_bias": not given.get("mlp_bias", False)}
+        layers |= {"attn_kv_heads": given.get("num_key_value_heads") or heads, **_rotary(given, dim_head)}
+        arguments["decoder_kwargs"] |= layers | ({"attn_qk_rmsnorm": True} if kind == "qwen3" else {})
+    if given["tie_word_embeddings"]:
+        # x-transformers 2.30.5 and later scale these logits, unless told otherwise.
+        scale = {"tie_embedding_scale": 1.0} if "tie_embedding_scale" in upstream_keywords("transformer") else {}
+        arguments["transformer_kwargs"] = {"tie_embedding": True, **scale}
+    arguments |= {"num_tokens": given["vocab_size"], "max_seq_len": given["max_position_embeddings"]}
+    arguments |= {"use_abs_pos_emb": gpt2, "alibi_pos_bias": False, "rotary_xpos": False, "qk_norm": False}
+    return arguments | _special_tokens(given)
 
 
 def _read(config: Mapping[str, Any], families: Mapping[str, dict[str, Any]]) -> _Config:
     """Return a config with its defaults, under the names of most families."""
-    kind = config.get("model_type")
+    kind = config.get("model_type", "")
     if kind not in families:
         towers = [name for name, tower in _VISION_TOWERS.items() if tower in families]
         raise ValueError(f"model_type={kind!r} is not supported: use one of {', '.join([*families, *towers])}")
@@ -151,24 +122,23 @@ def _read(config: Mapping[str, Any], families: Mapping[str, dict[str, Any]]) -> 
     for name, wanted in _ONLY.items():
         if given.get(name, wanted) != wanted:
             raise ValueError(f"{name}={given[name]!r} is not supported, only {wanted!r}")
-    given.update({name: given[old] for old, name in _NAMES_OF_GPT2.items() if kind == "gpt2" and old in given})
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+    given.update({name: given[old] for old, name in _GPT2.items() if kind == "gpt2" and old in given})
+    for name in _SIZES:
         check_positive_int(name, given[name])
     return given
 
 
-def _layers(
-    given: Mapping[str, Any], dim: int, heads: int, dim_head: int, inner: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the keywords for upstream's layers, and those for `torch_layers`, that all families have in common."""
+def _arguments(part: str, given: Mapping[str, Any], dim_head: int, inner: int) -> dict[str, Any]:
+    """Return the arguments that an encoder and a decoder have in common."""
     if (name := given["hidden_act"]) not in _ACTIVATIONS:
         raise ValueError(f"hidden_act={name!r} is not supported: use one of {', '.join(_ACTIVATIONS)}")
     activation, torch_layers = _ACTIVATIONS[name]
-    mult = inner / dim
-    if int(dim * mult) != inner:  # upstream rounds down
-        mult = math.nextafter(mult, math.inf)
+    dim, depth, heads = (given[name] for name in _SIZES)
+    mult = inner / dim if int(dim * (inner / dim)) == inner else math.nextafter(inner / dim, math.inf)
     layers = {"attn_dim_head": dim_head, "ff_mult": mult, "norm_add_unit_offset": False, **activation}
-    return layers | ({"attn_project_out": True} if heads == 1 else {}), dict(torch_layers)
+    layers |= {"attn_project_out": True} if heads == 1 else {}
+    sizes = {f"{part}_dim": dim, f"{part}_depth": depth, f"{part}_heads": heads}
+    return {**sizes, f"{part}_kwargs": layers, "torch_layers": {part: dict(torch_layers)}}
 
 
 def _rotary(given: Mapping[str, Any], dim_head: int) -> dict[str, Any]:
@@ -176,9 +146,7 @@ def _rotary(given: Mapping[str, Any], dim_head: int) -> dict[str, Any]:
     rope |= dict(given.get("rope_parameters") or {})
     kind, part = rope.get("rope_type") or rope.get("type") or "default", rope.get("partial_rotary_factor", 1)
     if kind != "default" or part != 1:
-        raise ValueError(
-            f"rope_type={kind!r} with partial_rotary_factor={part} is not supported, only 'default' with 1"
-        )
+        raise ValueError(f"rope_type={kind!r}, partial_rotary_factor={part} is not supported, only 'default' and 1")
     window, longest = given.get("sliding_window"), given["max_position_embeddings"]
     if window and window < longest and given.get("use_sliding_window", True):
         rule = f"sliding_window={window} below max_position_embeddings={longest} is not supported"
@@ -191,8 +159,8 @@ def _rotary(given: Mapping[str, Any], dim_head: int) -> dict[str, Any]:
 def _special_tokens(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the ids that begin, end and fill texts, as far as the vocabulary has them."""
 
-    def known(name: str) -> list[int]:
-        value = given.get(f"{name}_token_id")
+    def known(name: str) -> list[Any]:
+        value: Any = given.get(f"{name}_token_id")
         tokens = value if isinstance(value, list | tuple) else [value]
         return [token for token in tokens if is_int(token) and 0 <= token < given["vocab_size"]]
 
