@@ -130,7 +130,7 @@ def _outside(path: list[str], checkpoint: Checkpoint, config: PalmEConfig) -> Te
     match path:
         case ["pos_embedding"]:
             grid = config.image_size // config.patch_size
-            return _interpolate(_positions(checkpoint)["cls" in checkpoint :], grid)
+            return _interpolate(_positions(checkpoint)["cls" in checkpoint :], grid, "registers" in checkpoint)
         case ["register_tokens"]:
             first = checkpoint("cls").reshape(1, -1) + _positions(checkpoint)[:1]
             if "post_emb_norm.weight" in checkpoint:  # upstream normalises the patches alone
@@ -144,10 +144,10 @@ def _outside(path: list[str], checkpoint: Checkpoint, config: PalmEConfig) -> Te
         case ["patch_to_embedding", _, "bias"]:
             return checkpoint("patch.bias")
         case ["pos_emb", *_]:  # upstream divides by this root
-            return checkpoint("positions") * (config.decoder_dim**0.5)
+            return torch.mul(checkpoint("positions"), config.decoder_dim**0.5)
         case ["rotary_pos_emb", "inv_freq"]:  # a buffer
             size, factor = map(config.decoder_kwargs.get, ("rotary_emb_dim", "rotary_base_rescale_factor"))
-            return RotaryEmbedding(size, base_rescale_factor=factor).inv_freq
+            return torch.as_tensor(RotaryEmbedding(size, base_rescale_factor=factor).inv_freq)
         case [name, *_, suffix]:  # token_emb, to_logits, post_emb_norm, final_norm
             return checkpoint(f"{name}.{suffix}")
     raise ValueError(f"the module has a tensor {path[0]!r}, which no checkpoint has")
@@ -200,10 +200,13 @@ def _positions(checkpoint: Checkpoint) -> Tensor:
     return positions.reshape(-1, positions.shape[-1])
 
 
-def _interpolate(positions: Tensor, grid: int) -> Tensor:
-    """Return positions `(1, grid * grid, d)`, interpolated as transformers does it, for `(n * n, d)`."""
+def _interpolate(positions: Tensor, grid: int, antialias: bool) -> Tensor:
+    """Return positions `(1, grid * grid, d)`, interpolated as transformers does it, for `(n * n, d)`.
+
+    It uses `antialias` for DINOv2 with registers alone.
+    """
     own = round(len(positions) ** 0.5)
     if own == grid or own**2 != len(positions):
         return positions[None]
     square = rearrange(positions, "(h w) d -> 1 d h w", h=own)
-    return rearrange(F.interpolate(square, (grid, grid), mode="bicubic"), "1 d h w -> 1 (h w) d")
+    return rearrange(F.interpolate(square, (grid, grid), mode="bicubic", antialias=antialias), "1 d h w -> 1 (h w) d")
