@@ -36,7 +36,7 @@ class Changed:
 
     def __init__(self, model: Any, tensors: dict[str, Tensor | None] | None = None, **config: Any) -> None:
         self.config = self
-        self._config = model.config.to_dict() | config
+        self._config: dict[str, Any] = model.config.to_dict() | config
         found = model.state_dict() | (tensors or {})
         self._tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
 
