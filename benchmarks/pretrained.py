@@ -113,6 +113,7 @@ def main() -> None:
             report.row("DINOv2", f"S/14, {size} pixels", _millions(encoder), seconds, largest, "-")
 
         text = AutoModelForCausalLM.from_pretrained(folder / "smollm2").eval()
+        text.generation_config.eos_token_id = None  # all tokens count
         tokenizer = AutoTokenizer.from_pretrained(folder / "smollm2")
         decoder, seconds = _timed(load_decoder, folder / "smollm2")
         model = PalmE.from_modules(encoder, decoder)
@@ -123,7 +124,7 @@ def main() -> None:
             largest = difference(net(long, **context), text(long).logits)
             equal = 0
             for prompt in prompts:
-                how = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
+                how = {"do_sample": False, "max_new_tokens": TOKENS}
                 theirs = text.generate(prompt, attention_mask=torch.ones_like(prompt), **how)[:, prompt.shape[1] :]
                 if context:
                     ours = model.generate(img[:1], prompt, TOKENS, eos_token=[], temperature=0.0)
