@@ -69,7 +69,9 @@ def use_torch_layers(
     Args:
         part: A `ViTransformerWrapper`, or an `AutoregressiveWrapper`.
         norm: "LayerNorm", which has a bias here, or "RMSNorm", for each norm of the
-            residual stream. None keeps upstream's: without a bias, with a fixed eps.
+            residual stream. "RMSNorm" also stands for those without a gain, as in the
+            norms of queries and keys. None keeps upstream's: without a bias, with a
+            fixed eps.
         eps: What these norms add to the variance.
         bias: The projections that get a bias: "to_q", "to_k", "to_v" and "to_out" of
             each attention, and "to_logits".
@@ -80,6 +82,9 @@ def use_torch_layers(
             if norm and isinstance(child, upstream.LayerNorm | upstream.RMSNorm):
                 (gain,) = child.parameters()
                 setattr(module, name, getattr(nn, norm)(len(gain), eps=eps))
+            elif norm == "RMSNorm" and isinstance(child, upstream.SimpleRMSNorm):
+                size = round(child.scale**2)
+                setattr(module, name, nn.RMSNorm(size, eps, elementwise_affine=False))
             elif name in bias:
                 # With `attn_on_attn`, a gate follows the projection.
                 linear: Any = child[0] if isinstance(child, nn.Sequential) else child
