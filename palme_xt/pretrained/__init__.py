@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries as upstream's modules, to build a `PalmE` from."""
