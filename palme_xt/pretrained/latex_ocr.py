@@ -14,7 +14,7 @@ from palme_xt.wiring import DECODER, build
 
 NEEDED = ("dim", "num_layers", "heads", "num_tokens", "max_seq_len", "bos_token", "eos_token", "pad_token")
 # The options of x-transformers 0.15 that mean the same today. What they leave out has the same default in both.
-OPTIONS = "attn_dim_head attn_dropout attn_on_attn ff_dropout ff_glu ff_mult".split()
+OPTIONS = ["attn_dim_head", "attn_dropout", "attn_on_attn", "ff_dropout", "ff_glu", "ff_mult"]
 OPTIONS += ["rel_pos_bias", "rel_pos_max_distance", "rel_pos_num_buckets"]
 # Of names in today's state dicts, what was called otherwise in 0.15.
 _RENAMED = {
