@@ -108,7 +108,9 @@ def load_encoder(packages: Path, recorded: Any) -> Any:
 
 
 def main() -> None:
-    report = Report("latex_ocr", f"LaTeX-OCR (pix2tex {RELEASE}, x-transformers 0.15.0), {SEQ_LEN} greedy tokens", COLUMNS)
+    report = Report(
+        "latex_ocr", f"LaTeX-OCR (pix2tex {RELEASE}, x-transformers 0.15.0), {SEQ_LEN} greedy tokens", COLUMNS
+    )
     with tempfile.TemporaryDirectory() as name:
         packages = install(Path(name))
         recorded = record(Path(name))
