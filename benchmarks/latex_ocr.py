@@ -92,7 +92,7 @@ def install(folder: Path) -> Path:
 def record(folder: Path) -> Any:
     """Return the arguments and weights of a model of `pix2tex`, and for each batch what goes in and comes out."""
     file = folder / "recorded.pt"
-    command = [folder / "bin" / "python", "-W", "ignore", "-c", RECORD, file, *map(str, (SEQ_LEN, *BATCHES))]
+    command = [str(folder / "bin" / "python"), "-W", "ignore", "-c", RECORD, str(file), *map(str, (SEQ_LEN, *BATCHES))]
     subprocess.run(command, check=True)
     return torch.load(file)
 
