@@ -12,6 +12,7 @@ SUBSETS = {
     "growth": "time of a training step against text length and batch size, with plots (15 minutes)",
     "decoding": "time per token: compiled, upstream, uncached and the floor, and its profile (15 minutes)",
     "startup": "time to import the package and to construct a model (4 minutes)",
+    "latex_ocr": "convert and run a decoder of LaTeX-OCR beside the original; downloads it with pip (5 minutes)",
     "versions": "install releases of x-transformers in turn and run the parity and decoding tests (10 minutes)",
     "loop": "overhead of the training loop over the computation, including data loading (6 minutes)",
     "emoji": "train on 3,786 emoji with their official names; downloads them with npm (15 minutes)",
