@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,6 +86,23 @@ class Preprocessing:
     def plain(cls, config: PalmEConfig) -> Self:
         """Resize both sides and keep values in 0..1, for scenes of digits."""
         return cls(config.image_size, config.channels, "squash", (0.0,) * config.channels, (1.0,) * config.channels)
+
+    def normalised_like(self, source: str) -> Self:
+        """Return this preprocessing with the mean and the deviation that a folder, or a name on the hub, says.
+
+        Raises:
+            ImageError: If it has no `preprocessor_config.json` that says them.
+        """
+        from huggingface_hub import hf_hub_download
+
+        try:
+            local = Path(source).is_dir()
+            path = Path(source, PREPROCESSING) if local else Path(hf_hub_download(source, PREPROCESSING))
+            values = json.loads(path.read_text())
+            return replace(self, mean=tuple(values["image_mean"]), std=tuple(values["image_std"]))
+        except Exception as error:  # the types depend on the release of huggingface_hub
+            rule = f"must have a {PREPROCESSING} with image_mean and image_std, or images would be normalised otherwise"
+            raise ImageError(f"encoder={source} {rule} than in its training: {one_line(error)}") from error
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Return an image as `(c, h, w)`, uint8, resized to a square but not normalised.

@@ -12,6 +12,7 @@ DIGITS = "digits"
 NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "fit", "streaming", "strict")
 MAY_BE_ZERO = ("seed", "weight_decay", "jitter", "num_workers", "augment", "streaming", "strict")  # false is 0
 PRECISIONS = ("no", "bf16")
+PARTS = ("encoder", "decoder")
 RESUMABLE = ("data", "steps", "patience", "device")  # options that a resumed run may change
 
 DIGITS_MODEL = PalmEConfig(
@@ -137,6 +138,16 @@ class Training:
         eval_images: Largest number of held-out images in each evaluation.
         save_every: Number of steps between checkpoints.
         start: Folder of the run with whose weights training begins, `--from` on the command line.
+        encoder: Pretrained encoder to begin with: a folder with Hugging Face's `config.json` and safetensors, or a name
+            on the hub. It determines the arguments of the encoder and how images are normalised; `image_size` may be
+            another one.
+        decoder: Pretrained language model to begin with, in the same form. It determines the arguments of the decoder
+            except `max_seq_len`, and the tokenizer unless `tokenizer` is given. Cross-attention is inserted into it.
+        freeze: The parts that are not trained: `encoder`, `decoder`, or `encoder,decoder`. Cross-attention is trained in
+            any case. Without `augment`, the embeddings of a frozen encoder are computed once for each image, and up to
+            4 GiB of them are kept in memory.
+        lr_encoder: Peak learning rate of the encoder (default: `lr`).
+        lr_decoder: Peak learning rate of the decoder without its cross-attention (default: `lr`).
         log_with: Tracker to log to in addition to `metrics.jsonl`: any that accelerate knows, such as `tensorboard` or
             `wandb`, or `all` for all that are installed.
         seed: Seed of the initial weights, of dropout and of the order of the data. The held-out images do not depend on
@@ -160,6 +171,11 @@ class Training:
     eval_images: int = 500
     save_every: int = 100
     start: str | None = None
+    encoder: str | None = None
+    decoder: str | None = None
+    freeze: str | None = None
+    lr_encoder: float | None = None
+    lr_decoder: float | None = None
     log_with: str | None = None
     seed: int = 0
 
@@ -169,6 +185,13 @@ class Training:
             raise ValueError(f"seed={self.seed} must be below 2**31")
         if self.mixed_precision not in (None, *PRECISIONS):
             raise ValueError(f"mixed_precision={self.mixed_precision} must be no or bf16: fp16 would need loss scaling")
+        if not {*self.frozen} <= {*PARTS}:
+            raise ValueError(f"freeze={self.freeze} must be encoder, decoder, or encoder,decoder")
+
+    @property
+    def frozen(self) -> list[str]:
+        """The parts that are not trained."""
+        return self.freeze.split(",") if self.freeze else []
 
 
 def check_values(options: Any) -> None:
@@ -190,3 +213,4 @@ def check_values(options: Any) -> None:
 
 # Options that older runs do not have, with what they did.
 ADDED = {"patience": None, "augment": False, "start": None, "fit": "crop", "jitter": Training.jitter}
+ADDED |= dict.fromkeys(("encoder", "decoder", "freeze", "lr_encoder", "lr_decoder"))

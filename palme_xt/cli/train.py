@@ -9,7 +9,7 @@ spelled with hyphens or underscores. `--print_config` prints all of them as YAML
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from palme_xt.captioner.options import ADDED, RESUMABLE, Data, RunOptions, Training, default_model
-from palme_xt.captioner.tokenizer import load_tokenizer, read_tokenizer
+from palme_xt.captioner import parts
+from palme_xt.captioner.options import ADDED, PARTS, RESUMABLE, Data, RunOptions, Training, default_model
+from palme_xt.captioner.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from palme_xt.captioner.training.loop import Outcome, train
 from palme_xt.captioner.training.run import SKIPPED, Run
 from palme_xt.cli import INTERRUPTED, complain
@@ -68,8 +69,12 @@ def _with_value(argument: str, following: str) -> str:
 
 def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]:
     if "from" in named:
+        if pretrained := [name for name in PARTS if name in named]:
+            raise ValueError(f"--from={named['from']} has all weights: leave --{pretrained[0]} out")
         return read_config(named["from"]).to_dict() | NAMES_OF_TOKENS
     model = default_model(named.get("data", Data.data)).to_dict()
+    sizes = {"max_seq_len": model["max_seq_len"]}
+    model |= parts.described(sizes | named) | NAMES_OF_TOKENS
     if "tokenizer" not in named or described:
         return model
     tokenizer = load_tokenizer(named["tokenizer"], named.get("bos_token"), named.get("eos_token"))
@@ -92,7 +97,7 @@ def run(options: dict[str, Any]) -> int:
         given_tokenizer = [options[name] for name in ("tokenizer", "bos_token", "eos_token")]
         if options["from"] is not None and any(given_tokenizer):
             raise ValueError(f"--from={options['from']} keeps the tokenizer of its run: leave --tokenizer out")
-        tokenizer = read_tokenizer(Path(options["from"])) if options["from"] else load_tokenizer(*given_tokenizer)
+        tokenizer = _tokenizer(options, given_tokenizer)
         config = from_options(PalmEConfig, options | NAMES_OF_TOKENS)
         name = re.sub(r"[^\w.-]+", "-", Path(options["data"].rpartition(":")[2]).stem).strip("-.") or "data"
         folder = Run(options["run"] or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -107,6 +112,14 @@ def run(options: dict[str, Any]) -> int:
     if PartialState().is_main_process:
         _print_outcome(outcome, folder.folder, training.steps)
     return INTERRUPTED if outcome.interrupted else 0
+
+
+def _tokenizer(options: Mapping[str, Any], given_tokenizer: Sequence[str | None]) -> Tokenizer:
+    source = options["from"] or (None if any(given_tokenizer) else options["decoder"])
+    if source is not None and Path(source).is_dir():
+        return read_tokenizer(Path(source))
+    name, *ends = given_tokenizer
+    return load_tokenizer(name or options["decoder"], *ends)
 
 
 def _print_outcome(outcome: Outcome, folder: Path, steps: int) -> None:

@@ -22,7 +22,7 @@ from palme_xt.pretrained.source import Source, open_source
 from palme_xt.pretrained.tensors import Checkpoint, translate
 from palme_xt.wiring import DECODER, ENCODER, build
 
-__all__ = ["load_decoder", "load_encoder"]
+__all__ = ["describe_decoder", "describe_encoder", "load_decoder", "load_encoder"]
 
 _STATED = ("torch_layers", "bos_token", "eos_token")  # and overrides; `PalmE.from_modules` reads the sizes
 
@@ -53,7 +53,9 @@ def load_encoder(
     return _load(opened, "encoder", lambda: encoder_arguments(opened.config, image_size), dtype)
 
 
-def load_decoder(source: Any, *, dtype: torch.dtype = torch.float32) -> AutoregressiveWrapper:
+def load_decoder(
+    source: Any, *, max_seq_len: int | None = None, dtype: torch.dtype = torch.float32
+) -> AutoregressiveWrapper:
     """Return a pretrained language model. `PalmE.from_modules` inserts cross-attention into a copy of it.
 
     The families are Llama, Mistral, Qwen2, Qwen3 and GPT-2.
@@ -72,7 +74,12 @@ def load_decoder(source: Any, *, dtype: torch.dtype = torch.float32) -> Autoregr
         ValueError: If `source` cannot be read, or has anything that is not supported. The message names it.
     """
     opened = open_source(source)
-    module = _load(opened, "decoder", lambda: decoder_arguments(opened.config), dtype)
+    module = _load(
+        opened,
+        "decoder",
+        lambda: decoder_arguments(opened.config) | ({"max_seq_len": max_seq_len} if max_seq_len else {}),
+        dtype,
+    )
     getattr(module, ARGUMENTS)["cross_attend"] = True
     return module
 
@@ -94,3 +101,14 @@ def _load(opened: Source, part: str, describe: Callable[[], dict[str, Any]], dty
     stated = {name: value for name, value in arguments.items() if name.endswith("_kwargs") or name in _STATED}
     setattr(module, ARGUMENTS, stated | {"sources": {part: opened.name}})
     return module.eval()
+
+
+def describe_encoder(source: Any, image_size: int | None = None) -> dict[str, Any]:
+    opened = open_source(source)
+    return encoder_arguments(opened.config, image_size) | {"sources": {"encoder": opened.name}}
+
+
+def describe_decoder(source: Any, max_seq_len: int | None = None) -> dict[str, Any]:
+    opened = open_source(source)
+    found = decoder_arguments(opened.config) | {"sources": {"decoder": opened.name}}
+    return found | ({"max_seq_len": max_seq_len} if max_seq_len else {})

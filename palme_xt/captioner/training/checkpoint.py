@@ -16,8 +16,10 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
 
+from palme_xt.captioner import parts
 from palme_xt.captioner.options import Training
 from palme_xt.captioner.training.distributed import Errors, in_first_process
+from palme_xt.captioner.training.features import Features
 from palme_xt.captioner.training.run import Run, RunError
 from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
@@ -77,12 +79,17 @@ def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Train
 
     Raises:
         FolderError: If the folder `training.start` does not have weights of such a model.
+        ValueError: If a pretrained part cannot be loaded, or all parts are frozen.
     """
     set_seed(training.seed)
     model = PalmE.from_config(config)
     if training.start is not None:
         load_weights(model, training.start)
-    weights, decay = [weight for weight in model.parameters() if weight.requires_grad], training.weight_decay
+    parts.load(model, training)
+    parts.freeze(model, training)
+    if "encoder" in training.frozen and not training.augment:
+        model.encode = Features(model)  # type: ignore[method-assign]
+    weights, decay = parts.groups(model, training), training.weight_decay
     optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
     trained, optimizer = accelerator.prepare(model, optimizer)

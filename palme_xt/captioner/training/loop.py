@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from palme_xt.captioner import drawing, images
 from palme_xt.captioner.data.batches import Batch, DataError, Defect, Example, Share, load_batches
-from palme_xt.captioner.options import Data, Training
+from palme_xt.captioner.options import PARTS, Data, Training
 from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training import checkpoint, distributed
@@ -82,7 +82,7 @@ def train(
             with distributed.Errors().shared():
                 share = _share(training, accelerator)
                 training = replace(training, mixed_precision=accelerator.mixed_precision)
-                task = open_task(config, training, data, tokenizer)
+                task = open_task(config, training, data, tokenizer, run if resume else None)
             distributed.in_first_process(accelerator, open_run, run, task, resume)
             return _Trainer(accelerator, task, share, run, resume).train()
         finally:
@@ -97,8 +97,9 @@ class _Trainer:
         self.main, self.errors, self.unusable_rows = accelerator.is_main_process, distributed.Errors(), 0
         self.skipped: list[Defect] = []  # since the last checkpoint, by this process
         resumable = resume and (run.folder / checkpoint.CHECKPOINT).is_file()
-        start = None if resumable else task.training.start  # which may be gone when the run is resumed
-        self.state = checkpoint.initial_state(accelerator, task.config, replace(task.training, start=start))
+        # What the run began with may be gone when it is resumed.
+        begun = dict.fromkeys(("start", *PARTS)) if resumable else {}
+        self.state = checkpoint.initial_state(accelerator, task.config, replace(task.training, **begun))
         self.best = Evaluation.saved(run) if resume else None
         if resume:
             checkpoint.load(run, self.state)

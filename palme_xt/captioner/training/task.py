@@ -8,7 +8,7 @@ from palme_xt.captioner.data.augment import Augmented
 from palme_xt.captioner.data.batches import DataError, Defect, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
-from palme_xt.captioner.images import PREPROCESSING, Preprocessing
+from palme_xt.captioner.images import PREPROCESSING, Preprocessing, read_preprocessing
 from palme_xt.captioner.options import DIGITS, Data, Training
 from palme_xt.captioner.tokenizer import Tokenizer, warn_if_lossy
 from palme_xt.captioner.training.run import Run
@@ -48,12 +48,15 @@ class Task:
         return options
 
 
-def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer) -> Task:
-    """Open the data, and return the task.
+def open_task(
+    config: PalmEConfig, training: Training, data: Data, tokenizer: Tokenizer, resumed: Run | None = None
+) -> Task:
+    """Open the data, and return the task, that of `resumed` if it is given.
 
     Raises:
         ValueError: If the model cannot learn these data.
         DataError: If the data cannot be loaded.
+        ImageError: If a pretrained encoder does not say how images are normalised.
     """
     if config.num_tokens < tokenizer.num_tokens:
         rule = "for the tokenizer" if tokenizer.num_tokens != NUM_TOKENS else "to train on bytes: 256, BOS and EOS"
@@ -63,12 +66,18 @@ def open_task(config: PalmEConfig, training: Training, data: Data, tokenizer: To
     if data.data == DIGITS:
         if training.augment:
             raise ValueError(f"augment=True has no effect with data={DIGITS}, whose scenes are composed: use jitter")
+        if training.encoder is not None:
+            raise ValueError(f"encoder={training.encoder} needs images: choose others than data={DIGITS}")
         preprocessing = Preprocessing.plain(config)
         scans, held_out_scans = load_scans()
         scenes = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
         return Task(config, training, data, tokenizer, preprocessing, scenes, held_out_scenes, count)
     preprocessing = Preprocessing.like_clip(config, data.fit)
+    if training.encoder is not None:
+        preprocessing = (
+            read_preprocessing(resumed.folder, config) if resumed else preprocessing.normalised_like(training.encoder)
+        )
     rows, held_out = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
     rows = Augmented(rows, training.seed) if training.augment else rows
     return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out), count))

@@ -1,0 +1,96 @@
+"""The parts of a model that are trained apart: begin with pretrained weights, freeze them, group them for the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from palme_xt.captioner.options import PARTS, Training
+from palme_xt.insertion import insert_cross_attention
+from palme_xt.model import PalmE
+from palme_xt.pretrained import describe_decoder, describe_encoder, load_decoder, load_encoder
+
+_KWARGS = {"encoder": ("vit", "encoder"), "decoder": ("transformer", "decoder", "autoregressive")}
+
+
+def described(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that the pretrained parts in `options` determine.
+
+    Args:
+        options: Options that were given, of which `encoder`, `decoder`, `image_size` and `max_seq_len` count.
+
+    Raises:
+        ValueError: If a part cannot be loaded, or one of its arguments is among `options`.
+    """
+    found: dict[str, Any] = {"torch_layers": {}, "sources": {}}
+    for part, own, describe in (
+        ("encoder", "image_size", describe_encoder),
+        ("decoder", "max_seq_len", describe_decoder),
+    ):
+        if (source := options.get(part)) is None:
+            continue
+        arguments = {f"{name}_kwargs": {} for name in _KWARGS[part]} | describe(source, options.get(own))
+        if repeated := [name for name in arguments if name in options and name != own]:
+            given = f"{repeated[0]}={options[repeated[0]]}"
+            raise ValueError(f"{given} is determined by --{part}={source}: leave --{repeated[0]} out")
+        for name in "torch_layers", "sources":
+            arguments[name] = found[name] | arguments.get(name, {})
+        found |= arguments
+    return found
+
+
+def load(model: PalmE, training: Training) -> None:
+    """Give the pretrained parts in `training` their weights."""
+    if training.encoder is not None:
+        encoder = load_encoder(training.encoder, image_size=model.config.image_size)
+        model.encoder.load_state_dict(encoder.state_dict())
+    if training.decoder is not None:
+        decoder = load_decoder(training.decoder, max_seq_len=model.config.max_seq_len)
+        if model.config.cross_attend:
+            _, decoder = insert_cross_attention(replace(model.config, cross_attend=False), decoder)
+        model.decoder.load_state_dict(decoder.state_dict())
+
+
+def freeze(model: PalmE, training: Training) -> None:
+    """Freeze the parts that are not trained, but not the cross-attention.
+
+    Raises:
+        ValueError: If nothing is left to train.
+    """
+    for part in training.frozen:
+        for parameter in _parameters(model)[part]:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze={training.freeze} leaves nothing to train: leave a part out")
+
+
+def groups(model: PalmE, training: Training) -> list[Any]:
+    """Return the trained parameters, in groups if the parts have learning rates of their own."""
+    rates = {part: getattr(training, f"lr_{part}") for part in PARTS}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not any(rates.values()):
+        return trained
+    parts = _parameters(model)
+    own = {id(parameter) for part in parts.values() for parameter in part}
+    parts["other"] = [parameter for parameter in trained if id(parameter) not in own]
+    return [
+        {
+            "params": [parameter for parameter in parameters if parameter.requires_grad],
+            "lr": rates.get(part) or training.lr,
+        }
+        for part, parameters in parts.items()
+    ]
+
+
+def _parameters(model: PalmE) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters of each part, of the decoder without its cross-attention."""
+    layers = model.decoder.net.attn_layers
+    crossing = [layer for layer, kind in zip(layers.layers, layers.layer_types, strict=True) if kind == "c"]
+    left_out = {id(parameter) for layer in crossing for parameter in layer.parameters()}
+    return {
+        part: [parameter for parameter in module.parameters() if id(parameter) not in left_out]
+        for part, module in zip(PARTS, (model.encoder, model.decoder), strict=True)
+    }

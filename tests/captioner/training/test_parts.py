@@ -1,0 +1,205 @@
+"""A run begins with pretrained parts, freezes some, and computes what a frozen encoder makes of an image once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from palme_xt import PalmE
+from palme_xt.captioner import Captioner
+from palme_xt.captioner.options import Training
+from palme_xt.captioner.parts import freeze, groups
+from palme_xt.captioner.training import features
+from palme_xt.captioner.training.checkpoint import CHECKPOINT
+from palme_xt.captioner.training.features import Features
+from palme_xt.cli import main
+from palme_xt.pretrained import load_decoder, load_encoder
+from palme_xt.storage.folder import load, read_config
+from tests.captioner.captioned import write_folder
+from tests.captioner.test_tokenizer import byte_level
+from tests.models import small
+from tests.test_cli import fails
+
+IMG = torch.randn(3, 3, 32, 32)
+SHORT = ["--steps=4", "--batch_size=4", "--eval_every=2", "--save_every=2", "--eval_images=4", "--num_workers=0"]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    transformers = pytest.importorskip("transformers", reason="the sources are models of transformers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sources")
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vit = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, intermediate_size=32)
+    transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "encoder")
+    values = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (folder / "encoder" / "preprocessor_config.json").write_text(json.dumps(values))
+    llama = transformers.LlamaConfig(**sizes | {"hidden_size": 24}, vocab_size=310, intermediate_size=32)
+    transformers.LlamaForCausalLM(llama).save_pretrained(folder / "decoder")
+    byte_level().save(str(folder / "decoder" / "tokenizer.json"))
+    return {part: str(folder / part) for part in ("encoder", "decoder")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "pictures", 16)
+
+
+def train(run: Path, folder: Path, sources: dict[str, str], *options: str) -> None:
+    parts = [f"--{part}={source}" for part, source in sources.items()]
+    assert main(["train", f"--run={run}", f"--data={folder}", *SHORT, *parts, *options]) == 0
+
+
+def tensors(run: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / file)
+
+
+def test_frozen_parts_keep_their_pretrained_weights(sources: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    train(tmp_path / "a", folder, sources, "--freeze=encoder,decoder")
+    model = load(tmp_path / "a")
+    assert model.config.sources == sources
+    torch.testing.assert_close(model.encode(IMG), load_encoder(sources["encoder"])(IMG, return_embeddings=True))
+    text = torch.randint(300, (3, 7))
+    plain = load_decoder(sources["decoder"]).net(text)
+    assert not torch.allclose(model.decoder.net(text, context=model.encode(IMG)), plain, atol=1e-4)  # it has learned
+    layers = model.decoder.net.attn_layers
+    for layer, kind in zip(layers.layers, layers.layer_types, strict=True):
+        if kind == "c":
+            for parameter in layer[1].to_out.parameters():
+                nn.init.zeros_(parameter)
+    torch.testing.assert_close(model.decoder.net(text, context=model.encode(IMG)), plain)
+    preprocessing = Captioner.from_pretrained(tmp_path / "a").preprocessing
+    assert (preprocessing.mean, preprocessing.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_the_other_part_is_new(part: str, sources: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    others = ["--decoder_dim=16", "--decoder_depth=2"] if part == "encoder" else ["--image_size=32", "--encoder_dim=16"]
+    train(tmp_path / "a", folder, {part: sources[part]}, *others, "--max_seq_len=80")
+    config = read_config(tmp_path / "a")
+    assert set(config.sources) == set(config.torch_layers) == {part}
+    assert (config.encoder_dim, config.max_seq_len) == (16, 80)
+
+
+def test_a_resumed_run_needs_no_sources_and_is_bitwise_equal(
+    sources: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    copies = {part: shutil.copytree(source, tmp_path / part) for part, source in sources.items()}
+    options = ["--freeze=encoder", "--lr_decoder=1e-4", "--lr=1e-3"]
+    train(tmp_path / "a", folder, sources, *options)
+    train(tmp_path / "b", folder, {part: str(copy) for part, copy in copies.items()}, *options, "--steps=2")
+    for copy in copies.values():
+        shutil.rmtree(copy)
+    assert main(["train", f"--resume={tmp_path / 'b'}", "--steps=4"]) == 0
+    # The schedule of the first two steps is that of two steps, so only what follows a whole run can be compared.
+    train(tmp_path / "c", folder, sources, *options, "--steps=2")
+    assert main(["train", f"--resume={tmp_path / 'c'}", "--steps=4"]) == 0
+    ours, theirs = tensors(tmp_path / "b", CHECKPOINT), tensors(tmp_path / "c", CHECKPOINT)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert any(not torch.equal(tensor, ours[name]) for name, tensor in tensors(tmp_path / "a", CHECKPOINT).items())
+
+
+def test_features_are_those_of_encode_and_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(image_size=32).train()
+    model.encoder.requires_grad_(False)
+    counted: list[int] = []
+    model.encoder.register_forward_hook(lambda module, args, output: counted.append(len(output)))
+    found = Features(model)
+    torch.testing.assert_close(found(IMG), model.encode(IMG))
+    assert counted == [1, 1, 1, 3]
+    again = found(IMG.flip(0))
+    assert counted == [1, 1, 1, 3]
+    assert torch.equal(again, found(IMG).flip(0))
+    assert model.training
+    changed = IMG.clone()
+    changed[1, 0, 0, 0] += 1
+    assert not torch.equal(found(changed)[1], found(IMG)[1])
+    assert len(counted) == 5
+
+    monkeypatch.setattr(features, "MOST_BYTES", 0)
+    counted.clear()
+    forgetful = Features(model)
+    assert torch.equal(forgetful(IMG), forgetful(IMG))
+    assert counted == [1] * 6
+
+
+def test_augmented_images_are_encoded_each_time(
+    sources: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[PalmE] = []
+    monkeypatch.setattr(Features, "__init__", lambda self, model: made.append(model))
+    train(tmp_path / "a", folder, sources, "--freeze=encoder", "--augment")
+    train(tmp_path / "b", folder, sources)
+    assert not made
+
+
+def test_parts_are_frozen_and_have_their_own_learning_rates() -> None:
+    model = small(decoder_depth=2)
+    crossing = [f"net.attn_layers.layers.{place}." for place in (1, 4)]
+
+    def rates(**options: Any) -> dict[str, float]:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        found = groups(model, Training(lr=1.0, **options))
+        return {names[id(parameter)]: group["lr"] for group in found for parameter in group["params"]}
+
+    expected = {}
+    for name, _ in model.named_parameters():
+        cross = any(name.startswith(f"decoder.{prefix}") for prefix in crossing)
+        expected[name] = 1.0 if cross else 2.0 if name.startswith("encoder.") else 3.0
+    assert set(expected.values()) == {1.0, 2.0, 3.0}
+    assert rates(lr_encoder=2.0, lr_decoder=3.0) == expected
+    assert set(rates(lr_encoder=2.0).values()) == {1.0, 2.0}
+    every = groups(model, Training())
+    assert [id(parameter) for parameter in every] == [id(parameter) for parameter in model.parameters()]
+
+    freeze(model, Training(freeze="encoder,decoder"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, rate in expected.items() if rate == 1.0}
+    assert rates(lr_decoder=3.0).keys() == trained
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(ValueError, match="freeze=encoder,decoder leaves nothing to train: leave a part out"):
+        freeze(small(cross_attend=False), Training(freeze="encoder,decoder"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--freeze=vit"], "freeze=vit must be encoder, decoder, or encoder,decoder"),
+        (["--encoder={encoder}"], "encoder=\\S+ needs images: choose others than data=digits"),
+        (["--encoder={encoder}", "--encoder_depth=3"], "encoder_depth=3 is determined by --encoder=\\S+: leave --enc"),
+        (
+            ["--decoder={decoder}", "--qk_norm=true"],
+            "qk_norm=True is determined by --decoder=\\S+: leave --qk_norm out",
+        ),
+        (["--encoder={decoder}", "--data={data}"], ".*model_type='llama' is not supported"),
+        (["--encoder=nowhere/nothing", "--data={data}"], "nowhere/nothing is neither a folder nor a repository"),
+        (["--encoder={bare}", "--data={data}"], "encoder=\\S+ must have a preprocessor_config.json with image_mean"),
+        (["--from={run}", "--encoder={encoder}"], "--from=\\S+ has all weights: leave --encoder out"),
+    ],
+)
+def test_errors(
+    options: list[str],
+    message: str,
+    sources: dict[str, str],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    bare = shutil.copytree(sources["encoder"], tmp_path / "bare")
+    (bare / "preprocessor_config.json").unlink()
+    paths = sources | {"data": folder, "bare": bare, "run": tmp_path / "run"}
+    arguments = [option.format(**paths) for option in options]
+    fails(capsys, ["train", f"--run={tmp_path / 'new'}", *arguments], f"{message}.*")
