@@ -15,10 +15,11 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, V
 from x_transformers import x_transformers as upstream
 
 from palme_xt.config import PalmEConfig, UnprovenConfig
+from palme_xt.external import name_encoder
 from palme_xt.insertion import insert_cross_attention
 from palme_xt.mapping import MAPPING, argument_behind, upstream_keywords
 from palme_xt.parts import Inputs, Wired, draw_inputs, exactly, image_shape, undisturbed
-from palme_xt.wiring import DECODER, ENCODER, build, name_encoder
+from palme_xt.wiring import DECODER, ENCODER, build
 
 ARGUMENTS = "palme_arguments"  # an attribute of modules that come with arguments of `PalmEConfig`
 TEXT = 32  # tokens of the text that a proof runs; attributes show what counts only in longer ones

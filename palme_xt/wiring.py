@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from torch import nn
 from x_transformers import ViTransformerWrapper
 
 from palme_xt.config import PalmEConfig
@@ -51,27 +50,3 @@ def build(node: Node, config: PalmEConfig) -> Any:
 
         use_torch_layers(module, **{name: value for name, value in layers.items() if name != "activation"})
     return module
-
-
-def name_encoder(encoder: Any, said: str | None) -> str | None:
-    """Return the `external_encoder` of a config for what `PalmE(encoder=...)` is given.
-
-    Args:
-        encoder: A module, None for no encoder, or "config" for that of the config.
-        said: The `external_encoder` that a config already has.
-
-    Raises:
-        TypeError: If `encoder` is none of these.
-        ValueError: If the config says that the encoder is another one.
-    """
-    if encoder == "config" and said in (None, "none"):
-        return said
-    if not (encoder in (None, "config") or isinstance(encoder, nn.Module)):
-        remedy = 'pass the model itself; for timm, timm.create_model(..., num_classes=0, global_pool="")'
-        raise TypeError(f"encoder is a {type(encoder).__name__}, must be a torch.nn.Module or None: {remedy}")
-    kind = type(encoder)
-    name = {None: "none", "config": "not given"}.get(encoder, f"{kind.__module__}.{kind.__qualname__}")
-    if said not in (None, name):
-        remedy = "pass encoder=module, as it was when the config was made, because it is not built from the config"
-        raise ValueError(f"encoder is {name}, must be what external_encoder={said!r} says: {remedy}")
-    return name

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from palme_xt.config import PalmEConfig
+from palme_xt.external import name_encoder
 from palme_xt.model import Encoder, PalmE
 from palme_xt.storage.atomic import replace_files
-from palme_xt.wiring import name_encoder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
