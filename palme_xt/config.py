@@ -233,9 +233,9 @@ class PalmEConfig:
         if keywords.get("heads") == 1 and dim_head != keywords["dim"]:
             keywords.setdefault("attn_project_out", True)
         if name := self.torch_layers.get(part, {}).get("activation"):
-            from palme_xt.upstream.torch_layers import activation
+            from palme_xt.upstream.torch_layers import ACTIVATIONS
 
-            keywords["ff_custom_activation"] = activation(name)
+            keywords["ff_custom_activation"] = ACTIVATIONS[name]()
         return keywords
 
     def check_eos_token(self, eos_token: Any) -> Tensor:

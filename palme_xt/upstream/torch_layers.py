@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from x_transformers import x_transformers as upstream
 
-ACTIVATIONS = ("gelu_tanh", "quick_gelu", "relu")
 BIASED = ("to_q", "to_k", "to_v", "to_out", "to_logits")
 NORMS = ("LayerNorm", "RMSNorm")
 
@@ -23,9 +22,12 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def activation(name: str) -> nn.Module:
-    """Return a new activation, for upstream's `ff_custom_activation`."""
-    return {"gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU(), "relu": nn.ReLU()}[name]
+# What makes a new one, for upstream's `ff_custom_activation`.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+}
 
 
 def check_torch_layers(given: Any) -> None:
