@@ -39,10 +39,7 @@ def check_torch_layers(given: Any) -> None:
     rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "norm": (f"must be one of {', '.join(NORMS)}", lambda value: value in NORMS),
         "eps": ("must be a positive number", lambda value: isinstance(value, int | float) and value > 0),
-        "bias": (
-            f"must hold only {', '.join(BIASED)}",
-            lambda value: isinstance(value, tuple) and {*value} <= {*BIASED},
-        ),
+        "bias": (f"must hold only {', '.join(BIASED)}", lambda value: type(value) is tuple and {*value} <= {*BIASED}),
         "activation": (f"must be one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS),
         "patch_norm": ("must be True or False", lambda value: isinstance(value, bool)),
     }
