@@ -155,9 +155,8 @@ class PalmE(nn.Module):
             ValueError: If `img`, or what the encoder returns, has the wrong shape, or the model has no encoder.
         """
         if self.encoder is None:
-            raise ValueError(
-                "img is given, but the model has no encoder (encoder=None): pass context=embeddings instead"
-            )
+            given = "img is given, but the model has no encoder (encoder=None)"
+            raise ValueError(f"{given}: pass context=embeddings instead")
         check_img(img, self.config)
         images = img.flatten(0, -4).to(dtype=_dtype(self.encoder))  # (b m) c h w
         if self.config.external_encoder is None or isinstance(self.encoder, ViTransformerWrapper):
