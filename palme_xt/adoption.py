@@ -17,7 +17,7 @@ from palme_xt.external import name_encoder
 from palme_xt.insertion import insert_cross_attention
 from palme_xt.mapping import MAPPING, argument_behind, upstream_keywords
 from palme_xt.parts import Inputs, Wired, draw_inputs, exactly, image_shape, undisturbed
-from palme_xt.wiring import DECODER, ENCODER, build
+from palme_xt.wiring import DECODER, ENCODER, PATHS, build
 
 ARGUMENTS = "palme_arguments"  # an attribute of modules that come with arguments of `PalmEConfig`
 TEXT = 32  # tokens of the text that a proof runs; attributes show what counts only in longer ones
@@ -26,13 +26,7 @@ ROUNDING = 2**-8  # relative, of bfloat16
 _NOT_COMPARED = ("training", "num_tokens", "num_embeddings", "out_features")
 # The whole model, or its parts, and a parameter that tells where it begins in a state dict.
 _MARKS = {"": "decoder.net.token_emb.emb.weight"}, {"encoder": "pos_embedding", "decoder.net": "token_emb.emb.weight"}
-_PARTS = {
-    "encoder": "vit",
-    "encoder.attn_layers": "encoder",
-    "decoder": "autoregressive",
-    "decoder.net": "transformer",
-    "decoder.net.attn_layers": "decoder",
-}
+_PARTS = {path: part for part, path in PATHS.items()}
 
 
 def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:

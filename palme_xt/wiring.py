@@ -28,7 +28,9 @@ class Node(NamedTuple):
 ENCODER = Node("vit", ViTransformerWrapper, {"attn_layers": Node("encoder", Encoder)})
 _NET = Node("transformer", TransformerWrapper, {"attn_layers": Node("decoder", Decoder)})
 DECODER = Node("autoregressive", AutoregressiveWrapper, {"net": _NET})
-_WHOLE = {"vit": "encoder", "autoregressive": "decoder"}  # which of the model's two modules a node builds
+# Where the module of each part is in a model.
+PATHS = {"vit": "encoder", "encoder": "encoder.attn_layers", "autoregressive": "decoder"}
+PATHS |= {"transformer": "decoder.net", "decoder": "decoder.net.attn_layers"}
 
 
 def build(node: Node, config: PalmEConfig) -> Any:
@@ -45,7 +47,7 @@ def build(node: Node, config: PalmEConfig) -> Any:
         given = ", ".join(f"{name}={value!r}" for name, value in keywords.items())
         rejected = f"x-transformers {version('x-transformers')} rejects {node.upstream.__name__}({given})"
         raise ValueError(f"{rejected}: {str(error) or 'it gives no reason'}") from error
-    if layers := config.torch_layers.get(_WHOLE.get(node.part, "")):
+    if layers := config.torch_layers.get(PATHS[node.part]):
         from palme_xt.upstream.torch_layers import use_torch_layers  # imported here, because few models need it
 
         use_torch_layers(module, **{name: value for name, value in layers.items() if name != "activation"})
