@@ -74,9 +74,10 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     # Upstream's own Decoder is enough if ALiBi and rotary positions are not both on.
     own_decoder = bool(config.alibi_pos_bias and (config.rotary_xpos or config.decoder_kwargs.get("rotary_pos_emb")))
     activations = [layers.get("activation") for layers in config.torch_layers.values()]
-    needed = {cached_decoder.Decoder: own_decoder, torch_layers.QuickGELU: "quick_gelu" in activations}
-    needed[torch_layers.use_torch_layers] = bool(config.torch_layers)
-    definitions = "\n\n".join(inspect.getsource(definition) for definition, is_needed in needed.items() if is_needed)
+    used: list[Any] = [cached_decoder.Decoder] if own_decoder else []
+    used += [torch_layers.QuickGELU] if "quick_gelu" in activations else []
+    used += [torch_layers.use_torch_layers] if config.torch_layers else []
+    definitions = "\n\n".join(map(inspect.getsource, used))
     sections = [
         f'"""PalmE as an x-transformers program, printed by palme_xt {palme_xt.__version__}."""\n',
         _imports(definitions + (_LOAD if weights else "")),

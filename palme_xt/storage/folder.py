@@ -79,9 +79,9 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
     try:
         found = load_file(path)  # maps the file into memory: no copy other than the model's own
     except (SafetensorError, OSError) as error:
-        found = f"{path} holds no safetensors weights that can be read ({one_line(error)})"
+        unreadable = f"{path} holds no safetensors weights that can be read ({one_line(error)})"
         remedy = "download or save it again; other formats are not read, because reading a pickle can run code"
-        raise FolderError(f"{found}: {remedy}") from error
+        raise FolderError(f"{unreadable}: {remedy}") from error
     expected = model.state_dict()
     wrong = []
     if missing := [name for name in expected if name not in found]:
