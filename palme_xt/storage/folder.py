@@ -98,17 +98,19 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
 
 
 def read_config(folder: PathLike) -> PalmEConfig:
-    """Return the arguments in `config.json`, none of which may be missing except those with the default None.
+    """Return the arguments in `config.json`, where the 17 arguments and the override dicts must not be missing.
+
+    Others came later, and leaving them out means the same as before.
 
     Raises:
         FolderError: As in `read_json`, and if an argument is missing, unknown or invalid.
     """
     values = read_json(folder)
     values.pop(TRAINING, None)
-    names = {argument.name: argument.default for argument in fields(PalmEConfig)}
-    missing = [name for name, default in names.items() if name not in values and default is not None]
+    arguments = {argument.name: not argument.kw_only for argument in fields(PalmEConfig)}
+    missing = [name for name, old in arguments.items() if name not in values and (old or name.endswith("_kwargs"))]
     with _reading_arguments(folder):
-        if missing and values.keys() <= names.keys():
+        if missing and values.keys() <= arguments.keys():
             raise ValueError(f"{', '.join(missing)} missing; defaults could build a different model than the saved one")
         return PalmEConfig.from_dict(values)
 
