@@ -175,10 +175,8 @@ def save(
         # safetensors rejects tensors that share memory or are not contiguous.
         weights[name] = tensor.clone().contiguous() if memory in memories else tensor.contiguous()
         memories.add(memory)
-    writers: dict[str, Callable[[Path], object]]
     writers = {name: methodcaller("write_bytes", content) for name, content in contents.items()}
-    writers[WEIGHTS] = lambda path: save_file(weights, path, {"format": "pt"})
-    write_files(folder, writers)
+    write_files(folder, {**writers, WEIGHTS: lambda path: save_file(weights, path, {"format": "pt"})})
 
 
 def write_files(folder: PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
