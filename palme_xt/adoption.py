@@ -95,8 +95,7 @@ def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module)
     with undisturbed(found), exactly(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         try:
             built = _build(vars(config), "cpu").float()
-            different = chain(_different_shapes(found, built), _different_attributes(found, built))
-            for place, here, there in different:
+            for place, here, there in chain(_different_shapes(found, built), _different_attributes(found, built)):
                 return f"{place} is {here} in the modules, but {there} in a model built from it"
             return _different_numbers(found, built)
         except Exception as error:  # of whatever the modules consist of

@@ -110,8 +110,7 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
     shape = tuple(text.shape)
     if shape[1] < 2:
         raise ValueError(f"text has shape {shape}, must have at least 2 tokens: each is predicted from those before it")
-    within = _within(text, lens, "lens")
-    target = within & (text != config.ignore_index)
+    target = _within(text, lens, "lens") & (text != config.ignore_index)
     _check_range(text, target, config, "text", f", or ignore_index={config.ignore_index}")
     _require(
         target[:, 1:].any(),

@@ -291,8 +291,7 @@ class PalmE(nn.Module):
         Raises:
             TypeError, ValueError: As in `generate`, immediately rather than at the first step.
         """
-        start = self._start(request, kwargs)
-        tokens = loop.sample(start, request, self.config.pad_value)
+        tokens = loop.sample(self._start(request, kwargs), request, self.config.pad_value)
         advance = loop.evaluating(self)(lambda: next(tokens, None))
         return iter(advance, None)
 

@@ -32,8 +32,7 @@ class Wired(nn.Module):
         """
         if img is None:
             return self.decoder(text, **kwargs)
-        embeddings = self.encoder(img.flatten(0, -4), return_embeddings=True)
-        context = embeddings.unflatten(0, (len(img), -1)).flatten(1, 2)
+        context = self.encoder(img.flatten(0, -4), return_embeddings=True).unflatten(0, (len(img), -1)).flatten(1, 2)
         return self.decoder(text, context=context if self.decoder.net.attn_layers.cross_attend else None, **kwargs)
 
 

@@ -102,8 +102,7 @@ def _call(node: Node, config: PalmEConfig) -> _Call:
     def needed(name: str, value: Any) -> bool:
         # `attn_` keywords also reach cross-attention, where the default may be given to override them.
         inherited = name.startswith("cross_attn_") and name.removeprefix("cross_") in keywords
-        is_default = type(defaults[name]) is type(value) and bool(defaults[name] == value)
-        return inherited or not is_default
+        return inherited or type(defaults[name]) is not type(value) or bool(defaults[name] != value)
 
     if activation := config.torch_layers.get(node.part, {}).get("activation"):
         keywords["ff_custom_activation"] = _Name(_ACTIVATIONS[activation])
