@@ -1,7 +1,5 @@
 """Describe modules that were wired by hand as a config, and prove it, for `PalmE.from_modules`."""
 
-from __future__ import annotations
-
 import random
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,10 +13,11 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, V
 from x_transformers import x_transformers as upstream
 
 from palme_xt.config import PalmEConfig, UnprovenConfig
+from palme_xt.external import name_encoder
 from palme_xt.insertion import insert_cross_attention
 from palme_xt.mapping import MAPPING, argument_behind, upstream_keywords
 from palme_xt.parts import Inputs, Wired, draw_inputs, exactly, image_shape, undisturbed
-from palme_xt.wiring import DECODER, ENCODER, build, name_encoder
+from palme_xt.wiring import DECODER, ENCODER, PATHS, build
 
 ARGUMENTS = "palme_arguments"  # an attribute of modules that come with arguments of `PalmEConfig`
 TEXT = 32  # tokens of the text that a proof runs; attributes show what counts only in longer ones
@@ -27,13 +26,7 @@ ROUNDING = 2**-8  # relative, of bfloat16
 _NOT_COMPARED = ("training", "num_tokens", "num_embeddings", "out_features")
 # The whole model, or its parts, and a parameter that tells where it begins in a state dict.
 _MARKS = {"": "decoder.net.token_emb.emb.weight"}, {"encoder": "pos_embedding", "decoder.net": "token_emb.emb.weight"}
-_PARTS = {
-    "encoder": "vit",
-    "encoder.attn_layers": "encoder",
-    "decoder": "autoregressive",
-    "decoder.net": "transformer",
-    "decoder.net.attn_layers": "decoder",
-}
+_PARTS = {path: part for part, path in PATHS.items()}
 
 
 def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:
@@ -52,13 +45,11 @@ def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:
     wanted = given.get("cross_attend") and isinstance(layers, Decoder) and not layers.cross_attend
     config = describe(encoder, decoder, **given | ({"cross_attend": False} if wanted else {}))
     difference = find_difference(config, encoder, decoder)
-    if wanted and difference:
+    if difference is None:
+        return insert_cross_attention(config, decoder) if wanted else (config, decoder)
+    if wanted:
         found = f"cross_attend=True for a decoder without cross-attention, which cannot be rebuilt: {difference}"
         raise ValueError(f"{found}. State what cannot be read from it, for example decoder_kwargs={{...}}")
-    if wanted:
-        return insert_cross_attention(config, decoder)
-    if difference is None:
-        return config, decoder
     unproven = UnprovenConfig(**vars(config), difference=difference)
     warnings.warn(unproven.refusal, stacklevel=3)
     return unproven, decoder
@@ -104,8 +95,7 @@ def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module)
     with undisturbed(found), exactly(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
         try:
             built = _build(vars(config), "cpu").float()
-            different = chain(_different_shapes(found, built), _different_attributes(found, built))
-            for place, here, there in different:
+            for place, here, there in chain(_different_shapes(found, built), _different_attributes(found, built)):
                 return f"{place} is {here} in the modules, but {there} in a model built from it"
             return _different_numbers(found, built)
         except Exception as error:  # of whatever the modules consist of
@@ -141,20 +131,17 @@ def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
     for attention in attentions:
         context = getattr(attention.to_latent_kv, "in_features", attention.to_k.in_features)
         if not attention.causal and context != (width := width or context):
-            raise ValueError(
-                f"decoder takes a context of width {context}, must be {width}, the width of the encoder: build the "
-                f"Decoder with cross_attn_dim_context={width}"
-            )
+            rule = f"decoder takes a context of width {context}, must be {width}, the width of the encoder"
+            raise ValueError(f"{rule}: build the Decoder with cross_attn_dim_context={width}")
     own = max(attentions, key=lambda attention: attention.causal)  # a self-attention, if there is one
     rel_pos = getattr(layers, "alibi", None) or layers.rel_pos
     alibi = isinstance(rel_pos, upstream.AlibiPositionalBias)
     rotary = layers.rotary_pos_emb
-    return (_arguments_of_vit(encoder) if encoder else {"encoder_dim": width or layers.dim}) | {
+    images = _arguments_of_vit(encoder) if encoder else {"encoder_dim": width or layers.dim}
+    return images | {
+        **_sizes("decoder", layers),
         "num_tokens": net.token_emb.emb.weight.shape[0],
         "max_seq_len": net.max_seq_len,
-        "decoder_dim": layers.dim,
-        "decoder_depth": _depth(layers),
-        "decoder_heads": layers.attn_heads,
         "alibi_num_heads": rel_pos.heads if alibi else min(4, layers.attn_heads),
         "use_abs_pos_emb": not isinstance(net.pos_emb, upstream.always),
         "cross_attend": layers.cross_attend,
@@ -170,20 +157,15 @@ def _arguments(encoder: Any, decoder: Any) -> dict[str, Any]:
 def _arguments_of_vit(encoder: Any) -> dict[str, Any]:
     channels, image_size, _ = image_shape(encoder)
     registers = len(encoder.register_tokens) if encoder.has_register_tokens else 0
-    return {
-        "image_size": image_size,
-        "patch_size": encoder.patch_size,
-        "encoder_dim": encoder.attn_layers.dim,
-        "encoder_depth": _depth(encoder.attn_layers),
-        "encoder_heads": encoder.attn_layers.attn_heads,
-        "vit_kwargs": _changed("vit", channels=channels, num_register_tokens=registers),
-    }
+    vit_kwargs = _changed("vit", channels=channels, num_register_tokens=registers)
+    own = {"image_size": image_size, "patch_size": encoder.patch_size, "vit_kwargs": vit_kwargs}
+    return own | _sizes("encoder", encoder.attn_layers)
 
 
-def _depth(layers: Any) -> int:
-    """Return the number of blocks, where tied ones count each time that they run."""
-    times = len(layers.layers_execute_order) // len(layers.layer_types)
-    return layers.depth * max(1, times)  # type: ignore[no-any-return]
+def _sizes(part: str, layers: Any) -> dict[str, int]:
+    """Return the width and the numbers of blocks and heads. Tied blocks count each time that they run."""
+    depth = layers.depth * max(1, len(layers.layers_execute_order) // len(layers.layer_types))
+    return {f"{part}_dim": layers.dim, f"{part}_depth": depth, f"{part}_heads": layers.attn_heads}
 
 
 def _changed(part: str, **overrides: Any) -> dict[str, Any]:
@@ -256,12 +238,8 @@ def _compute(model: Wired, tensors: dict[str, Tensor], inputs: Inputs) -> dict[s
         loss, (logits, _) = functional_call(model, tensors, inputs[0], {**inputs[1], "return_outputs": True})
     first = [tensors[name] for name in map(".".join, _MARKS[1].items()) if name in tensors]
     gradients = torch.autograd.grad(loss, first, materialize_grads=True)
-    return {
-        **seen,
-        "logits": logits,
-        "loss": loss,
-        "gradients": torch.cat([gradient.flatten() for gradient in gradients]),
-    }
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    return seen | {"logits": logits, "loss": loss, "gradients": flat}
 
 
 def find_renaming(model: nn.Module, given: Mapping[str, Any]) -> str:

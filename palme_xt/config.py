@@ -162,9 +162,8 @@ class PalmEConfig:
         check_positive_int("vit_kwargs['channels']", self.channels)
         if not is_int(self.ignore_index):
             raise TypeError(f"autoregressive_kwargs['ignore_index']={self.ignore_index!r} must be an int")
-        check_token_id(
-            "autoregressive_kwargs['pad_value']", self.pad_value, self.num_tokens, "it is fed to the decoder"
-        )
+        name = "autoregressive_kwargs['pad_value']"
+        check_token_id(name, self.pad_value, self.num_tokens, "it is fed to the decoder")
         if self.bos_token is not None:
             check_token_id("bos_token", self.bos_token, self.num_tokens, "or pass None")
         self.check_eos_token(self.eos_token)
@@ -190,11 +189,8 @@ class PalmEConfig:
 
     def _warn_of_dropped_positions(self) -> None:
         others = any(map(self.decoder_kwargs.get, ("rotary_pos_emb", "rel_pos_bias", "polar_pos_emb")))
-        if (
-            self.use_abs_pos_emb
-            and (self.rotary_xpos or others)
-            and self.decoder_kwargs.get("disable_abs_pos_emb") is None
-        ):
+        dropped = self.decoder_kwargs.get("disable_abs_pos_emb") is None and (self.rotary_xpos or others)
+        if self.use_abs_pos_emb and dropped:
             found = f"use_abs_pos_emb=True has no effect with rotary_xpos={self.rotary_xpos}"
             why = "x-transformers drops absolute positions when the decoder has rotary or relative ones"
             remedy = 'to keep both, pass decoder_kwargs={"disable_abs_pos_emb": False}'
@@ -237,9 +233,9 @@ class PalmEConfig:
         if keywords.get("heads") == 1 and dim_head != keywords["dim"]:
             keywords.setdefault("attn_project_out", True)
         if name := self.torch_layers.get(part, {}).get("activation"):
-            from palme_xt.upstream.torch_layers import activation
+            from palme_xt.upstream.torch_layers import ACTIVATIONS
 
-            keywords["ff_custom_activation"] = activation(name)
+            keywords["ff_custom_activation"] = ACTIVATIONS[name]()
         return keywords
 
     def check_eos_token(self, eos_token: Any) -> Tensor:

@@ -1,8 +1,6 @@
 """Check images, context, text and prompts before any of them reaches x-transformers."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,33 +41,6 @@ def check_img(img: Any, config: PalmEConfig) -> None:
     if shape[-2:] != (config.image_size, config.image_size):
         found, size = f"img has shape {shape} with {shape[-2]}x{shape[-1]} pixels", f"{config.image_size}"
         raise ValueError(f"{found}, must be {size}x{size}, the model's image_size: resize or crop the images")
-
-
-def read_embeddings(output: Any, images: int, encoder_dim: int) -> Tensor:
-    """Return the embeddings `(b, p, d)` in what an encoder that is not the config's ViT returns.
-
-    Args:
-        output: `(b, p, d)`, or a map `(b, h, w, d)` or `(b, d, h, w)`; a tuple or a list that begins with it; or an
-            object or a mapping that has it as `last_hidden_state`.
-        images: Number of images b.
-        encoder_dim: The width d that the decoder takes.
-
-    Raises:
-        ValueError: If there is no tensor, or it has another shape.
-    """
-    if isinstance(found := getattr(output, "last_hidden_state", output), Mapping):
-        found = found.get("last_hidden_state")
-    elif isinstance(found, list | tuple):
-        found = next(iter(found), None)
-    shape = tuple(found.shape) if isinstance(found, Tensor) else ()
-    if len(shape) == 4 and (shape[1] == encoder_dim) != (shape[3] == encoder_dim):
-        found = (found.movedim(1, 3) if shape[1] == encoder_dim else found).flatten(1, 2)
-    if not shape or found.ndim != 3 or (found.shape[0], found.shape[2]) != (images, encoder_dim):
-        returned = f"a tensor {shape}" if shape else f"a {type(output).__name__}"
-        rule = f"(b, p, d), (b, h, w, d) or (b, d, h, w) with b={images} and d=encoder_dim={encoder_dim}, and no other"
-        remedy = "set encoder_dim, or wrap the encoder in a module that returns it, or override PalmE.encode"
-        raise ValueError(f"encoder returned {returned}, must return {rule} axis of width d: {remedy}")
-    return found  # type: ignore[no-any-return]
 
 
 def needs_context(img: Any, context: Any, context_mask: Any, config: PalmEConfig) -> bool:
@@ -139,8 +110,7 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
     shape = tuple(text.shape)
     if shape[1] < 2:
         raise ValueError(f"text has shape {shape}, must have at least 2 tokens: each is predicted from those before it")
-    within = _within(text, lens, "lens")
-    target = within & (text != config.ignore_index)
+    target = _within(text, lens, "lens") & (text != config.ignore_index)
     _check_range(text, target, config, "text", f", or ignore_index={config.ignore_index}")
     _require(
         target[:, 1:].any(),
@@ -265,10 +235,8 @@ def _check_range(text: Tensor, within: Tensor, config: PalmEConfig, name: str, o
     )
 
 
-def _is_int_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and not (
-        value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
-    )
+def _is_int_tensor(ids: Any) -> bool:
+    return isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
 
 
 def _require(condition: Tensor, found: Callable[[], str], rule: str) -> None:

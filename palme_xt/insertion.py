@@ -1,7 +1,5 @@
 """Insert cross-attention into a decoder without it, so that at first it computes what it did."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -11,13 +11,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from x_transformers import ViTransformerWrapper
 
-from palme_xt import inputs
 from palme_xt.config import PalmEConfig, UnprovenConfig
 from palme_xt.decoding import loop
 from palme_xt.decoding import request as requests
-from palme_xt.inputs import check_batches, check_context, check_img, check_prompts, check_text
+from palme_xt.inputs import check_batches, check_context, check_img, check_prompts, check_text, needs_context
 from palme_xt.upstream.loss import AutoregressiveWrapper
-from palme_xt.wiring import DECODER, ENCODER, build, name_encoder
+from palme_xt.wiring import DECODER, ENCODER, build
 
 Outputs = tuple[Tensor, tuple[Tensor, Any]]  # (loss, (logits, cache))
 Encoder = nn.Module | Literal["config"] | None
@@ -156,15 +155,16 @@ class PalmE(nn.Module):
             ValueError: If `img`, or what the encoder returns, has the wrong shape, or the model has no encoder.
         """
         if self.encoder is None:
-            raise ValueError(
-                "img is given, but the model has no encoder (encoder=None): pass context=embeddings instead"
-            )
+            given = "img is given, but the model has no encoder (encoder=None)"
+            raise ValueError(f"{given}: pass context=embeddings instead")
         check_img(img, self.config)
         images = img.flatten(0, -4).to(dtype=_dtype(self.encoder))  # (b m) c h w
         if self.config.external_encoder is None or isinstance(self.encoder, ViTransformerWrapper):
             embeddings: Tensor = self.encoder(images, return_embeddings=True)
         else:
-            embeddings = inputs.read_embeddings(self.encoder(images), images.shape[0], self.config.encoder_dim)
+            from palme_xt.external import read_embeddings  # imported here, because few models need it
+
+            embeddings = read_embeddings(self.encoder(images), images.shape[0], self.config.encoder_dim)
         return rearrange(embeddings, "(b m) p d -> b (m p) d", b=img.shape[0])
 
     @overload
@@ -291,8 +291,7 @@ class PalmE(nn.Module):
         Raises:
             TypeError, ValueError: As in `generate`, immediately rather than at the first step.
         """
-        start = self._start(request, kwargs)
-        tokens = loop.sample(start, request, self.config.pad_value)
+        tokens = loop.sample(self._start(request, kwargs), request, self.config.pad_value)
         advance = loop.evaluating(self)(lambda: next(tokens, None))
         return iter(advance, None)
 
@@ -392,7 +391,7 @@ class PalmE(nn.Module):
 
     def _context(self, img: Any, context: Any, mask: Any) -> Tensor | None:
         """Return the context that is given, or that of images, checked and in the decoder's dtype, or None."""
-        if not inputs.needs_context(img, context, mask, self.config):
+        if not needs_context(img, context, mask, self.config):
             return None
         found = self.encode(img) if context is None else context
         check_context(found, mask, self.config, encoded=context is None)
@@ -400,10 +399,14 @@ class PalmE(nn.Module):
 
 
 def _build(encoder: Encoder, **arguments: Any) -> tuple[PalmEConfig, Any, Any]:
-    external = name_encoder(encoder, arguments["external_encoder"])
-    config = PalmEConfig(**arguments | {"external_encoder": external})
-    built = build(ENCODER, config) if external is None else None if encoder == "config" else encoder
-    return config, built, build(DECODER, config)
+    if encoder != "config" or arguments["external_encoder"] is not None:
+        from palme_xt.external import name_encoder  # imported here, because few models need it
+
+        arguments["external_encoder"] = name_encoder(encoder, arguments["external_encoder"])
+    config = PalmEConfig(**arguments)
+    if config.external_encoder is None:
+        encoder = build(ENCODER, config)
+    return config, None if encoder == "config" else encoder, build(DECODER, config)
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:

@@ -1,7 +1,7 @@
 """Find the encoder and the decoder in a model, draw inputs that fit, and run it without leaving a trace."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,8 +32,7 @@ class Wired(nn.Module):
         """
         if img is None:
             return self.decoder(text, **kwargs)
-        embeddings = self.encoder(img.flatten(0, -4), return_embeddings=True)
-        context = embeddings.unflatten(0, (len(img), -1)).flatten(1, 2)
+        context = self.encoder(img.flatten(0, -4), return_embeddings=True).unflatten(0, (len(img), -1)).flatten(1, 2)
         return self.decoder(text, context=context if self.decoder.net.attn_layers.cross_attend else None, **kwargs)
 
 
@@ -70,16 +69,11 @@ def is_causal(module: nn.Module) -> bool:
     return isinstance(module, TransformerWrapper) and bool(module.attn_layers.causal)
 
 
-KINDS: dict[str, Callable[[nn.Module], bool]] = {
-    "encoder": lambda module: isinstance(module, ViTransformerWrapper),
-    "decoder": lambda module: isinstance(module, AutoregressiveWrapper),
-    "decoder.net": is_causal,
-}
-
-
 def find_parts(model: nn.Module) -> dict[str, tuple[str, Any]]:
     """Return the path and the module of each part that a model has exactly once, by the name of the part in `PalmE`."""
-    found = {part: [item for item in model.named_modules() if kind(item[1])] for part, kind in KINDS.items()}
+    kinds = {"encoder": ViTransformerWrapper, "decoder": AutoregressiveWrapper}
+    found = {part: [item for item in model.named_modules() if isinstance(item[1], kinds[part])] for part in kinds}
+    found["decoder.net"] = [item for item in model.named_modules() if is_causal(item[1])]
     return {part: items[0] for part, items in found.items() if len(items) == 1}
 
 

@@ -35,13 +35,20 @@ class _Call(NamedTuple):
 
 
 class _Name(str):
-    """A variable to print."""
+    """An expression to print as it is."""
 
 
-_ACTIVATIONS = {
-    "gelu_tanh": _Call("nn.GELU", {"approximate": "tanh"}),
-    "quick_gelu": _Call("QuickGELU", {}),
-    "relu": _Call("nn.ReLU", {}),
+_ACTIVATIONS = {"gelu_tanh": 'nn.GELU(approximate="tanh")', "quick_gelu": "QuickGELU()", "relu": "nn.ReLU()"}
+_CLASSES = ("AutoregressiveWrapper", "Decoder", "Encoder", "TransformerWrapper", "ViTransformerWrapper")
+_IMPORTS = {  # by what the rest of a program then has
+    "Sequence[": "from collections.abc import Sequence",
+    "Any": "from typing import Any\n",
+    "torch.": "import torch",
+    "x_transformers.": "import x_transformers",
+    "load_file(": "from safetensors.torch import load_file",
+    "nn.": "from torch import nn",
+    "": "from x_transformers import (\n{classes})",
+    "upstream.": "from x_transformers import x_transformers as upstream",
 }
 
 
@@ -67,13 +74,14 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     # Upstream's own Decoder is enough if ALiBi and rotary positions are not both on.
     own_decoder = bool(config.alibi_pos_bias and (config.rotary_xpos or config.decoder_kwargs.get("rotary_pos_emb")))
     activations = [layers.get("activation") for layers in config.torch_layers.values()]
-    definitions: list[Any] = [cached_decoder.Decoder] if own_decoder else []
-    definitions += [torch_layers.QuickGELU] if "quick_gelu" in activations else []
-    definitions += [torch_layers.use_torch_layers] if config.torch_layers else []
+    used: list[Any] = [cached_decoder.Decoder] if own_decoder else []
+    used += [torch_layers.QuickGELU] if "quick_gelu" in activations else []
+    used += [torch_layers.use_torch_layers] if config.torch_layers else []
+    definitions = "\n\n".join(map(inspect.getsource, used))
     sections = [
         f'"""PalmE as an x-transformers program, printed by palme_xt {palme_xt.__version__}."""\n',
-        _imports(own_decoder, weights, bool(config.torch_layers)),
-        *(["\n" + "\n\n".join(map(inspect.getsource, definitions)) + "\n"] if definitions else []),
+        _imports(definitions + (_LOAD if weights else "")),
+        *([f"\n{definitions}\n"] if definitions else []),
         _assign("encoder", _call(ENCODER, config)),
         _assign("decoder", _call(DECODER, config)),
         *(f"{_render(_use_torch_layers(part, config), 0, 0, 0)}\n" for part in config.torch_layers),
@@ -94,11 +102,10 @@ def _call(node: Node, config: PalmEConfig) -> _Call:
     def needed(name: str, value: Any) -> bool:
         # `attn_` keywords also reach cross-attention, where the default may be given to override them.
         inherited = name.startswith("cross_attn_") and name.removeprefix("cross_") in keywords
-        is_default = type(defaults[name]) is type(value) and bool(defaults[name] == value)
-        return inherited or not is_default
+        return inherited or type(defaults[name]) is not type(value) or bool(defaults[name] != value)
 
     if activation := config.torch_layers.get(node.part, {}).get("activation"):
-        keywords["ff_custom_activation"] = _ACTIVATIONS[activation]
+        keywords["ff_custom_activation"] = _Name(_ACTIVATIONS[activation])
     modules = {keyword: _call(child, config) for keyword, child in node.modules.items()}
     given = {name: value for name, value in keywords.items() if needed(name, value)}
     return _Call(node.upstream.__name__, modules | given if "net" in modules else given | modules)
@@ -109,23 +116,10 @@ def _use_torch_layers(part: str, config: PalmEConfig) -> _Call:
     return _Call("use_torch_layers", {"part": _Name(part), **layers})
 
 
-def _imports(own_decoder: bool, weights: str | None, own_layers: bool) -> str:
-    names = ["AutoregressiveWrapper", "Decoder", "Encoder", "TransformerWrapper", "ViTransformerWrapper"]
-    lines = ["from collections.abc import Sequence"] if own_layers else []
-    if own_decoder:
-        names.remove("Decoder")
-    if own_decoder or own_layers:
-        lines += ["from typing import Any", "", "import torch"]
-    if own_decoder:
-        lines += ["import x_transformers"]
-    if weights:
-        lines += ["from safetensors.torch import load_file"]
-    if own_layers:
-        lines += ["from torch import nn"]
-    lines += ["from x_transformers import (", *(f"    {name}," for name in names), ")"]
-    if own_layers:
-        lines += ["from x_transformers import x_transformers as upstream"]
-    return "\n".join(lines) + "\n"
+def _imports(definitions: str) -> str:
+    """Return the imports of a program with these definitions, which may define one of the classes itself."""
+    classes = "".join(f"    {name},\n" for name in _CLASSES if f"class {name}(" not in definitions)
+    return "\n".join(line for use, line in _IMPORTS.items() if use in definitions).format(classes=classes) + "\n"
 
 
 def _assign(name: str, value: _Call) -> str:

@@ -120,16 +120,14 @@ def _configs(draw: st.DrawFn, fixed: dict[str, Any], flags: list[dict[str, bool]
     transformer = _some_of(**switches, emb_frac_gradient=st.just(0.5))
     last = sizes["num_tokens"] - 1
     autoregressive = _some_of(pad_value=st.integers(0, last), ignore_index=st.sampled_from([-100, -1]))
-    decoder = {}
-    if sizes["use_abs_pos_emb"] and sizes["rotary_xpos"] and draw(st.booleans()):
-        decoder["disable_abs_pos_emb"] = False
-    if sizes["cross_attend"] and draw(st.booleans()):
-        decoder["cross_attn_qk_norm"] = False
+    own: dict[str, st.SearchStrategy[Any]] = {"cross_attn_qk_norm": st.just(False)} if sizes["cross_attend"] else {}
+    if sizes["use_abs_pos_emb"] and sizes["rotary_xpos"]:
+        own["disable_abs_pos_emb"] = st.just(False)
     overrides = {
         "vit_kwargs": draw(vit),
         "encoder_kwargs": QUIET | draw(attn_layers(sizes["encoder_heads"])),
         "transformer_kwargs": draw(transformer),
-        "decoder_kwargs": QUIET | draw(attn_layers(sizes["decoder_heads"])) | decoder,
+        "decoder_kwargs": QUIET | draw(attn_layers(sizes["decoder_heads"])) | draw(_some_of(**own)),
         "autoregressive_kwargs": draw(autoregressive),
     }
     return PalmEConfig(**overrides | sizes)
@@ -137,23 +135,13 @@ def _configs(draw: st.DrawFn, fixed: dict[str, Any], flags: list[dict[str, bool]
 
 def attn_layers(heads: int) -> st.SearchStrategy[dict[str, Any]]:
     """Return a strategy of overrides for an encoder or a decoder: grouped queries, norms, gated feedforwards, ..."""
-    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     norms = st.sampled_from([{}, {"use_rmsnorm": True}, {"use_scalenorm": True}, {"use_simple_rmsnorm": True}])
-    layers = _some_of(
-        attn_num_mem_kv=st.integers(1, 2),
-        attn_gate_values=st.just(True),
-        ff_glu=st.just(True),
-        ff_swish=st.just(True),
-        ff_mult=st.integers(1, 3),
-        ff_no_bias=st.just(True),
-        sandwich_norm=st.just(True),
-        shift_tokens=st.just(1),
-    )
+    switches = dict.fromkeys(("attn_gate_values", "ff_glu", "ff_swish", "ff_no_bias", "sandwich_norm"), st.just(True))
+    numbers = {"attn_num_mem_kv": st.integers(1, 2), "ff_mult": st.integers(1, 3), "shift_tokens": st.just(1)}
+    layers = _some_of(**switches, **numbers)
     # x-transformers up to 2.31.10 mixes values with residual values of all heads, which fails with key-value heads.
-    values = st.one_of(
-        st.builds(lambda kv_heads: {"attn_kv_heads": kv_heads}, st.sampled_from(divisors)),
-        st.sampled_from([{}, {"add_value_residual": True}]),
-    )
+    shared = [{"attn_kv_heads": kv_heads} for kv_heads in range(1, heads + 1) if heads % kv_heads == 0]
+    values = st.sampled_from([{}, {"add_value_residual": True}, *shared])
     dim_head = {"attn_dim_head": DIM_HEAD}
     return st.builds(lambda norm, value, layer: dim_head | norm | value | layer, norms, values, layers)
 
@@ -185,17 +173,15 @@ def broken_arguments(draw: st.DrawFn) -> Broken:
     no_int = draw(st.one_of(st.booleans(), st.floats(), st.text(), st.none()))
     no_bool = draw(st.one_of(st.integers(), st.none(), st.text()))
     few, many = draw(st.integers(1, 16)), draw(st.integers(2, 64))
+    heads = {"decoder_heads": few, "alibi_num_heads": few + many}
+    too_many = f"alibi_num_heads={few + many} must be within 1..decoder_heads={few} when alibi_pos_bias is on"
     part, kv = draw(st.sampled_from(["encoder", "decoder"])), draw(st.sampled_from([3, 5, 6, 7, 9, 16]))
     broken: list[Broken] = [
         ({size: not_positive}, ValueError, f"{size}={not_positive} must be a positive int: use 1 or more"),
         ({size: no_int}, TypeError, f"{size}={no_int!r} must be a positive int, not "),
         ({flag: no_bool}, TypeError, f"{flag}={no_bool!r} must be True or False, not "),
         ({"patch_size": many, "image_size": many * few + 1}, ValueError, f"must be divisible by patch_size={many}: "),
-        (
-            {"decoder_heads": few, "alibi_num_heads": few + many},
-            ValueError,
-            f"alibi_num_heads={few + many} must be within 1..decoder_heads={few} when alibi_pos_bias is on",
-        ),
+        (heads, ValueError, too_many),
         ({f"{part}_kwargs": {"attn_kv_heads": kv}}, ValueError, f"['attn_kv_heads']={kv} must divide {part}_heads=8"),
     ]
-    return draw(st.one_of([st.just(item) for item in broken]))
+    return draw(st.sampled_from(broken))

@@ -8,7 +8,7 @@ import random
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,19 @@ from torch import Tensor, nn
 from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE, PalmEConfig, hub
 from palme_xt.config import UnprovenConfig
+from palme_xt.parity import exactly
 from palme_xt.source import to_source
 from palme_xt.storage.folder import load, save
 from palme_xt.strategies import QUIET, configs
 from tests.models import SMALL, batch, logits, small
 from tests.overrides import overrides
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exactly() -> Iterator[None]:
+    """Compare with modules of x-transformers itself bit for bit."""
+    with exactly():
+        yield
 
 
 def wired(seed: int = 0, **arguments: Any) -> HandWired:

@@ -144,8 +144,7 @@ def sample(start: Callable[[], Texts], request: SamplingRequest, pad_value: int)
     batch = len(texts.ids)
     going = torch.arange(batch, device=rows.device)
     for _ in range(request.seq_len):
-        logits = texts.next_logits()
-        tokens = request.choose(texts.ids, logits)
+        tokens = request.choose(texts.ids, texts.next_logits())
         yield tokens.new_full((batch,), pad_value).index_copy(0, going, tokens)
         texts.append(tokens)
         if len(request.eos_tokens) == 0:

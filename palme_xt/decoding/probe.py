@@ -61,11 +61,8 @@ def _try(net: Any, config: PalmEConfig, dtype: torch.dtype, steps: int, padding:
         return torch.cat(outputs, dim=1)
 
     found = read(slice(None), 0, steps, torch.tensor([0, padding]) if padding else None)
-    for row, start in (0, 0), (1, padding):
-        expected = read(slice(row, row + 1), start, 0)[0]
-        if not torch.allclose(found[row, start:], expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
-            return False
-    return True
+    pairs = [(found[row, start:], read(slice(row, row + 1), start, 0)[0]) for row, start in ((0, 0), (1, padding))]
+    return all(torch.allclose(a, b, rtol=0, atol=TOLERANCE * float(b.abs().max())) for a, b in pairs)
 
 
 def _small_copy(net: nn.Module, dtype: torch.dtype) -> Any:

@@ -108,10 +108,8 @@ class Request:
             raise ValueError(f"{found}: shorten one, or pass restrict_to_max_seq_len=False to {how}")
         self.eos_tokens = config.check_eos_token(self.eos_token).to(device)
         if self.compile and not can_cache:
-            remedy = (
-                "leave out compile, this model cannot use the cache" if self.cache_kv else "leave out cache_kv=False"
-            )
-            raise ValueError(f"compile=True needs the key-value cache: {remedy}")
+            remedy = "compile, this model cannot use the cache" if self.cache_kv else "cache_kv=False"
+            raise ValueError(f"compile=True needs the key-value cache: leave out {remedy}")
         self.cache_kv = can_cache
 
     def process(self, ids: Tensor, logits: Tensor) -> Tensor:

@@ -128,8 +128,7 @@ def compare(
         raise ValueError(f"tolerance={tolerance} must be 0 (bitwise) or more, or None for what rounding explains")
     models = _module(first), _module(second)
     given = (inputs, kwargs or {}) if inputs or kwargs is not None else _draw(*models)
-    renames = _renames(*models)
-    sides = list(zip(models, renames, strict=True))
+    sides = list(zip(models, _renames(*models), strict=True))
     found = [_static(model, rename, bitwise=tolerance == 0) for model, rename in sides]
     judge = partial(_judge, absolute=tolerance or 0.0, share=_rounding(models) if tolerance is None else 0.0)
     parameters = judge("parameters", *found)

@@ -34,10 +34,11 @@ def model_card(
     Raises:
         TypeError: If an override in `config` has no JSON form.
     """
-    results = _results(config, (training or {}).get("data"), metrics or {})
+    task = "image-to-text" if config.cross_attend else "text-generation"
+    results = _results(task, (training or {}).get("data"), metrics or {})
     metadata = ModelCardData(
         library_name="palme_xt",
-        pipeline_tag=_task(config),
+        pipeline_tag=task,
         tags=["palme", "x-transformers", *(["image-captioning"] if config.cross_attend else [])],
         model_name="PalmE" if results else None,
         eval_results=results or None,
@@ -47,17 +48,13 @@ def model_card(
     return f"{card}\n"
 
 
-def _task(config: PalmEConfig) -> str:
-    return "image-to-text" if config.cross_attend else "text-generation"
-
-
-def _results(config: PalmEConfig, data: object, metrics: Mapping[str, Any]) -> list[EvalResult]:
+def _results(task: str, data: object, metrics: Mapping[str, Any]) -> list[EvalResult]:
     """Return the metrics for the metadata, which requires a data set for each of them."""
     name = _one_line(data)
     # The hub turns the type into a link, and rejects a type that cannot be the name of a data set there.
     on_the_hub = re.fullmatch(r"hf:((?:[\w-][\w.-]*/)?[\w-][\w.-]*)(?::.*)?", name, re.ASCII)
     return [
-        EvalResult(_task(config), on_the_hub[1] if on_the_hub else "custom", name, metric, value)
+        EvalResult(task, on_the_hub[1] if on_the_hub else "custom", name, metric, value)
         for metric, value in metrics.items()
         if data is not None and isinstance(value, float) and math.isfinite(value)
     ]

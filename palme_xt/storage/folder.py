@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from palme_xt.config import PalmEConfig
+from palme_xt.external import name_encoder
 from palme_xt.model import Encoder, PalmE
 from palme_xt.storage.atomic import replace_files
-from palme_xt.wiring import name_encoder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -34,6 +34,8 @@ TRAINING = "training"
 _OF_TRAINING = {"training.lock", "metrics.jsonl"}  # in the folder of a training run from its first step on
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
+PathLike = str | os.PathLike[str]
+Device = str | torch.device
 Model = TypeVar("Model", bound=PalmE)
 
 
@@ -41,7 +43,7 @@ class FolderError(ValueError):
     """Raised if a folder, or a repository on the hub, cannot be read or written as a model."""
 
 
-def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu", encoder: Encoder = "config") -> PalmE:
+def load(folder: PathLike, device: Device = "cpu", encoder: Encoder = "config") -> PalmE:
     """Return the model in `folder`, in eval mode.
 
     Args:
@@ -56,9 +58,7 @@ def load(folder: str | os.PathLike[str], device: str | torch.device = "cpu", enc
     return load_as(PalmE, folder, device, encoder)
 
 
-def load_as(
-    kind: type[Model], folder: str | os.PathLike[str], device: str | torch.device = "cpu", encoder: Encoder = "config"
-) -> Model:
+def load_as(kind: type[Model], folder: PathLike, device: Device = "cpu", encoder: Encoder = "config") -> Model:
     """Return the model in `folder`, as `load` does, as an instance of a subclass of `PalmE`."""
     config = read_config(folder)
     with _reading_arguments(folder, "does not describe the encoder"):
@@ -69,7 +69,7 @@ def load_as(
     return model.eval()
 
 
-def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def load_weights(model: nn.Module, folder: PathLike) -> None:
     """Load the weights in `folder` into a model, cast to the dtypes and moved to the devices of its own tensors.
 
     Raises:
@@ -79,10 +79,9 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     try:
         found = load_file(path)  # maps the file into memory: no copy other than the model's own
     except (SafetensorError, OSError) as error:
-        raise FolderError(
-            f"{path} holds no safetensors weights that can be read ({one_line(error)}): download or save it again; "
-            "other formats are not read, because reading a pickle can run code"
-        ) from error
+        unreadable = f"{path} holds no safetensors weights that can be read ({one_line(error)})"
+        remedy = "download or save it again; other formats are not read, because reading a pickle can run code"
+        raise FolderError(f"{unreadable}: {remedy}") from error
     expected = model.state_dict()
     wrong = []
     if missing := [name for name in expected if name not in found]:
@@ -98,23 +97,25 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     model.load_state_dict(found)
 
 
-def read_config(folder: str | os.PathLike[str]) -> PalmEConfig:
-    """Return the arguments in `config.json`, none of which may be missing except those with the default None.
+def read_config(folder: PathLike) -> PalmEConfig:
+    """Return the arguments in `config.json`, where the 17 arguments and the override dicts must not be missing.
+
+    Others came later, and leaving them out means the same as before.
 
     Raises:
         FolderError: As in `read_json`, and if an argument is missing, unknown or invalid.
     """
     values = read_json(folder)
     values.pop(TRAINING, None)
-    names = {argument.name: argument.default for argument in fields(PalmEConfig)}
-    missing = [name for name, default in names.items() if name not in values and default is not None]
+    arguments = {argument.name: not argument.kw_only for argument in fields(PalmEConfig)}
+    missing = [name for name, old in arguments.items() if name not in values and (old or name.endswith("_kwargs"))]
     with _reading_arguments(folder):
-        if missing and values.keys() <= names.keys():
+        if missing and values.keys() <= arguments.keys():
             raise ValueError(f"{', '.join(missing)} missing; defaults could build a different model than the saved one")
         return PalmEConfig.from_dict(values)
 
 
-def read_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_json(folder: PathLike) -> dict[str, Any]:
     """Return the content of `config.json`, including "training".
 
     Raises:
@@ -130,7 +131,7 @@ def read_json(folder: str | os.PathLike[str]) -> dict[str, Any]:
         return values
 
 
-def read_companions(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+def read_companions(folder: PathLike) -> dict[str, bytes]:
     """Return the content of those `COMPANIONS` that are in `folder`, by name.
 
     Raises:
@@ -145,7 +146,7 @@ def read_companions(folder: str | os.PathLike[str]) -> dict[str, bytes]:
 
 def save(
     model: PalmE,
-    folder: str | os.PathLike[str],
+    folder: PathLike,
     training: Mapping[str, Any] | None = None,
     companions: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
@@ -174,13 +175,11 @@ def save(
         # safetensors rejects tensors that share memory or are not contiguous.
         weights[name] = tensor.clone().contiguous() if memory in memories else tensor.contiguous()
         memories.add(memory)
-    writers: dict[str, Callable[[Path], object]]
     writers = {name: methodcaller("write_bytes", content) for name, content in contents.items()}
-    writers[WEIGHTS] = lambda path: save_file(weights, path, {"format": "pt"})
-    write_files(folder, writers)
+    write_files(folder, {**writers, WEIGHTS: lambda path: save_file(weights, path, {"format": "pt"})})
 
 
-def write_files(folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]]) -> None:
+def write_files(folder: PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write files as `replace_files` does, into a folder that is created if it does not exist.
 
     Raises:
@@ -204,10 +203,8 @@ def check_files(where: object, names: Collection[str], required: Collection[str]
             continue
         pickles = sorted(other for other in names if other.endswith(_PICKLES) and "/" not in other)
         if name == WEIGHTS and pickles:
-            raise FolderError(
-                f"{where} has its weights in {pickles[0]}, a pickle, and reading one can run code: only {WEIGHTS} is "
-                "read; convert the pickle if you trust it"
-            )
+            found = f"{where} has its weights in {pickles[0]}, a pickle, and reading one can run code"
+            raise FolderError(f"{found}: only {WEIGHTS} is read; convert the pickle if you trust it")
         if name == WEIGHTS and _OF_TRAINING & {*names}:
             raise FolderError(f"{where} has no weights yet: resume its training with `palme-xt train --resume {where}`")
         raise FolderError(f"{where} is not a run folder: it has no {name}; `palme-xt train` makes one")
@@ -220,7 +217,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _find(folder: str | os.PathLike[str], name: str) -> Path:
+def _find(folder: PathLike, name: str) -> Path:
     """Return the path of a file that a model folder must have."""
     path = Path(folder) / name
     if not Path(folder).is_dir():
@@ -232,9 +229,7 @@ def _find(folder: str | os.PathLike[str], name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _reading_arguments(
-    folder: str | os.PathLike[str], wrong: str = "does not hold a model's arguments"
-) -> Iterator[None]:
+def _reading_arguments(folder: PathLike, wrong: str = "does not hold a model's arguments") -> Iterator[None]:
     """Report any error as an error in `config.json`."""
     try:
         yield

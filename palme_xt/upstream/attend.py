@@ -9,7 +9,6 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from x_transformers import attend as upstream
-from x_transformers.x_transformers import Attention
 
 EXTRA = 8  # dimensions: CUDA's flash attention takes multiples of eight
 UNIT = 32.0  # of the biases there, so that 10**5 is finite in float16
@@ -93,15 +92,7 @@ def _with_bias_in_keys(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[T
         rest = rest - parts[-1]
     exact = torch.stack(parts, dim=-1)
     unit = torch.full_like(exact, UNIT)
-    of_queries, of_keys = (
-        torch.stack(pair, dim=-1).flatten(-2).expand(q.shape[0], -1, -1, -1) for pair in ((unit, -exact), (exact, unit))
-    )
+    pairs = ((unit, -exact), (exact, unit))
+    of_queries, of_keys = (torch.stack(pair, dim=-1).flatten(-2).expand(q.shape[0], -1, -1, -1) for pair in pairs)
     # Flash attention takes only values that are as wide as the keys.
     return torch.cat((of_queries, q), dim=-1), torch.cat((of_keys, k), dim=-1), F.pad(v, (0, EXTRA))
-
-
-def replace_attends(layers: nn.Module) -> None:
-    """Replace the attention core of each attention in `layers` with `Attend`."""
-    for attention in layers.modules():
-        if isinstance(attention, Attention):
-            attention.attend = Attend(attention.attend)

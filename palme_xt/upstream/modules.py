@@ -8,7 +8,7 @@ from torch import Tensor
 from x_transformers import x_transformers as upstream
 
 from palme_xt.upstream.alibi import AlibiPositionalBias
-from palme_xt.upstream.attend import replace_attends
+from palme_xt.upstream.attend import Attend
 from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
 from palme_xt.upstream.exact import Exact
 from palme_xt.upstream.rotary import RotaryEmbedding
@@ -71,11 +71,11 @@ class Decoder(Exact, CachedDecoder):
     def _alibi_arguments(self, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         # x-transformers 1.30 to 2.31.10 computes the bias in each layer, and masks a copy of it for each sample.
         # Padding has to be masked for each sample. Without padding, one causal bias serves all samples.
-        arguments: dict[str, Any] = {}
         causal = all(kwargs.get(name) is None for name in (*MASKS, "causal"))
         whole = causal and x.shape[1] > 1 and all(kwargs.get(name) is None for name in LONGER)
         if self._plain and whole and not self.exact and x.device.type != "mps":  # which has no float64
             return {"attn_bias": self.alibi.row(x.shape[1])}
+        masked = False  # whether later keys are masked in the bias
         if kwargs.get("pos") is not None:
             bias = self.alibi.forward_custom_pos(kwargs["pos"])
         else:
@@ -84,17 +84,17 @@ class Decoder(Exact, CachedDecoder):
             if cache is not None:
                 past += cache.cache_length
                 i = min(i, kwargs.get("cache_age", 1) or i)
-            if self._flash and i > 1 and causal:
-                bias = self.alibi.causal(i, past + i)
-                arguments["causal"] = False
-            else:
-                bias = self.alibi(i, past + i)
-        return {"attn_bias": F.pad(bias, (self._num_mem_kv, 0)), **arguments}
+            masked = self._flash and i > 1 and causal
+            bias = self.alibi.causal(i, past + i) if masked else self.alibi(i, past + i)
+        bias = F.pad(bias, (self._num_mem_kv, 0))
+        return {"attn_bias": bias, "causal": False} if masked else {"attn_bias": bias}
 
 
 def _replace_modules(layers: Any, kwargs: dict[str, Any]) -> None:
     """Replace the modules of an encoder or a decoder, which was built with `kwargs`, by those with the workarounds."""
-    replace_attends(layers)
+    for module in layers.modules():
+        if isinstance(module, upstream.Attention):
+            module.attend = Attend(module.attend)
     if layers.rotary_pos_emb is not None:
         layers.rotary_pos_emb = RotaryEmbedding(layers.rotary_pos_emb)
     if isinstance(layers.rel_pos, upstream.AlibiPositionalBias):

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from x_transformers import x_transformers as upstream
 
-ACTIVATIONS = ("gelu_tanh", "quick_gelu", "relu")
 BIASED = ("to_q", "to_k", "to_v", "to_out", "to_logits")
 NORMS = ("LayerNorm", "RMSNorm")
 
@@ -23,9 +22,12 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def activation(name: str) -> nn.Module:
-    """Return a new activation, for upstream's `ff_custom_activation`."""
-    return {"gelu_tanh": nn.GELU("tanh"), "quick_gelu": QuickGELU(), "relu": nn.ReLU()}[name]
+# What makes a new one, for upstream's `ff_custom_activation`.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+}
 
 
 def check_torch_layers(given: Any) -> None:
@@ -37,10 +39,7 @@ def check_torch_layers(given: Any) -> None:
     rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "norm": (f"must be one of {', '.join(NORMS)}", lambda value: value in NORMS),
         "eps": ("must be a positive number", lambda value: isinstance(value, int | float) and value > 0),
-        "bias": (
-            f"must hold only {', '.join(BIASED)}",
-            lambda value: isinstance(value, tuple) and {*value} <= {*BIASED},
-        ),
+        "bias": (f"must hold only {', '.join(BIASED)}", lambda value: type(value) is tuple and {*value} <= {*BIASED}),
         "activation": (f"must be one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS),
         "patch_norm": ("must be True or False", lambda value: isinstance(value, bool)),
     }
