@@ -1,10 +1,12 @@
-"""Time importing the package and constructing a model, and compare with upstream."""
+"""Time importing the package, constructing a model and compiling its step, and compare with upstream."""
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 from benchmarks.hand_wired import HandWired
@@ -17,6 +19,23 @@ COLUMNS = ("what", "contestant", "seconds", "relative to upstream")
 ROUNDS = 25  # half a second each, on a machine whose speed varies by a tenth
 IMPORT = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
 STATEMENTS = {"x_transformers": "import x_transformers", "palme_xt": "from palme_xt import PalmE"}
+
+# The step is compiled for the third token: the first reads the prompt, and a length of 1 is not compiled.
+COMPILE = """
+import time, torch
+from palme_xt import PalmE
+model, img, start = PalmE(), torch.randn(1, 3, 256, 256), torch.zeros(1, 1, dtype=torch.long)
+t = time.perf_counter()
+model.generate(img, start, 3, temperature=0.0, compile=True)
+print(time.perf_counter() - t)
+"""
+
+
+def compile_seconds(cache: str) -> float:
+    """Return the time to the first compiled token in a new process, in seconds, with a folder for torch's cache."""
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE]
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
 
 
 def import_seconds(package: str) -> float:
@@ -39,4 +58,9 @@ def main() -> None:
         upstream = next(iter(middles.values()))
         for name, middle in middles.items():
             report.row(what, name, f"{middle:.2f}", f"{middle / upstream:.3f}")
+    with tempfile.TemporaryDirectory() as cache:
+        for state in "empty", "full":
+            report.row(
+                f"first token, `compile=True`, cache on disk {state}", OURS, f"{compile_seconds(cache):.1f}", "-"
+            )
     report.end()

@@ -28,8 +28,11 @@ def _matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 @functools.cache
 def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, Cached]]:
+    # torch 2.9 to 2.15: with `dynamic=True`, the scales of the modules are inputs of the graph, at first, and the step
+    # is traced a second time to make them constants. There is no public setting.
+    traced_once: Callable[[Any], Any] = torch._dynamo.config.patch(specialize_float=True)
     if not one_row_on_cpu:
-        return torch.compile(_step, fullgraph=True, dynamic=True)
+        return traced_once(torch.compile(_step, fullgraph=True, dynamic=True))  # type: ignore[no-any-return]
     from torch._inductor.custom_graph_pass import CustomGraphPass  # imported here, because it takes a while
 
     class MatrixVector(CustomGraphPass):
@@ -47,7 +50,7 @@ def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, Cached]]:
     # Otherwise, the normalised input row would be computed again for each row of the weight.
     realize = dict.fromkeys(("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold"), 1)
     options: dict[str, Any] = {"pre_grad_custom_pass": MatrixVector(), **realize}
-    return torch.compile(_step, fullgraph=True, dynamic=True, options=options)
+    return traced_once(torch.compile(_step, fullgraph=True, dynamic=True, options=options))  # type: ignore[no-any-return]
 
 
 def compiled_step(net: Any, tokens: Tensor, cache: Any, inputs: Inputs) -> tuple[Tensor, LayerIntermediates]:

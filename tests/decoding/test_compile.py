@@ -47,7 +47,9 @@ def test_decoding_compiles_at_most_thrice_for_ten_lengths() -> None:
     torch._dynamo.reset()
     counters.clear()
     model = small()
-    step = torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
+    step = torch._dynamo.config.patch(specialize_float=True)(
+        torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
+    )
     with mock.patch.object(compiled_step, "_compiled", return_value=step):
         for b in 3, 1:
             for n in LENGTHS:
@@ -56,6 +58,22 @@ def test_decoding_compiles_at_most_thrice_for_ten_lengths() -> None:
                 eager = model.generate(img, prompts, 5, **kwargs)
                 assert torch.equal(model.generate(img, prompts, 5, compile=True, **kwargs), eager)
     assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.slow
+def test_torch_still_traces_twice_unless_floats_are_constants() -> None:
+    model = small()
+    img, prompts = batch(model, b=2, n=4)
+    captured = {}
+    for constant in True, False:
+        torch._dynamo.reset()
+        counters.clear()
+        step = torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
+        step = torch._dynamo.config.patch(specialize_float=constant)(step)
+        with mock.patch.object(compiled_step, "_compiled", return_value=step):
+            model.generate(img, prompts, 3, compile=True)
+        captured[constant] = counters["stats"]["calls_captured"]
+    assert 0 < 1.9 * captured[True] < captured[False]
 
 
 @pytest.mark.slow
