@@ -73,7 +73,8 @@ class Decoder(Exact, CachedDecoder):
         # Padding has to be masked for each sample. Without padding, one causal bias serves all samples.
         causal = all(kwargs.get(name) is None for name in (*MASKS, "causal"))
         whole = causal and x.shape[1] > 1 and all(kwargs.get(name) is None for name in LONGER)
-        if self._plain and whole and not self.exact and x.device.type != "mps":  # which has no float64
+        lacking = x.device.type in ("meta", "mps")  # the first has no autocast, the second no float64
+        if self._plain and whole and not self.exact and not lacking:
             return {"attn_bias": self.alibi.row(x.shape[1])}
         masked = False  # whether later keys are masked in the bias
         if kwargs.get("pos") is not None:
