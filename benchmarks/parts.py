@@ -86,8 +86,9 @@ def draw(curves: Mapping[str, list[tuple[float, float]]], name: str) -> None:
 def compare(models: Path, folder: Path) -> None:
     report = Report("parts", "Pretrained parts", COLUMNS, ["accelerate", "datasets", "sacrebleu"])
     (models / "dinov2" / "preprocessor_config.json").write_text(json.dumps(NORMALISATION))
-    for name, prepare in {"stamps": stamps.prepare, "emoji": emoji.prepare}.items():
-        prepare(folder / name)
+    stamps.prepare(folder / "stamps")
+    emoji.prepare(folder / "emoji")
+    for name in EVALUATIONS:
         curves: dict[str, list[tuple[float, float]]] = {}
         for number, (contestant, (options, steps)) in enumerate(CONTESTANTS.items()):
             run = folder / f"{name}-{number}"

@@ -74,7 +74,7 @@ def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]
         return read_config(named["from"]).to_dict() | NAMES_OF_TOKENS
     model = default_model(named.get("data", Data.data)).to_dict()
     sizes = {"max_seq_len": model["max_seq_len"]}
-    model |= parts.described(sizes | named) | NAMES_OF_TOKENS
+    model |= {**parts.described({**sizes, **named}), **NAMES_OF_TOKENS}
     if "tokenizer" not in named or described:
         return model
     tokenizer = load_tokenizer(named["tokenizer"], named.get("bos_token"), named.get("eos_token"))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from palme_xt.captioner import drawing, images
 from palme_xt.captioner.data.batches import Batch, DataError, Defect, Example, Share, load_batches
-from palme_xt.captioner.options import PARTS, Data, Training
+from palme_xt.captioner.options import Data, Training
 from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training import checkpoint, distributed
@@ -98,8 +98,8 @@ class _Trainer:
         self.skipped: list[Defect] = []  # since the last checkpoint, by this process
         resumable = resume and (run.folder / checkpoint.CHECKPOINT).is_file()
         # What the run began with may be gone when it is resumed.
-        begun = dict.fromkeys(("start", *PARTS)) if resumable else {}
-        self.state = checkpoint.initial_state(accelerator, task.config, replace(task.training, **begun))
+        new = task.training if not resumable else replace(task.training, start=None, encoder=None, decoder=None)
+        self.state = checkpoint.initial_state(accelerator, task.config, new)
         self.best = Evaluation.saved(run) if resume else None
         if resume:
             checkpoint.load(run, self.state)
