@@ -101,8 +101,10 @@ def _describe(source: Source, part: str, size: int | None) -> dict[str, Any]:
 
 
 def _load(source: Source, part: str, size: int | None, dtype: torch.dtype) -> Any:
-    arguments, checkpoint = _describe(source, part, size), Checkpoint(source.open(), size)
+    arguments = _describe(source, part, size)
+    checkpoint = Checkpoint(source.open(), max_seq_len=size if part == "decoder" else None)
     with naming(source.name):
         module = checkpoint.load(part, arguments | {"cross_attend": False}, dtype)
-    getattr(module, ARGUMENTS)["cross_attend"] = True
+    if part == "decoder":
+        getattr(module, ARGUMENTS)["cross_attend"] = True
     return module

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from palme_xt.config import PalmEConfig
 from palme_xt.pretrained.families import FAMILIES
-from palme_xt.pretrained.tensors import Tensors, naming, readers
+from palme_xt.pretrained.tensors import Tensors, naming
 from palme_xt.upstream.loss import AutoregressiveWrapper
 
 # arguments: where `args` has each argument of `PalmEConfig`; always: arguments that are the same for all models;
@@ -41,9 +41,10 @@ def load_decoder(weights: Mapping[str, Tensor], args: Any) -> AutoregressiveWrap
         given = f"weights is a {type(weights).__name__}, must be a state dict"
         raise TypeError(f"{given}: read the file with torch.load(path, map_location='cpu', weights_only=True)")
     arguments = _arguments(args if isinstance(args, Mapping) else getattr(args, "__dict__", {}))
-    found = {name.removeprefix("decoder."): t for name, t in weights.items() if name.startswith(("decoder.", "net."))}
+    own = [name for name in weights if name.startswith(("decoder.", "net."))]
+    readers = {name.removeprefix("decoder."): weights[name].detach for name in own}
     with naming("weights, with these args,"):
-        return _OldTensors(readers(found)).load("decoder", arguments)  # type: ignore[no-any-return]
+        return _OldTensors(readers).load("decoder", arguments)  # type: ignore[no-any-return]
 
 
 class _OldTensors(Tensors):

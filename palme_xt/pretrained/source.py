@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from palme_xt.pretrained.tensors import Readers, readers
+from palme_xt.pretrained.tensors import Readers
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -40,7 +40,7 @@ def open_source(source: Any) -> Source:
     """
     if hasattr(source, "state_dict") and hasattr(getattr(source, "config", None), "to_dict"):
         name = getattr(source.config, "_name_or_path", "") or type(source).__name__
-        return Source(name, source.config.to_dict(), lambda: readers(source.state_dict()))
+        return Source(name, source.config.to_dict(), lambda: {k: t.detach for k, t in source.state_dict().items()})
     if not isinstance(source, str | os.PathLike):
         kind = type(source).__name__
         raise TypeError(f"source must be a folder, a name on the hub, or a model of transformers, not {kind}")

@@ -13,14 +13,9 @@ from palme_xt.config import PalmEConfig
 from palme_xt.wiring import DECODER, ENCODER, build
 
 # `PalmE.from_modules` reads the others from the module, whose vocabulary may have grown by then.
-_STATED = ("torch_layers", "bos_token", "eos_token", "sources", "cross_attend")
+_STATED = ("torch_layers", "bos_token", "eos_token", "sources")
 
 Readers = Mapping[str, Callable[[], Tensor]]
-
-
-def readers(tensors: Mapping[str, Tensor]) -> Readers:
-    """Return tensors that are in memory as `Tensors` takes them."""
-    return {name: tensor.detach for name, tensor in tensors.items()}
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class Checkpoint(Tensors):
 
     Args:
         readers: For the name of each tensor, a function that returns it.
-        max_seq_len: How many positions of a text are read. None means all.
+        max_seq_len: How many positions of a text are kept. None keeps all.
     """
 
     unused = "|".join(FAMILIES["unused"])

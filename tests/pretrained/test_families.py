@@ -63,6 +63,8 @@ def test_the_description_is_the_config_of_the_model(a: str, b: str, tmp_path: Pa
     for kind in a, b:
         tiny(kind).save_pretrained(tmp_path / kind)
     loaded = load_encoder(tmp_path / a, image_size=24), load_decoder(tmp_path / b, max_seq_len=10)
+    # With a decoder of another origin, an encoder does not ask for cross-attention.
+    assert ["cross_attend" in module.palme_arguments for module in loaded] == [False, True]
     for kind in a, b:
         (tmp_path / kind / "model.safetensors").unlink()
     encoder, decoder = describe_encoder(tmp_path / a, 24), describe_decoder(tmp_path / b, 10)
