@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import Report
-from palme_xt import PalmE, PalmEConfig
+from palme_xt import PalmE
 from palme_xt.pretrained.latex_ocr import load_decoder
-from palme_xt.wiring import ENCODER, build
 
 COLUMNS = (
     "images",
@@ -114,24 +113,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         packages = install(Path(name))
         recorded = record(Path(name))
-        args, encoder = recorded["args"], load_encoder(packages, recorded)
-        decoder = load_decoder(recorded["weights"], args).eval()
-        placeholder = build(ENCODER, PalmEConfig(32, 32, args["dim"], 1, 1))
-        model = PalmE.from_modules(placeholder, decoder).eval()
+        decoder = load_decoder(recorded["weights"], recorded["args"])
+        model = PalmE.from_modules(load_encoder(packages, recorded), decoder).eval()
         for batch in recorded["batches"]:
-            report.row(len(batch["img"]), *compare(model, encoder, batch))
+            report.row(len(batch["img"]), *compare(model, batch))
     report.end()
 
 
 @torch.no_grad()
-def compare(model: PalmE, encoder: Any, batch: dict[str, Any]) -> list[str]:
+def compare(model: PalmE, batch: dict[str, Any]) -> list[str]:
     """Return the cells of a row."""
     logits: Tensor = model.decoder.net(batch["text"], context=batch["context"])
     model.generate(None, context=batch["context"], seq_len=2)  # the first call finds out whether the cache is right
     started = time.perf_counter()
     tokens = model.generate(None, context=batch["context"], seq_len=SEQ_LEN, temperature=0, eos_token=[])
     seconds = (time.perf_counter() - started) / tokens.shape[1]
-    whole = model.generate(None, context=encoder(batch["img"]), seq_len=SEQ_LEN, temperature=0, eos_token=[])
+    whole = model.generate(batch["img"], seq_len=SEQ_LEN, temperature=0, eos_token=[])
     equal = [f"{int((found == batch['tokens']).sum())} of {found.numel()}" for found in (tokens, whole)]
     difference = f"{(logits - batch['logits']).abs().max():.1e} ({logits.abs().max():.0f})"
     return [difference, *equal, f"{batch['seconds'] * 1e3:.1f}", f"{seconds * 1e3:.1f}"]

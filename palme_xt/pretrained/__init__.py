@@ -7,24 +7,18 @@
 transformers is not imported. README.md lists the families.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 
 from palme_xt.adoption import ARGUMENTS
-from palme_xt.config import PalmEConfig
 from palme_xt.pretrained.families import decoder_arguments, encoder_arguments
 from palme_xt.pretrained.source import Source, open_source
-from palme_xt.pretrained.tensors import Checkpoint, translate
-from palme_xt.wiring import DECODER, ENCODER, build
+from palme_xt.pretrained.tensors import naming
+from palme_xt.pretrained.translation import Checkpoint
 
 __all__ = ["describe_decoder", "describe_encoder", "load_decoder", "load_encoder"]
-
-_STATED = ("torch_layers", "bos_token", "eos_token")  # and overrides; `PalmE.from_modules` reads the sizes
 
 
 def load_encoder(
@@ -49,8 +43,7 @@ def load_encoder(
         TypeError: If `source` is something else.
         ValueError: If `source` cannot be read, or has anything that is not supported. The message names it.
     """
-    opened = open_source(source)
-    return _load(opened, "encoder", lambda: encoder_arguments(opened.config, image_size), dtype)
+    return _load(open_source(source), "encoder", image_size, dtype)
 
 
 def load_decoder(
@@ -63,6 +56,8 @@ def load_decoder(
     Args:
         source: A folder with Hugging Face's `config.json` and safetensors, "user/name" on the hub, or a model of
             transformers, which stays as it is.
+        max_seq_len: Length in tokens of the longest text. Defaults to that of `source`, and must not be above it. Of a
+            table of positions, the first ones are kept.
         dtype: Of the parameters.
 
     Returns:
@@ -73,42 +68,43 @@ def load_decoder(
         TypeError: If `source` is something else.
         ValueError: If `source` cannot be read, or has anything that is not supported. The message names it.
     """
-    opened = open_source(source)
-    module = _load(
-        opened,
-        "decoder",
-        lambda: decoder_arguments(opened.config) | ({"max_seq_len": max_seq_len} if max_seq_len else {}),
-        dtype,
-    )
-    getattr(module, ARGUMENTS)["cross_attend"] = True
-    return module
-
-
-def _load(opened: Source, part: str, describe: Callable[[], dict[str, Any]], dtype: torch.dtype) -> Any:
-    """Return a module with weights, or raise an error that begins with the name of the source."""
-    try:
-        arguments = describe()
-        config = PalmEConfig(**arguments | {"cross_attend": False})
-        with torch.device("meta"):
-            module = build({"encoder": ENCODER, "decoder": DECODER}[part], config)
-        found = translate(module.state_dict(), Checkpoint(opened.names, opened.read), part, config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{opened.name} cannot be loaded: {error}") from error
-    buffers = dict(module.named_buffers())  # of the rotary positions, which stay in float32
-    for name, tensor in found.items():
-        found[name] = tensor.to(torch.float32 if name in buffers else dtype, copy=True).contiguous()
-    module.load_state_dict(found, assign=True)
-    stated = {name: value for name, value in arguments.items() if name.endswith("_kwargs") or name in _STATED}
-    setattr(module, ARGUMENTS, stated | {"sources": {part: opened.name}})
-    return module.eval()
+    return _load(open_source(source), "decoder", max_seq_len, dtype)
 
 
 def describe_encoder(source: Any, image_size: int | None = None) -> dict[str, Any]:
-    opened = open_source(source)
-    return encoder_arguments(opened.config, image_size) | {"sources": {"encoder": opened.name}}
+    """Return the arguments of `PalmEConfig` that describe `load_encoder(source, image_size=image_size)`.
+
+    Of a folder or a repository, `config.json` alone is read. With the arguments of a decoder, in which "torch_layers"
+    and "sources" are merged, they are those of `PalmE.from_modules(load_encoder(...), load_decoder(...))`.
+
+    Raises:
+        ModuleNotFoundError, TypeError, ValueError: As in `load_encoder`, except for errors in weights.
+    """
+    return _describe(open_source(source), "encoder", image_size)
 
 
 def describe_decoder(source: Any, max_seq_len: int | None = None) -> dict[str, Any]:
-    opened = open_source(source)
-    found = decoder_arguments(opened.config) | {"sources": {"decoder": opened.name}}
-    return found | ({"max_seq_len": max_seq_len} if max_seq_len else {})
+    """Return the arguments of `PalmEConfig` that describe `load_decoder(source, max_seq_len=max_seq_len)`.
+
+    Of a folder or a repository, `config.json` alone is read. See `describe_encoder`.
+
+    Raises:
+        ModuleNotFoundError, TypeError, ValueError: As in `load_decoder`, except for errors in weights.
+    """
+    return _describe(open_source(source), "decoder", max_seq_len)
+
+
+def _describe(source: Source, part: str, size: int | None) -> dict[str, Any]:
+    with naming(source.name):
+        arguments = {"encoder": encoder_arguments, "decoder": decoder_arguments}[part](source.config, size)
+    return arguments | {"sources": {part: source.name}}
+
+
+def _load(source: Source, part: str, size: int | None, dtype: torch.dtype) -> Any:
+    arguments = _describe(source, part, size)
+    checkpoint = Checkpoint(source.open(), max_seq_len=size if part == "decoder" else None)
+    with naming(source.name):
+        module = checkpoint.load(part, arguments | {"cross_attend": False}, dtype)
+    if part == "decoder":
+        getattr(module, ARGUMENTS)["cross_attend"] = True
+    return module

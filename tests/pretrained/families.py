@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 ENCODERS = ("vit", "clip", "siglip", "dinov2", "dinov2_with_registers")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-_ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
+ACTIVATIONS = ["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu"]
 
 
 @st.composite
@@ -29,7 +29,7 @@ def encoders(draw: st.DrawFn, family: str) -> Any:
         "image_size": patch * draw(st.integers(1, 3))
         + draw(st.integers(0, patch - 1)) * (family in ("clip", "siglip")),
         "num_channels": draw(st.sampled_from([1, 3])),
-        "hidden_act": draw(st.sampled_from(_ACTIVATIONS)),
+        "hidden_act": draw(st.sampled_from(ACTIVATIONS)),
         "layer_norm_eps": draw(st.sampled_from([1e-12, 1e-6, 1e-5, 1e-3])),
     }
     if family.startswith("dinov2"):
@@ -62,7 +62,7 @@ def decoders(draw: st.DrawFn, family: str) -> Any:
     dim = heads * draw(st.sampled_from([6, 8, 10]))
     tokens = {f"{name}_token_id": draw(st.sampled_from([None, 1, 5])) for name in ("bos", "eos", "pad")}
     common = {"vocab_size": draw(st.integers(20, 40)), **tokens}
-    layers, activation = draw(st.integers(2, 3)), draw(st.sampled_from(_ACTIVATIONS))
+    layers, activation = draw(st.integers(2, 3)), draw(st.sampled_from(ACTIVATIONS))
     eps, tied = draw(st.sampled_from([1e-6, 1e-5, 1e-2])), draw(st.booleans())
     if family == "gpt2":
         config = transformers.GPT2Config(

@@ -15,7 +15,9 @@ from palme_xt.pretrained.latex_ocr import load_decoder
 from palme_xt.wiring import ENCODER, build
 
 CASES = ("config", "plain", "rel_pos")
-each_case = pytest.mark.parametrize("case", CASES)
+each_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case != "config")) for case in CASES]
+)
 
 
 def golden(case: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
@@ -51,6 +53,7 @@ def test_logits_and_loss_are_those_of_the_old_release(case: str) -> None:
         assert (logits(args, other, tensors) - tensors["logits"]).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @each_case
 def test_each_tensor_counts(case: str) -> None:
     args, weights, tensors = golden(case)
@@ -100,7 +103,6 @@ class Convolution(nn.Module):
         return self.embed(img).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="PalmE takes no encoder of another class yet")
 def test_any_encoder_with_the_decoder_of_latex_ocr() -> None:
     args, weights, _ = golden("config")
     encoder, img = Convolution(args["dim"]), torch.randn(2, 1, 16, 40)
@@ -131,15 +133,19 @@ LAST = "net.attn_layers.layers.5.1.net.2.bias"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"decoder.{LAST}": None}, rf"weights has no '{LAST}', nor 'decoder\.{LAST}', which a decoder of these args"),
-        ({"decoder.net.extra": torch.ones(1)}, r"weights has 'net\.extra', which a decoder of these args has not"),
-        ({f"decoder.{LAST}": torch.ones(3)}, rf"weights\['{LAST}'\] has shape \(3,\), must be \(16,\) for these args"),
+        ({f"decoder.{LAST}": None}, rf"a tensor is missing: {LAST}"),
+        ({"decoder.net.extra": torch.ones(1)}, r"1 tensors are not supported, such as 'net\.extra'"),
+        (
+            {f"decoder.{LAST}": torch.ones(3)},
+            rf"the shape of '{LAST}' is \(3,\): 'net\..*\.ff\.2\.bias' must be \(16,\)",
+        ),
+        ({f"decoder.{LAST}": torch.ones(16).int()}, rf"tensor '{LAST}' has dtype torch.int32, which is not supported"),
     ],
 )
 def test_weights_that_do_not_fit(change: dict[str, Any], message: str) -> None:
     args, weights, _ = golden("config")
     changed = {name: tensor for name, tensor in {**weights, **change}.items() if tensor is not None}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"weights, with these args, cannot be loaded: {message}"):
         load_decoder(changed, args)
 
 
@@ -186,7 +192,7 @@ def test_arguments_that_are_no_configuration() -> None:
 def test_decoder_args_of_another_decoder() -> None:
     args, weights, _ = golden("config")
     without = args["decoder_args"] | {"cross_attend": False}
-    with pytest.raises(ValueError, match=r"weights has no 'net\.attn_layers\.layers\.1\.1\.net\.0\.proj\.weight', nor"):
+    with pytest.raises(ValueError, match=r"a tensor is missing: net\.attn_layers\.layers\.1\.1\.net\.0\.proj\.weight"):
         load_decoder(weights, args | {"decoder_args": without})
-    with pytest.raises(ValueError, match=r"to_q\.weight'\] has shape \(16, 16\), must be \(128, 16\) for these args"):
+    with pytest.raises(ValueError, match=r"to_q\.weight' is \(16, 16\): '.*to_q\.weight' must be \(128, 16\)"):
         load_decoder(weights, args | {"decoder_args": None})

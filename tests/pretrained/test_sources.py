@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from palme_xt.pretrained import load_decoder, load_encoder
-from palme_xt.pretrained.families import DECODERS, ENCODERS
+from palme_xt.pretrained.families import FAMILIES
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -24,6 +24,12 @@ def llama(**config: Any) -> Any:
     torch.manual_seed(0)
     config = SIZES | {"intermediate_size": 24, "vocab_size": 20, "max_position_embeddings": 32} | config
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=20)
+    return transformers.GPT2LMHeadModel(config).eval()
 
 
 def dinov2() -> Any:
@@ -82,12 +88,10 @@ def test_special_tokens_come_along() -> None:
 
 
 def test_the_defaults_are_those_of_transformers() -> None:
-    for kind, defaults in (ENCODERS | DECODERS).items():
+    for kind, defaults in (FAMILIES["encoder"] | FAMILIES["decoder"]).items():
         config = transformers.AutoConfig.for_model(kind).to_dict()
-        for name, value in defaults.items():
-            if name != "qkv_bias" or name in config:  # CLIP and SigLIP always have these
-                assert name in config or kind.startswith("dinov2"), (kind, name)
-                assert config.get(name, value) == value, (kind, name)
+        for name, value in defaults["defaults"].items():
+            assert config[name] == value, (kind, name)
 
 
 def test_a_rope_of_the_releases_before_5() -> None:
@@ -108,7 +112,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ({}, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ({}, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({}, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1"),
-        ({}, {"sliding_window": 8}, "sliding_window=8 below max_position_embeddings=32 is not supported"),
+        ({}, {"sliding_window": 8}, "sliding_window=8 is not supported for .* 32 tokens: .* pass max_seq_len=8"),
         ({}, {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported, only None"),
         ({}, {"hidden_act": "xielu"}, "hidden_act='xielu' is not supported: use one of gelu, silu"),
         ({Q: None}, {}, r"a tensor is missing: layer 1, .*self_attn.q_proj.weight"),
@@ -131,6 +135,26 @@ def test_what_is_not_supported_is_named(
 def test_a_window_that_is_longer_than_all_texts_is_none() -> None:
     assert load_decoder(Changed(llama(), sliding_window=32)).net.max_seq_len == 32
     assert load_decoder(Changed(llama(), sliding_window=8, use_sliding_window=False)).net.max_seq_len == 32
+    assert load_decoder(Changed(llama(), sliding_window=8), max_seq_len=8).net.max_seq_len == 8
+    with pytest.raises(ValueError, match=r"sliding_window=8 is not supported for .* 9 tokens"):
+        load_decoder(Changed(llama(), sliding_window=8), max_seq_len=9)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_texts_can_be_shorter(make: Callable[[], Any]) -> None:
+    model, text = make(), torch.arange(6)[None]
+    whole, short = load_decoder(model), load_decoder(model, max_seq_len=6)
+    assert (whole.net.max_seq_len, short.net.max_seq_len) == (32, 6)
+    assert torch.equal(short.net(text), whole.net(text))
+    assert not torch.equal(short.net(text), short.net(text.flip(1)))
+    for wrong, message in (33, "must be at most its max_position_embeddings=32"), (0, "must be a positive int"):
+        with pytest.raises(ValueError, match=f"max_seq_len={wrong} {message}"):
+            load_decoder(model, max_seq_len=wrong)
+    if model.config.model_type == "gpt2":
+        assert short.net.pos_emb.emb.weight.shape == (6, 16)
+        longer = Changed(model, {"transformer.wpe.weight": torch.zeros(40, 16)})
+        with pytest.raises(ValueError, match=r"the shape of 'transformer.wpe.weight' is \(40, 16\)"):
+            load_decoder(longer)
 
 
 def test_an_encoder_is_no_decoder(tmp_path: Path) -> None:
@@ -176,8 +200,7 @@ def test_packages_that_are_not_installed(package: str, tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, package, None)
     source: Any = "user/name"
     if package == "safetensors":
-        (tmp_path / "config.json").write_text("{}")
-        (tmp_path / "model.safetensors").write_bytes(b"")
+        llama().config.save_pretrained(tmp_path)
         source = tmp_path
     with pytest.raises(ModuleNotFoundError, match=rf"{package} is not installed: pip install 'palme-xt\[train\]'"):
         load_decoder(source)
