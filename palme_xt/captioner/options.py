@@ -143,8 +143,8 @@ class Training:
             another one.
         decoder: Pretrained language model to begin with, in the same form. It determines the arguments of the decoder
             except `max_seq_len`, and the tokenizer unless `tokenizer` is given. Cross-attention is inserted into it.
-        freeze: The parts that are not trained: `encoder`, `decoder`, or `encoder,decoder`. Cross-attention is trained in
-            any case. Without `augment`, the embeddings of a frozen encoder are computed once for each image, and up to
+        freeze: The parts that are not trained: `encoder`, `decoder`, or `encoder,decoder`. Cross-attention is always
+            trained. Without `augment`, the embeddings of a frozen encoder are computed once for each image, and up to
             4 GiB of them are kept in memory.
         lr_encoder: Peak learning rate of the encoder (default: `lr`).
         lr_decoder: Peak learning rate of the decoder without its cross-attention (default: `lr`).

@@ -1,4 +1,4 @@
-"""The parts of a model that are trained apart: begin with pretrained weights, freeze them, group them for the optimizer."""
+"""Begin with pretrained parts, freeze parts, and train them at learning rates of their own."""
 
 from __future__ import annotations
 
