@@ -46,7 +46,11 @@ def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:
     config = describe(encoder, decoder, **given | ({"cross_attend": False} if wanted else {}))
     difference = find_difference(config, encoder, decoder)
     if difference is None:
-        return insert_cross_attention(config, decoder) if wanted else (config, decoder)
+        if wanted:
+            arguments = getattr(decoder, ARGUMENTS, {})
+            config, decoder = insert_cross_attention(config, decoder)
+            setattr(decoder, ARGUMENTS, arguments)  # so that it can be adopted again
+        return config, decoder
     if wanted:
         found = f"cross_attend=True for a decoder without cross-attention, which cannot be rebuilt: {difference}"
         raise ValueError(f"{found}. State what cannot be read from it, for example decoder_kwargs={{...}}")

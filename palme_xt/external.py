@@ -1,4 +1,4 @@
-"""Encoders that a model is given, instead of building them from its config: name them, and read what they return."""
+"""Name an encoder that was given to a model, and read what it returns."""
 
 from collections.abc import Mapping
 from typing import Any

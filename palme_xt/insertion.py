@@ -15,10 +15,10 @@ _LAYERS = "net.attn_layers.layers."
 
 
 def insert_cross_attention(config: PalmEConfig, decoder: Any) -> tuple[PalmEConfig, Any]:
-    """Return a config with `cross_attend=True`, and a decoder of it with the weights of one without cross-attention.
+    """Return the config with `cross_attend=True`, and a copy of the decoder with new cross-attention.
 
     The output projections of the new layers are zero, so that the logits do not depend on the context at first, as in
-    Flamingo's gates (Alayrac et al. 2022, arXiv:2204.14198). That they are those of `decoder` is tried on a short text.
+    Flamingo's gates (Alayrac et al. 2022, arXiv:2204.14198). A short text is run through both to check this.
 
     Args:
         config: The config that describes `decoder`.
@@ -46,7 +46,8 @@ def insert_cross_attention(config: PalmEConfig, decoder: Any) -> tuple[PalmEConf
             elif isinstance(module, upstream.LayerScale):
                 nn.init.ones_(module.gamma)  # after a projection of zeros, a scale of zero would never learn
     if not _same_logits(wider, decoder, config.encoder_dim):
-        raise ValueError("cross_attend=True changes what the decoder computes: it must normalise before its layers")
+        rule = "it must normalise before its layers, add them to one plain residual stream, and have to_out"
+        raise ValueError(f"cross_attend=True changes what the decoder computes: {rule}")
     trained = {renamed(name): parameter.requires_grad for name, parameter in decoder.named_parameters()}
     for name, parameter in wider.named_parameters():
         parameter.requires_grad_(trained.get(name, True))

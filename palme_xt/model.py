@@ -85,6 +85,10 @@ class PalmE(nn.Module):
     def from_modules(cls, encoder: nn.Module | None, decoder: nn.Module, **arguments: Any) -> Self:
         """Return a model that consists of an encoder and a decoder that were wired by hand, unchanged.
 
+        The exception is a decoder without cross-attention: with `cross_attend=True`, which is the default for one that
+        `palme_xt.pretrained.load_decoder` returned, cross-attention is inserted into a copy of it, which at first
+        computes the same (`palme_xt.insertion`).
+
         `model.config` is read from the modules' attributes, and proven: a model built from it has the same parameters,
         and computes bitwise the same from the same weights (`palme_xt.adoption.find_difference` says how this is
         checked; it takes about as long as building the model). If it differs, a warning names the first difference.

@@ -161,6 +161,15 @@ def test_arguments_that_come_with_modules_count_as_given() -> None:
     assert PalmE.from_modules(encoder, decoder, cross_attend=False, eos_token=4).config.eos_token == 4
 
 
+def test_a_decoder_with_inserted_cross_attention_can_be_adopted_again() -> None:
+    description = config()
+    encoder, decoder = modules(description)
+    encoder.palme_arguments = {"torch_layers": {"encoder": LIKE_A_VIT}}
+    decoder.palme_arguments = {"torch_layers": {"decoder": LIKE_LLAMA}, "cross_attend": True}
+    model = PalmE.from_modules(encoder, decoder)
+    assert PalmE.from_modules(model.encoder, model.decoder).config == model.config
+
+
 def test_cross_attention_is_not_inserted_where_it_would_change_something() -> None:
     description = config(decoder_kwargs={"attn_dim_head": 8, "pre_norm": False})
     encoder, decoder = modules(description)

@@ -48,7 +48,8 @@ class RunOptions:
         run: New run folder (default: runs/NAME-DATE-TIME).
         resume: Run to resume from its last checkpoint, as if it had never stopped. No other options are allowed, except
             `data` if the data have moved, `device`, and `steps` and `patience` to train longer.
-        tokenizer: A `tokenizer.json` of the tokenizers library, or a repository on the hub (default: bytes).
+        tokenizer: A `tokenizer.json` of the tokenizers library, or a repository on the hub (default: that of `decoder`,
+            or bytes).
         bos_token: Token that begins a text (default: the tokenizer's usual one).
         eos_token: Token that ends a text (default: the tokenizer's usual one).
         device: Device to train on, such as `cpu` or `cuda:1`, in one process (default: what accelerate chooses).
@@ -145,7 +146,7 @@ class Training:
             except `max_seq_len`, and the tokenizer unless `tokenizer` is given. Cross-attention is inserted into it.
         freeze: The parts that are not trained: `encoder`, `decoder`, or `encoder,decoder`. Cross-attention is always
             trained. Without `augment`, the embeddings of a frozen encoder are computed once for each image, and up to
-            4 GiB of them are kept in memory.
+            4 GiB of them are kept in the memory of each process.
         lr_encoder: Peak learning rate of the encoder (default: `lr`).
         lr_decoder: Peak learning rate of the decoder without its cross-attention (default: `lr`).
         log_with: Tracker to log to in addition to `metrics.jsonl`: any that accelerate knows, such as `tensorboard` or

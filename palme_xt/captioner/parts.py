@@ -26,6 +26,7 @@ def described(options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: If a part cannot be loaded, or one of its arguments is among `options`.
     """
     found: dict[str, Any] = {"torch_layers": {}, "sources": {}}
+    determined: dict[str, str] = {}
     for part, own, describe in (
         ("encoder", "image_size", describe_encoder),
         ("decoder", "max_seq_len", describe_decoder),
@@ -33,12 +34,13 @@ def described(options: Mapping[str, Any]) -> dict[str, Any]:
         if (source := options.get(part)) is None:
             continue
         arguments = {f"{name}_kwargs": {} for name in _KWARGS[part]} | describe(source, options.get(own))
-        if repeated := [name for name in arguments if name in options and name != own]:
-            given = f"{repeated[0]}={options[repeated[0]]}"
-            raise ValueError(f"{given} is determined by --{part}={source}: leave --{repeated[0]} out")
         for name in "torch_layers", "sources":
             arguments[name] = found[name] | arguments.get(name, {})
         found |= arguments
+        determined |= dict.fromkeys(arguments.keys() - {own}, f"--{part}={source}")
+    for name, part in determined.items():
+        if options.get(name, found[name]) != found[name]:  # equal ones come from `--print_config`
+            raise ValueError(f"{name}={options[name]} is determined by {part}: leave --{name} out")
     return found
 
 

@@ -19,7 +19,7 @@ from accelerate import PartialState
 
 from palme_xt.captioner import parts
 from palme_xt.captioner.options import ADDED, PARTS, RESUMABLE, Data, RunOptions, Training, default_model
-from palme_xt.captioner.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
+from palme_xt.captioner.tokenizer import TOKENIZER, Tokenizer, load_tokenizer, read_tokenizer
 from palme_xt.captioner.training.loop import Outcome, train
 from palme_xt.captioner.training.run import SKIPPED, Run
 from palme_xt.cli import INTERRUPTED, complain
@@ -74,8 +74,9 @@ def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]
         return read_config(named["from"]).to_dict() | NAMES_OF_TOKENS
     model = default_model(named.get("data", Data.data)).to_dict()
     sizes = {"max_seq_len": model["max_seq_len"]}
-    model |= {**parts.described({**sizes, **named}), **NAMES_OF_TOKENS}
-    if "tokenizer" not in named or described:
+    arguments = {name: value for name, value in named.items() if name not in NAMES_OF_TOKENS}
+    model |= {**parts.described({**sizes, **arguments}), **NAMES_OF_TOKENS}
+    if "tokenizer" not in named or "decoder" in named or described:
         return model
     tokenizer = load_tokenizer(named["tokenizer"], named.get("bos_token"), named.get("eos_token"))
     return model | {"num_tokens": tokenizer.num_tokens}
@@ -116,7 +117,7 @@ def run(options: dict[str, Any]) -> int:
 
 def _tokenizer(options: Mapping[str, Any], given_tokenizer: Sequence[str | None]) -> Tokenizer:
     source = options["from"] or (None if any(given_tokenizer) else options["decoder"])
-    if source is not None and Path(source).is_dir():
+    if source is not None and (options["from"] or (Path(source) / TOKENIZER).is_file()):
         return read_tokenizer(Path(source))
     name, *ends = given_tokenizer
     return load_tokenizer(name or options["decoder"], *ends)

@@ -28,7 +28,7 @@ class Source(NamedTuple):
 
 
 def open_source(source: Any) -> Source:
-    """Return the checkpoint in a folder, on the hub, or in memory. `open` of it raises these errors too.
+    """Return the checkpoint in a folder, on the hub, or in memory. Its `open` raises the same errors.
 
     Args:
         source: A folder with `config.json` and safetensors, "user/name" on the hub, or a model of transformers.
@@ -45,18 +45,26 @@ def open_source(source: Any) -> Source:
         kind = type(source).__name__
         raise TypeError(f"source must be a folder, a name on the hub, or a model of transformers, not {kind}")
     name = os.fspath(source)
-    return Source(name, json.loads(_find(name, "config.json").read_text()), partial(_open, name))
+    return Source(name, _read_json(name, _find(name, "config.json")), partial(_open, name))
 
 
 def _open(name: str) -> Readers:
     safetensors = _import("safetensors")
     path = _find(name, _INDEX, _WEIGHTS, download="model*.safetensors*")
-    shards = {*json.loads(path.read_text())["weight_map"].values()} if path.name == _INDEX else {_WEIGHTS}
+    shards = {*_read_json(name, path, "weight_map")["weight_map"].values()} if path.name == _INDEX else {_WEIGHTS}
     try:
         files = [safetensors.safe_open(path.with_name(shard), "pt") for shard in sorted(shards)]
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{name} has weights that cannot be read: {error}") from error
     return {key: partial(file.get_tensor, key) for file in files for key in file.keys()}  # noqa: SIM118  # no mapping
+
+
+def _read_json(name: str, path: Path, *keys: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+        return {**values, **{key: values[key] for key in keys}}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{name} has a damaged {path.name}: {type(error).__name__}: {error}") from error
 
 
 def _find(name: str, *wanted: str, download: str = "config.json") -> Path:
@@ -79,5 +87,5 @@ def _import(package: str) -> Any:
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
-        message = f"{package} is not installed: pip install 'palme-xt[train]'"
+        message = f"{package} is not installed: pip install -e '.[train]'"
         raise ModuleNotFoundError(message, name=package) from error

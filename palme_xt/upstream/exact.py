@@ -5,7 +5,7 @@ class Exact:
     """A module that computes something faster than upstream, unless it is told to be exact.
 
     Attributes:
-        exact: Compute as upstream does, bit for bit. Set on this class, it is for all modules.
+        exact: Compute as upstream does, bit for bit. On this class, it counts the callers that ask all modules for it.
     """
 
-    exact = False
+    exact = 0

@@ -15,7 +15,7 @@ from palme_xt.upstream.rotary import RotaryEmbedding
 
 MASKS = ("mask", "attn_mask", "self_attn_kv_mask", "mem_masks", "seq_start_pos", "additional_kv_mask")
 LONGER = ("pos", "mems", "cache", "self_attn_additional_kv")  # with which keys are at other positions than queries
-SPECIAL = ("num_mem_kv", "max_attend_past", "rel_proj_pos_bias", "add_zero_kv", "l2_distance")
+SPECIAL = ("num_mem_kv", "max_attend_past", "rel_proj_pos_bias", "add_zero_kv", "l2_distance", "flash_pack_seq")
 
 
 class Encoder(x_transformers.Encoder):

@@ -204,3 +204,14 @@ def test_dropout_is_applied_in_training_mode() -> None:
     evaluated = [logits(model.eval(), img, text) for _ in range(2)]
     same = [torch.equal(one, other) for one, other in itertools.combinations(trained + evaluated, 2)]
     assert same == [False] * 5 + [True]
+
+
+def test_exactly_ends_with_the_last_of_callers_that_overlap() -> None:
+    first, second = exactly(), exactly()
+    model = small()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert model.decoder.net.attn_layers.exact
+    second.__exit__(None, None, None)
+    assert not model.decoder.net.attn_layers.exact

@@ -12,7 +12,7 @@ from typing import Any, cast
 import safetensors
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
 
@@ -87,7 +87,9 @@ def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Train
         load_weights(model, training.start)
     parts.load(model, training)
     parts.freeze(model, training)
-    if "encoder" in training.frozen and not training.augment:
+    # With FSDP, all processes have to call the encoder together.
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if "encoder" in training.frozen and not (training.augment or sharded):
         model.encode = Features(model)  # type: ignore[method-assign]
     weights, decay = parts.groups(model, training), training.weight_decay
     optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
@@ -185,7 +187,7 @@ def load(run: Run, state: State) -> None:
         state.schedule.load_state_dict(metadata["schedule"])
         # The checkpoint has the learning rate for the number of steps that the run had when it was written.
         for group in state.optimizer.param_groups:
-            group["lr"] = state.schedule.base_lrs[0] * state.schedule.lr_lambdas[0](state.schedule.last_epoch)
+            group["lr"] = group["initial_lr"] * state.schedule.lr_lambdas[0](state.schedule.last_epoch)
     except (RuntimeError, KeyError, ValueError) as error:
         raise RunError(f"{path} does not belong to this model: {str(error).splitlines()[0]}") from error
     if own := _below(f"{state.accelerator.process_index}", random_states):

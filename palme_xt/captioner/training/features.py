@@ -1,4 +1,4 @@
-"""Compute what a frozen encoder makes of an image once, and keep it for the next epochs."""
+"""Compute the embeddings of each image once if the encoder is frozen, and keep them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Features:
         key = hashlib.blake2b(pixels.cpu().numpy().tobytes(), digest_size=16).digest()
         if key in self.kept:
             return self.kept[key].to(pixels.device)
-        with evaluating(self.model):
+        # Without autocast, as in captioning: an evaluation must not depend on the precision of the training.
+        with evaluating(self.model), torch.autocast(pixels.device.type, enabled=False):
             embeddings = type(self.model).encode(self.model, pixels[None])[0]
         size = embeddings.nbytes
         if self.bytes + size <= MOST_BYTES:

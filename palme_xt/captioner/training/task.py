@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from palme_xt.captioner.data.augment import Augmented
@@ -74,10 +75,11 @@ def open_task(
         held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
         return Task(config, training, data, tokenizer, preprocessing, scenes, held_out_scenes, count)
     preprocessing = Preprocessing.like_clip(config, data.fit)
-    if training.encoder is not None:
-        preprocessing = (
-            read_preprocessing(resumed.folder, config) if resumed else preprocessing.normalised_like(training.encoder)
-        )
+    if training.encoder is not None and resumed is None:
+        preprocessing = preprocessing.normalised_like(training.encoder)
+    elif config.sources.get("encoder"):  # which may be gone
+        before = read_preprocessing(resumed.folder if resumed else Path(training.start or ""), config)
+        preprocessing = replace(preprocessing, mean=before.mean, std=before.std)
     rows, held_out = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
     rows = Augmented(rows, training.seed) if training.augment else rows
     return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out), count))

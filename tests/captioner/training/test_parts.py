@@ -24,6 +24,7 @@ from palme_xt.pretrained import load_decoder, load_encoder
 from palme_xt.storage.folder import load, read_config
 from tests.captioner.captioned import write_folder
 from tests.captioner.test_tokenizer import byte_level
+from tests.captioner.training.test_resume import Crash, crash, crash_at
 from tests.models import small
 from tests.test_cli import fails
 
@@ -108,6 +109,48 @@ def test_a_resumed_run_needs_no_sources_and_is_bitwise_equal(
     assert any(not torch.equal(tensor, ours[name]) for name, tensor in tensors(tmp_path / "a", CHECKPOINT).items())
 
 
+def test_a_run_killed_after_a_checkpoint_resumes_with_the_learning_rates_of_its_parts(
+    sources: dict[str, str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--lr_encoder=1e-5", "--lr_decoder=1e-4", "--lr=1e-3"]
+    train(tmp_path / "whole", folder, sources, *options)
+    crash_at(monkeypatch, 3, crash)
+    with pytest.raises(Crash):
+        train(tmp_path / "cut", folder, sources, *options)
+    monkeypatch.undo()
+    assert main(["train", f"--resume={tmp_path / 'cut'}"]) == 0
+    ours, theirs = tensors(tmp_path / "cut", CHECKPOINT), tensors(tmp_path / "whole", CHECKPOINT)
+    assert [name for name, tensor in theirs.items() if not torch.equal(tensor, ours[name])] == []
+
+
+def test_a_run_that_begins_with_another_normalises_as_it_does(
+    sources: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / "a", folder, sources)
+    train(tmp_path / "b", folder, {}, f"--from={tmp_path / 'a'}")
+    assert Captioner.from_pretrained(tmp_path / "b").preprocessing.mean == (0.5, 0.4, 0.3)
+
+
+def test_printed_options_are_accepted_beside_a_part(
+    sources: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [f"--{part}={source}" for part, source in sources.items()]
+    with pytest.raises(SystemExit):
+        main(["train", *parts, "--print_config"])
+    (tmp_path / "options.yaml").write_text(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["train", f"--config={tmp_path / 'options.yaml'}", "--print_config"])
+    assert capsys.readouterr().out == (tmp_path / "options.yaml").read_text()
+
+
+def test_a_decoder_may_have_another_tokenizer(sources: dict[str, str], folder: Path, tmp_path: Path) -> None:
+    byte_level(("<a>", "<b>")).save(str(tmp_path / "tokenizer.json"))
+    names = [f"--tokenizer={tmp_path / 'tokenizer.json'}", "--bos_token=<a>", "--eos_token=<b>"]
+    train(tmp_path / "a", folder, {"decoder": sources["decoder"]}, *names, "--image_size=32", "--max_seq_len=80")
+    config = read_config(tmp_path / "a")
+    assert (config.num_tokens, config.bos_token, config.eos_token) == (310, 0, 1)
+
+
 def test_features_are_those_of_encode_and_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(image_size=32).train()
     model.encoder.requires_grad_(False)
@@ -185,6 +228,8 @@ def test_nothing_to_train_is_an_error() -> None:
         (["--encoder={decoder}", "--data={data}"], ".*model_type='llama' is not supported"),
         (["--encoder=nowhere/nothing", "--data={data}"], "nowhere/nothing is neither a folder nor a repository"),
         (["--encoder={bare}", "--data={data}"], "encoder=\\S+ must have a preprocessor_config.json with image_mean"),
+        (["--decoder={bare}", "--data={data}"], "\\S+ cannot be loaded: model_type='vit' is not supported"),
+        (["--decoder={silent}", "--data={data}"], "tokenizer=\\S+ must be a file of the tokenizers library or a name"),
         (["--from={run}", "--encoder={encoder}"], "--from=\\S+ has all weights: leave --encoder out"),
     ],
 )
@@ -200,6 +245,8 @@ def test_errors(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     bare = shutil.copytree(sources["encoder"], tmp_path / "bare")
     (bare / "preprocessor_config.json").unlink()
-    paths = sources | {"data": folder, "bare": bare, "run": tmp_path / "run"}
+    silent = shutil.copytree(sources["decoder"], tmp_path / "silent")
+    (silent / "tokenizer.json").unlink()
+    paths = sources | {"silent": silent, "data": folder, "bare": bare, "run": tmp_path / "run"}
     arguments = [option.format(**paths) for option in options]
     fails(capsys, ["train", f"--run={tmp_path / 'new'}", *arguments], f"{message}.*")
