@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,16 +94,20 @@ class Preprocessing:
         Raises:
             ImageError: If it has no `preprocessor_config.json` that says them.
         """
-        from huggingface_hub import hf_hub_download
+        from palme_xt.pretrained.source import find_file
 
         try:
-            local = Path(source).is_dir()
-            path = Path(source, PREPROCESSING) if local else Path(hf_hub_download(source, PREPROCESSING))
-            values = json.loads(path.read_text())
-            return replace(self, mean=tuple(values["image_mean"]), std=tuple(values["image_std"]))
-        except Exception as error:  # the types depend on the release of huggingface_hub
-            rule = f"must have a {PREPROCESSING} with image_mean and image_std, or images would be normalised otherwise"
-            raise ImageError(f"encoder={source} {rule} than in its training: {one_line(error)}") from error
+            values = json.loads(find_file(source, PREPROCESSING, download=PREPROCESSING).read_text())
+            mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
+            if not (len(mean) == len(std) == self.channels and all(std)):
+                raise ValueError(f"image_mean and image_std must have {self.channels} numbers, none of image_std 0")
+            for name, expected in {"do_normalize": 1, "do_rescale": 1, "rescale_factor": 1 / 255}.items():
+                if not math.isclose(values.get(name, expected), expected, rel_tol=1e-4):
+                    raise ValueError(f"{name}={values[name]} must be {expected:.4g}")
+            return replace(self, mean=mean, std=std)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            rule = f"must have a {PREPROCESSING} that says how images were normalised in its training"
+            raise ImageError(f"encoder={source} {rule}: {type(error).__name__}: {one_line(error)}") from error
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Return an image as `(c, h, w)`, uint8, resized to a square but not normalised.

@@ -188,6 +188,13 @@ class Training:
             raise ValueError(f"mixed_precision={self.mixed_precision} must be no or bf16: fp16 would need loss scaling")
         if not {*self.frozen} <= {*PARTS}:
             raise ValueError(f"freeze={self.freeze} must be encoder, decoder, or encoder,decoder")
+        for part in self.frozen:
+            if not (getattr(self, part) or self.start):
+                raise ValueError(
+                    f"freeze={self.freeze} would keep a random {part}: pass --{part}, or begin with --from"
+                )
+            if rate := getattr(self, f"lr_{part}"):
+                raise ValueError(f"lr_{part}={rate} has no effect on a frozen {part}: leave it out")
 
     @property
     def frozen(self) -> list[str]:

@@ -25,6 +25,7 @@ from palme_xt.captioner.training.run import SKIPPED, Run
 from palme_xt.cli import INTERRUPTED, complain
 from palme_xt.cli.given import Parser, device_of, from_options, given, reject_others
 from palme_xt.config import PalmEConfig
+from palme_xt.pretrained.source import find_file
 from palme_xt.storage.folder import read_config
 from palme_xt.tokens import printable
 
@@ -116,11 +117,13 @@ def run(options: dict[str, Any]) -> int:
 
 
 def _tokenizer(options: Mapping[str, Any], given_tokenizer: Sequence[str | None]) -> Tokenizer:
-    source = options["from"] or (None if any(given_tokenizer) else options["decoder"])
-    if source is not None and (options["from"] or (Path(source) / TOKENIZER).is_file()):
-        return read_tokenizer(Path(source))
+    if options["from"]:
+        return read_tokenizer(Path(options["from"]))
     name, *ends = given_tokenizer
-    return load_tokenizer(name or options["decoder"], *ends)
+    if name or not options["decoder"]:
+        return load_tokenizer(name, *ends)
+    file = find_file(options["decoder"], TOKENIZER, download="tokenizer*.json")
+    return load_tokenizer(str(file), *ends) if any(ends) else read_tokenizer(file.parent)
 
 
 def _print_outcome(outcome: Outcome, folder: Path, steps: int) -> None:

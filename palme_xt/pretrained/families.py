@@ -95,6 +95,8 @@ def _read(config: Mapping[str, Any], part: str) -> tuple[_Config, dict[str, Any]
         raise ValueError(f"model_type={kind!r} is not supported: use one of {', '.join(names)}")
     defaults, renamed = families[kind]["defaults"], families[kind].get("renamed", {})
     given = _Config(defaults | {name: value for name, value in config.items() if value is not None})
+    if config.get("sliding_window", 0) is None:  # no window, rather than the default one
+        given.pop("sliding_window", None)
     given |= {new: given[old] for old, new in renamed.items() if old in given}
     for name, wanted in FAMILIES["only"].items():
         if given.get(name, wanted) != wanted:
@@ -121,8 +123,8 @@ def _arguments(part: str, given: _Config, family: Mapping[str, Any]) -> dict[str
 
 def _rotary(given: _Config, max_seq_len: int | None) -> dict[str, Any]:
     """Return the keywords of rotary positions, for texts of at most `max_seq_len` tokens."""
-    rope = {"rope_theta": given.get("rope_theta", 1e4), **given.get("rope_scaling", {})}
-    rope |= given.get("rope_parameters", {})
+    rope = {"rope_theta": given.get("rope_theta", 1e4), **given.get("rope_parameters", {})}
+    rope |= {"rope_type": None} | scaling if (scaling := given.get("rope_scaling")) else {}  # wins in transformers
     kind, part = rope.get("rope_type") or rope.get("type") or "default", rope.get("partial_rotary_factor", 1)
     if kind != "default" or part != 1:
         raise ValueError(f"rope_type={kind!r}, partial_rotary_factor={part} is not supported, only 'default' and 1")

@@ -45,12 +45,12 @@ def open_source(source: Any) -> Source:
         kind = type(source).__name__
         raise TypeError(f"source must be a folder, a name on the hub, or a model of transformers, not {kind}")
     name = os.fspath(source)
-    return Source(name, _read_json(name, _find(name, "config.json")), partial(_open, name))
+    return Source(name, _read_json(name, find_file(name, "config.json")), partial(_open, name))
 
 
 def _open(name: str) -> Readers:
     safetensors = _import("safetensors")
-    path = _find(name, _INDEX, _WEIGHTS, download="model*.safetensors*")
+    path = find_file(name, _INDEX, _WEIGHTS, download="model*.safetensors*")
     shards = {*_read_json(name, path, "weight_map")["weight_map"].values()} if path.name == _INDEX else {_WEIGHTS}
     try:
         files = [safetensors.safe_open(path.with_name(shard), "pt") for shard in sorted(shards)]
@@ -67,7 +67,7 @@ def _read_json(name: str, path: Path, *keys: str) -> dict[str, Any]:
         raise ValueError(f"{name} has a damaged {path.name}: {type(error).__name__}: {error}") from error
 
 
-def _find(name: str, *wanted: str, download: str = "config.json") -> Path:
+def find_file(name: str, *wanted: str, download: str = "config.json") -> Path:
     """Return the path of the first of `wanted` that is in a folder, or in a repository, which is downloaded."""
     folder = Path(name)
     if not folder.is_dir():
@@ -80,7 +80,8 @@ def _find(name: str, *wanted: str, download: str = "config.json") -> Path:
     for file in wanted:
         if (folder / file).exists():
             return folder / file
-    raise ValueError(f"{name} has no {wanted[-1]}: use a folder of save_pretrained, with safetensors")
+    kind = ", with safetensors" if wanted[-1] == _WEIGHTS else ""
+    raise ValueError(f"{name} has no {wanted[-1]}: use a folder of save_pretrained{kind}")
 
 
 def _import(package: str) -> Any:

@@ -64,6 +64,9 @@ class Checkpoint(Tensors):
         side = "decoder" if name.startswith("net.") else "encoder"
         layers, heads = getattr(config, f"{side}_kwargs"), getattr(config, f"{side}_heads")
         dim_head, kv_heads = layers["attn_dim_head"], layers.get("attn_kv_heads", heads)
+        tied = side == "decoder" and config.transformer_kwargs.get("tie_embedding") and self.has("to_logits", "weight")
+        if part == "token_emb" and tied and not torch.equal(self("token_emb", "weight"), self("to_logits", "weight")):
+            raise ValueError("tie_word_embeddings=True, but the embeddings and the logits have different weights")
         match part, suffix:
             case "positions", None:
                 positions, grid = (

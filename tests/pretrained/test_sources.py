@@ -112,6 +112,9 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ({}, {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ({}, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({}, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1"),
+        ({}, {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear"}}, "rope_type='linear'"),
+        ({}, {"tie_word_embeddings": True}, "tie_word_embeddings=True, but the embeddings and"),
+        ({}, {"model_type": "mistral", "max_position_embeddings": 5000}, "sliding_window=4096 is not supported for"),
         ({}, {"sliding_window": 8}, "sliding_window=8 is not supported for .* 32 tokens: .* pass max_seq_len=8"),
         ({}, {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported, only None"),
         ({}, {"hidden_act": "xielu"}, "hidden_act='xielu' is not supported: use one of gelu, silu"),
@@ -175,14 +178,16 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
         ValueError, match="nobody/nothing is neither a folder nor a repository on the hub that can be read"
     ):
         load_decoder("nobody/nothing")
-    with pytest.raises(ValueError, match=r"has no config.json: use a folder of save_pretrained, with safetensors"):
+    with pytest.raises(ValueError, match=r"has no config.json: use a folder of save_pretrained"):
         load_decoder(tmp_path)
     llama().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="has weights that cannot be read"):
         load_decoder(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"has no model.safetensors: use a folder of save_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"has no model.safetensors: use a folder of save_pretrained, with safetensors"
+    ):
         load_decoder(tmp_path)
 
 

@@ -74,8 +74,14 @@ def warm_up_and_decay(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Training) -> State:
+def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Training, new: bool = True) -> State:
     """Return a new model with its optimizer and schedule, the same in all processes, and seed their generators.
+
+    Args:
+        accelerator: The accelerator of the processes.
+        config: The model's arguments.
+        training: How to train.
+        new: Whether to load the weights to begin with. They may be gone when a run is resumed.
 
     Raises:
         FolderError: If the folder `training.start` does not have weights of such a model.
@@ -83,9 +89,10 @@ def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Train
     """
     set_seed(training.seed)
     model = PalmE.from_config(config)
-    if training.start is not None:
+    if new and training.start is not None:
         load_weights(model, training.start)
-    parts.load(model, training)
+    if new:
+        parts.load(model, training)
     parts.freeze(model, training)
     # With FSDP, all processes have to call the encoder together.
     sharded = accelerator.distributed_type == DistributedType.FSDP

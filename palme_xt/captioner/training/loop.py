@@ -97,9 +97,7 @@ class _Trainer:
         self.main, self.errors, self.unusable_rows = accelerator.is_main_process, distributed.Errors(), 0
         self.skipped: list[Defect] = []  # since the last checkpoint, by this process
         resumable = resume and (run.folder / checkpoint.CHECKPOINT).is_file()
-        # What the run began with may be gone when it is resumed.
-        new = task.training if not resumable else replace(task.training, start=None, encoder=None, decoder=None)
-        self.state = checkpoint.initial_state(accelerator, task.config, new)
+        self.state = checkpoint.initial_state(accelerator, task.config, task.training, new=not resumable)
         self.best = Evaluation.saved(run) if resume else None
         if resume:
             checkpoint.load(run, self.state)

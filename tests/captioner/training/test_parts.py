@@ -204,7 +204,7 @@ def test_parts_are_frozen_and_have_their_own_learning_rates() -> None:
     every = groups(model, Training())
     assert [id(parameter) for parameter in every] == [id(parameter) for parameter in model.parameters()]
 
-    freeze(model, Training(freeze="encoder,decoder"))
+    freeze(model, Training(freeze="encoder,decoder", start="a run"))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, rate in expected.items() if rate == 1.0}
     assert rates(lr_decoder=3.0).keys() == trained
@@ -212,7 +212,7 @@ def test_parts_are_frozen_and_have_their_own_learning_rates() -> None:
 
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="freeze=encoder,decoder leaves nothing to train: leave a part out"):
-        freeze(small(cross_attend=False), Training(freeze="encoder,decoder"))
+        freeze(small(cross_attend=False), Training(freeze="encoder,decoder", start="a run"))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,16 @@ def test_nothing_to_train_is_an_error() -> None:
         ),
         (["--encoder={decoder}", "--data={data}"], ".*model_type='llama' is not supported"),
         (["--encoder=nowhere/nothing", "--data={data}"], "nowhere/nothing is neither a folder nor a repository"),
-        (["--encoder={bare}", "--data={data}"], "encoder=\\S+ must have a preprocessor_config.json with image_mean"),
+        (["--encoder={bare}", "--data={data}"], "encoder=\\S+ must have a preprocessor_config.json that says"),
+        (["--freeze=encoder", "--data={data}"], "freeze=encoder would keep a random encoder: pass --encoder, or begin"),
+        (
+            ["--encoder={encoder}", "--freeze=encoder", "--lr_encoder=1e-4"],
+            "lr_encoder=0.0001 has no effect on a frozen encoder: leave it out",
+        ),
+        (["--encoder={raw}", "--data={data}"], "encoder=\\S+ must have .*: do_normalize=False must be 1"),
+        (["--encoder={zero}", "--data={data}"], "encoder=\\S+ must have .* must have 3 numbers, none of image_std 0"),
         (["--decoder={bare}", "--data={data}"], "\\S+ cannot be loaded: model_type='vit' is not supported"),
-        (["--decoder={silent}", "--data={data}"], "tokenizer=\\S+ must be a file of the tokenizers library or a name"),
+        (["--decoder={silent}", "--data={data}"], "\\S+ has no tokenizer.json: use a folder of save_pretrained"),
         (["--from={run}", "--encoder={encoder}"], "--from=\\S+ has all weights: leave --encoder out"),
     ],
 )
@@ -247,6 +254,17 @@ def test_errors(
     (bare / "preprocessor_config.json").unlink()
     silent = shutil.copytree(sources["decoder"], tmp_path / "silent")
     (silent / "tokenizer.json").unlink()
-    paths = sources | {"silent": silent, "data": folder, "bare": bare, "run": tmp_path / "run"}
+    raw, zero = (shutil.copytree(sources["encoder"], tmp_path / name) for name in ("raw", "zero"))
+    values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (raw / "preprocessor_config.json").write_text(json.dumps(values | {"do_normalize": False}))
+    (zero / "preprocessor_config.json").write_text(json.dumps(values | {"image_std": [0.0] * 3}))
+    paths = sources | {
+        "raw": raw,
+        "zero": zero,
+        "silent": silent,
+        "data": folder,
+        "bare": bare,
+        "run": tmp_path / "run",
+    }
     arguments = [option.format(**paths) for option in options]
     fails(capsys, ["train", f"--run={tmp_path / 'new'}", *arguments], f"{message}.*")
