@@ -150,6 +150,15 @@ def test_every_file_that_a_readme_names_exists() -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def write_parts(folder: Path) -> None:
+    """Write the `config.json` of two models of Hugging Face."""
+    llama = {"vocab_size": 3, "intermediate_size": 8, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for name, config in ("dinov2", {"model_type": "dinov2"}), ("smollm2", {"model_type": "llama"} | llama):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config | sizes))
+
+
 COMMANDS = [
     re.split(r"(?:palme-xt|-m palme_xt) ", line, maxsplit=1)[1].split("#")[0]
     for block in blocks("bash")
@@ -164,6 +173,7 @@ def test_the_options_of_each_command_are_there(command: str, tmp_path: Path, mon
     vocabulary = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     vocabulary.save("tokenizer.json")
     write_run()
+    write_parts(tmp_path / "models")
     assert parse(shlex.split(command))[0] == command.split()[0]
 
 
