@@ -101,7 +101,10 @@ def works_like_its_embeddings(model: PalmE, img: Tensor, embeddings: Tensor, fol
     assert torch.equal(again(img, TEXT), model(img, TEXT))
 
 
-@pytest.mark.parametrize("output", OUTPUTS)
+FIRST, *REST = OUTPUTS
+
+
+@pytest.mark.parametrize("output", [FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in REST)])
 def test_a_cnn(output: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder, img = Cnn(OUTPUTS[output]), images()

@@ -597,8 +597,14 @@ def test_nothing_is_printed_before_what_was_asked_for() -> None:
     assert done.stdout == to_source(PalmEConfig())
 
 
+SLOW_IMPORTS = ("torch.nn", "numpy", "x_transformers", "accelerate")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a child")
-@pytest.mark.parametrize("module", ["argparse", "torch", "torch.nn", "numpy", "x_transformers", "accelerate"])
+@pytest.mark.parametrize(
+    "module",
+    ["argparse", "torch", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_IMPORTS)],
+)
 def test_an_interrupt_while_modules_are_imported_is_one_line(module: str, tmp_path: Path) -> None:
     # A module finder sends the signal, so that it arrives during the import, however fast the machine is.
     code = f"""

@@ -74,7 +74,9 @@ def test_the_bias_of_a_projection_before_a_gate() -> None:
     assert decoder.net.attn_layers.layers[0][1].to_out[0].bias is not None
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu", "relu"])
+@pytest.mark.parametrize(
+    "activation", ["quick_gelu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gelu_tanh", "relu"))]
+)
 def test_the_config_describes_them(activation: str) -> None:
     layers = {"encoder": LIKE_A_VIT | {"activation": activation}, "decoder": LIKE_LLAMA}
     description = config(cross_attend=True, torch_layers=layers)
@@ -116,7 +118,13 @@ def test_errors(given: Any, message: str) -> None:
         PalmEConfig(torch_layers=given)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"use_layerscale": True}, {"attn_on_attn": True}, {"ff_glu": True}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"use_layerscale": True},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({}, {"attn_on_attn": True}, {"ff_glu": True})),
+    ],
+)
 def test_inserted_cross_attention_changes_nothing_at_first(overrides: dict[str, Any]) -> None:
     description = config(decoder_kwargs={"attn_dim_head": 8, **overrides})
     encoder, decoder = modules(description)

@@ -45,7 +45,7 @@ def errors(n: int, dtype: torch.dtype, *, qk_norm: bool = False) -> tuple[float,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_error_against_float64_is_that_of_upstreams_bias(
     dtype: torch.dtype, qk_norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
