@@ -67,11 +67,16 @@ def captions(emoji: list[dict[str, object]]) -> Iterator[tuple[str, str]]:
                 yield str(shown["image"]), caption
 
 
+def kind_of(caption: str, trained: set[str]) -> str:
+    """Return the kind of a held-out emoji: whether its name, without the skin tone, was trained on."""
+    return "another skin tone was trained on" if caption.split(": ")[0] in trained else "none was"
+
+
 def by_kind(true: list[str], predicted: list[str], trained: set[str]) -> dict[str, list[bool]]:
     """Return which held-out captions are exactly right, overall and by whether the emoji's name was trained on."""
     right: dict[str, list[bool]] = {"all": [], "another skin tone was trained on": [], "none was": []}
     for expected, found in zip(true, predicted, strict=True):
-        kind = "another skin tone was trained on" if expected.split(": ")[0] in trained else "none was"
+        kind = kind_of(expected, trained)
         for which in "all", kind:
             right[which].append(expected == found)
     return right

@@ -66,9 +66,10 @@ def by_kind(data: Path, evaluation: Mapping[str, Any]) -> dict[str, tuple[list[l
         held_out = {captions[0] for captions in true}
         texts = [json.loads(line)["text"] for line in (data / "metadata.jsonl").read_text().splitlines()]
         trained = {text.split(": ")[0] for text in texts if text not in held_out}
-        for kind, wanted in ("another skin tone trained on", True), ("none trained on", False):
-            rows = [row for row in zip(true, predicted, strict=True) if (row[0][0].split(": ")[0] in trained) == wanted]
-            kinds[kind] = ([row[0] for row in rows], [row[1] for row in rows])
+        for captions, said in zip(true, predicted, strict=True):
+            references, found = kinds.setdefault(emoji.kind_of(captions[0], trained), ([], []))
+            references.append(captions)
+            found.append(said)
     return kinds
 
 

@@ -40,20 +40,20 @@ def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:
     Raises:
         TypeError, ValueError: As in `describe`, and if cross-attention cannot be inserted.
     """
-    given = _merge(getattr(encoder, ARGUMENTS, {}), getattr(decoder, ARGUMENTS, {}), given)
+    given = merge_arguments(getattr(encoder, ARGUMENTS, {}), getattr(decoder, ARGUMENTS, {}), given)
     layers = getattr(getattr(decoder, "net", None), "attn_layers", None)
     wanted = given.get("cross_attend") and isinstance(layers, Decoder) and not layers.cross_attend
     config = describe(encoder, decoder, **given | ({"cross_attend": False} if wanted else {}))
     difference = find_difference(config, encoder, decoder)
-    if difference is None:
-        if wanted:
-            arguments = getattr(decoder, ARGUMENTS, {})
-            config, decoder = insert_cross_attention(config, decoder)
-            setattr(decoder, ARGUMENTS, arguments)  # so that it can be adopted again
-        return config, decoder
-    if wanted:
+    if wanted and difference is not None:
         found = f"cross_attend=True for a decoder without cross-attention, which cannot be rebuilt: {difference}"
         raise ValueError(f"{found}. State what cannot be read from it, for example decoder_kwargs={{...}}")
+    if wanted:
+        arguments = getattr(decoder, ARGUMENTS, {})
+        config, decoder = insert_cross_attention(config, decoder)
+        setattr(decoder, ARGUMENTS, arguments)  # so that it can be adopted again
+    if difference is None:
+        return config, decoder
     unproven = UnprovenConfig(**vars(config), difference=difference)
     warnings.warn(unproven.refusal, stacklevel=3)
     return unproven, decoder
@@ -82,8 +82,8 @@ def describe(encoder: Any, decoder: Any, **given: Any) -> PalmEConfig:
     _check_kind("decoder.net.attn_layers", decoder.net.attn_layers, Decoder)
     encoder = None if given.get("external_encoder") else encoder
     read = _arguments(encoder, decoder)
-    named = _named_overrides(Wired(encoder, decoder), _build(_merge(read, given), "meta"))
-    return PalmEConfig(**_merge(read, named, given))
+    named = _named_overrides(Wired(encoder, decoder), _build(merge_arguments(read, given), "meta"))
+    return PalmEConfig(**merge_arguments(read, named, given))
 
 
 def find_difference(config: PalmEConfig, encoder: nn.Module, decoder: nn.Module) -> str | None:
@@ -111,8 +111,8 @@ def _check_kind(name: str, module: Any, kind: type) -> None:
         raise TypeError(f"{name} is a {type(module).__name__}, must be an x_transformers.{kind.__name__}")
 
 
-def _merge(*arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all arguments, the last one of each name, with override dicts merged."""
+def merge_arguments(*arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments, the last one of each name, with dicts merged."""
     merged: dict[str, Any] = {}
     for name, value in chain.from_iterable(some.items() for some in arguments):
         merged[name] = {**merged.get(name, {}), **value} if isinstance(value, Mapping) else value
@@ -124,7 +124,7 @@ def _build(arguments: Mapping[str, Any], device: str) -> Wired:
     with warnings.catch_warnings(), torch.device(device):
         warnings.simplefilter("ignore")
         quiet = {f"{part}_kwargs": {"verbose": False} for part in ("encoder", "decoder")}
-        config = PalmEConfig(**_merge(arguments, quiet))
+        config = PalmEConfig(**merge_arguments(arguments, quiet))
         return Wired(None if config.external_encoder else build(ENCODER, config), build(DECODER, config))
 
 

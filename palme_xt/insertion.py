@@ -1,4 +1,4 @@
-"""Insert cross-attention into a decoder without it, so that at first it computes what it did."""
+"""Insert cross-attention into a decoder that has none, without changing what it computes at first."""
 
 from dataclasses import replace
 from typing import Any

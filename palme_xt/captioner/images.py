@@ -107,7 +107,8 @@ class Preprocessing:
             return replace(self, mean=mean, std=std)
         except (OSError, ValueError, KeyError, TypeError) as error:
             rule = f"must have a {PREPROCESSING} that says how images were normalised in its training"
-            raise ImageError(f"encoder={source} {rule}: {type(error).__name__}: {one_line(error)}") from error
+            reason = f"{type(error).__name__}: {one_line(error)}; write image_mean and image_std into it"
+            raise ImageError(f"encoder={source} {rule}: {reason}") from error
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Return an image as `(c, h, w)`, uint8, resized to a square but not normalised.

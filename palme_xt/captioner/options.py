@@ -190,9 +190,8 @@ class Training:
             raise ValueError(f"freeze={self.freeze} must be encoder, decoder, or encoder,decoder")
         for part in self.frozen:
             if not (getattr(self, part) or self.start):
-                raise ValueError(
-                    f"freeze={self.freeze} would keep a random {part}: pass --{part}, or begin with --from"
-                )
+                remedy = f"pass --{part}, or begin with --from"
+                raise ValueError(f"freeze={self.freeze} would keep a random {part}: {remedy}")
             if rate := getattr(self, f"lr_{part}"):
                 raise ValueError(f"lr_{part}={rate} has no effect on a frozen {part}: leave it out")
 

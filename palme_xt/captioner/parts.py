@@ -1,13 +1,12 @@
 """Begin with pretrained parts, freeze parts, and train them at learning rates of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from palme_xt.adoption import merge_arguments
 from palme_xt.captioner.options import PARTS, Training
 from palme_xt.insertion import insert_cross_attention
 from palme_xt.model import PalmE
@@ -34,9 +33,7 @@ def described(options: Mapping[str, Any]) -> dict[str, Any]:
         if (source := options.get(part)) is None:
             continue
         arguments = {f"{name}_kwargs": {} for name in _KWARGS[part]} | describe(source, options.get(own))
-        for name in "torch_layers", "sources":
-            arguments[name] = found[name] | arguments.get(name, {})
-        found |= arguments
+        found = merge_arguments(found, arguments)
         determined |= dict.fromkeys(arguments.keys() - {own}, f"--{part}={source}")
     for name, part in determined.items():
         if options.get(name, found[name]) != found[name]:  # equal ones come from `--print_config`
@@ -72,27 +69,18 @@ def freeze(model: PalmE, training: Training) -> None:
 def groups(model: PalmE, training: Training) -> list[Any]:
     """Return the trained parameters, in groups if the parts have learning rates of their own."""
     rates = {part: getattr(training, f"lr_{part}") for part in PARTS}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not any(rates.values()):
-        return trained
-    parts = _parameters(model)
-    own = {id(parameter) for part in parts.values() for parameter in part}
-    parts["other"] = [parameter for parameter in trained if id(parameter) not in own]
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
-        {
-            "params": [parameter for parameter in parameters if parameter.requires_grad],
-            "lr": rates.get(part) or training.lr,
-        }
-        for part, parameters in parts.items()
+        {"params": [each for each in parameters if each.requires_grad], "lr": rates.get(part) or training.lr}
+        for part, parameters in _parameters(model).items()
     ]
 
 
 def _parameters(model: PalmE) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of each part, of the decoder without its cross-attention."""
+    """Return the parameters of the encoder, of the decoder without its cross-attention, and of the cross-attention."""
     layers = model.decoder.net.attn_layers
-    crossing = [layer for layer, kind in zip(layers.layers, layers.layer_types, strict=True) if kind == "c"]
-    left_out = {id(parameter) for layer in crossing for parameter in layer.parameters()}
-    return {
-        part: [parameter for parameter in module.parameters() if id(parameter) not in left_out]
-        for part, module in zip(PARTS, (model.encoder, model.decoder), strict=True)
-    }
+    inserted = [layer for layer, kind in zip(layers.layers, layers.layer_types, strict=True) if kind == "c"]
+    cross = {id(parameter): parameter for layer in inserted for parameter in layer.parameters()}
+    decoder = [parameter for parameter in model.decoder.parameters() if id(parameter) not in cross]
+    return {"encoder": [*model.encoder.parameters()], "decoder": decoder, "cross-attention": [*cross.values()]}

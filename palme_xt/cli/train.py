@@ -2,8 +2,9 @@
 
 `accelerate launch -m palme_xt train ...` trains in several processes. Every argument of PalmE is an option. Overrides
 are given one by one and added to the defaults, as in --decoder_kwargs.ff_glu true, or as a whole dict, which replaces
-them. The model's defaults depend on the data and the tokenizer: see `palme-xt train --data DATA --help`. Options may be
-spelled with hyphens or underscores. `--print_config` prints all of them as YAML, to keep in a file for `--config`.
+them. The model's defaults depend on the data, the tokenizer and pretrained parts: see `palme-xt train --data DATA
+--help`. Options may be spelled with hyphens or underscores. `--print_config` prints all of them as YAML, to keep in a
+file for `--config`.
 """
 
 import os

@@ -28,7 +28,7 @@ def _matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 @functools.cache
 def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, Cached]]:
-    # torch 2.9 to 2.15: with `dynamic=True`, the scales of the modules are inputs of the graph, at first, and the step
+    # torch 2.15: with `dynamic=True`, the scales of the modules are inputs of the graph, at first, and the step
     # is traced a second time to make them constants. There is no public setting.
     traced_once: Callable[[Any], Any] = torch._dynamo.config.patch(specialize_float=True)
     if not one_row_on_cpu:

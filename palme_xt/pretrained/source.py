@@ -64,7 +64,8 @@ def _read_json(name: str, path: Path, *keys: str) -> dict[str, Any]:
         values = json.loads(path.read_text())
         return {**values, **{key: values[key] for key in keys}}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{name} has a damaged {path.name}: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}; download or save it again"
+        raise ValueError(f"{name} has a damaged {path.name}: {reason}") from error
 
 
 def find_file(name: str, *wanted: str, download: str = "config.json") -> Path:

@@ -66,13 +66,12 @@ class Checkpoint(Tensors):
         dim_head, kv_heads = layers["attn_dim_head"], layers.get("attn_kv_heads", heads)
         tied = side == "decoder" and config.transformer_kwargs.get("tie_embedding") and self.has("to_logits", "weight")
         if part == "token_emb" and tied and not torch.equal(self("token_emb", "weight"), self("to_logits", "weight")):
-            raise ValueError("tie_word_embeddings=True, but the embeddings and the logits have different weights")
+            rule = "tie_word_embeddings=True, but the embeddings and the logits have different weights"
+            raise ValueError(f"{rule}: set it to false in config.json")
         match part, suffix:
             case "positions", None:
-                positions, grid = (
-                    self("positions").flatten(0, -2)[self.has("cls") :],
-                    config.image_size // config.patch_size,
-                )
+                positions = self("positions").flatten(0, -2)[self.has("cls") :]
+                grid = config.image_size // config.patch_size
                 square = rearrange(positions, "(h w) d -> 1 d h w", h=round(len(positions) ** 0.5))
                 if len(positions) != grid**2:  # as transformers does it
                     square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=self.has("registers"))

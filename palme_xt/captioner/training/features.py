@@ -1,7 +1,5 @@
 """Compute the embeddings of each image once if the encoder is frozen, and keep them."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch
