@@ -129,6 +129,7 @@ def test_training_learns_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert re.search(r"loss=[\d.]+, exact match=-, chrF=-, images/s=\d+", err)
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_model(tmp_path: Path) -> None:
     weights = []
     for name, seed in ("a", 3), ("b", 3), ("c", 4):
@@ -774,7 +775,10 @@ def test_a_run_is_never_overwritten(run: Path, tmp_path: Path, capsys: pytest.Ca
     fails(capsys, ["train", *QUICK, f"--run={tmp_path / 'file' / 'run'}"], r"\S+ cannot be a run folder: .*")
 
 
-@pytest.mark.parametrize("extra", ["accelerate", "jsonargparse", "matplotlib", "sklearn"])
+@pytest.mark.parametrize(
+    "extra",
+    ["accelerate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jsonargparse", "matplotlib", "sklearn"))],
+)
 def test_missing_extras_are_named(extra: str) -> None:
     code = f"import sys; sys.modules[{extra!r}] = None; from palme_xt.cli import main; sys.exit(main(['train']))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)

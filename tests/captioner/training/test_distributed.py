@@ -96,7 +96,7 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("ddp", []),
         pytest.param("ddp", ["--gradient_accumulation_steps=2"], marks=pytest.mark.slow),
-        ("fsdp2", ["--gradient_accumulation_steps=2"]),
+        pytest.param("fsdp2", ["--gradient_accumulation_steps=2"], marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_what_one_trains(

@@ -117,7 +117,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert drew_otherwise == ("--save_every=50" not in VARIANTS[variant])  # a run that starts again needs only the seed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGHUP))]
+)
 def test_a_signal_ends_the_training_after_the_step(
     number: signal.Signals,
     folder: Path,
@@ -294,6 +296,7 @@ def explain(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert re.fullmatch(rf"palme-xt: error: {message}", last), last
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(folder: Path, tmp_path: Path) -> None:
     kilobytes = int(1.6 * checkpoint_size(folder, tmp_path)) // 1024  # one checkpoint, but not two
     disk, run, copy = tmp_path / "disk", tmp_path / "disk" / "run", tmp_path / "copy"
