@@ -18,20 +18,19 @@ from palme_xt import PalmEConfig
 CONTESTANTS = {OURS: "palme_xt", HAND_WIRED: "hand-wired", HUGGING_FACE: "Hugging Face"}
 COLUMNS = ("of", "size", *(f"{name}, {unit}" for unit in ("s", "MB") for name in CONTESTANTS.values()))
 # Two layers and a small vocabulary, so that the longest text and the largest batch fit in memory.
-ARGUMENTS: dict[str, Any] = {"encoder_depth": 2, "decoder_depth": 2, "num_tokens": 2000, "max_seq_len": 16384}
+ARGUMENTS: dict[str, Any] = {"encoder_depth": 2, "decoder_depth": 2, "num_tokens": 2000}
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 BATCHES = (1, 2, 4, 8, 16, 32)
 LONGEST = {HAND_WIRED: 4096}  # its memory is quadratic
-ROUNDS = 1
-LONG = 4096  # tokens of the step that is repeated
-RUNS = 5  # at least
+LONG = 4096  # tokens of the step that is repeated, in so many new processes at least, with so many rounds in each
+RUNS, ROUNDS = 5, 3
 
 
-def measure(device: Device, names: list[str], b: int, n: int) -> Values:
+def measure(device: Device, names: list[str], b: int, n: int, rounds: int) -> Values:
     """Return the seconds of a step of each model, which take turns."""
-    config = PalmEConfig(**ARGUMENTS)
+    config = PalmEConfig(**ARGUMENTS, max_seq_len=n)
     models = build(config, *names, device=device)
-    return medians(training_steps(models, *draw_batch(config, b, n, device)), ROUNDS, device)
+    return medians(training_steps(models, *draw_batch(config, b, n, device)), rounds, device)
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
@@ -60,7 +59,8 @@ def main(device: Device = CPU, runs: int = 1) -> None:
         for size in sizes:
             b, n = (1, size) if label == "text length" else (size, TOKENS[0])
             there = [name for name in names if n <= LONGEST.get(name, n)]
-            found = alone("growth", device, there, b, n), measure_each(device, there, b, n, ARGUMENTS)
+            arguments = ARGUMENTS | {"max_seq_len": n}
+            found = alone("growth", device, there, b, n, 1), measure_each(device, there, b, n, arguments)
             long += [found[1]] if n == LONG else []
             for line, values in zip(lines.values(), found, strict=True):
                 for name, value in values.items():
@@ -71,7 +71,7 @@ def main(device: Device = CPU, runs: int = 1) -> None:
         for unit, line in lines.items():
             report.plot(f"Training step over {label}", label, sizes, line, unit)
     runs = max(runs, RUNS)
-    times = [alone("growth", device, names, 1, LONG) for _ in range(runs)]
+    times = [alone("growth", device, names, 1, LONG, ROUNDS) for _ in range(runs)]
     against = [{name: ratio(found, name, HUGGING_FACE) for name in names} for found in (times, long)]
     row(f"relative to Hugging Face, {runs} runs", LONG, *against)
     report.end()
