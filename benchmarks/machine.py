@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 
-def describe(*packages: str) -> str:
-    """Return one line with date, Python, releases, threads and processor, to print under a table."""
+def describe(device: str, *packages: str) -> str:
+    """Return one line with date, Python, releases, threads and `device`, to print under a table."""
     releases = ", ".join(_releases("torch", "x-transformers", *packages))
     threads = f"{torch.get_num_threads()} threads"
-    return f"{date.today()}: Python {platform.python_version()}, {releases}, {threads}, {_processor()}."
+    return f"{date.today()}: Python {platform.python_version()}, {releases}, {threads}, {device}."
 
 
 def _releases(*packages: str) -> Iterator[str]:
@@ -25,7 +25,8 @@ def _releases(*packages: str) -> Iterator[str]:
             yield f"{package} {version(package)}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.device import CPU, Device
 from benchmarks.hand_wired import HandWired
 from benchmarks.timing import Contestant
 from palme_xt import PalmE, PalmEConfig
@@ -109,16 +110,16 @@ def installed(*names: str) -> list[str]:
     return [name for name in names if name not in missing]
 
 
-def build(config: PalmEConfig, *names: str) -> dict[str, Any]:
+def build(config: PalmEConfig, *names: str, device: Device = CPU) -> dict[str, Any]:
     """Build the named models that are installed, in training mode."""
     torch.manual_seed(0)
-    return {name: PEERS[name].build(config).train() for name in installed(*names)}
+    return {name: device.place(PEERS[name].build(config)).train() for name in installed(*names)}
 
 
-def draw_batch(config: PalmEConfig, b: int, n: int) -> tuple[Tensor, Tensor]:
+def draw_batch(config: PalmEConfig, b: int, n: int, device: Device = CPU) -> tuple[Tensor, Tensor]:
     """Return `b` random images and texts of `n` tokens."""
     img = torch.randn(b, 3, config.image_size, config.image_size)
-    return img, torch.randint(config.num_tokens, (b, n))
+    return device.place(img), device.place(torch.randint(config.num_tokens, (b, n)))
 
 
 def training_steps(

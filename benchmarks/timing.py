@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
+
+from benchmarks.device import CPU, Device
 
 Contestant = Callable[[], object]
 
 
-def medians(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each contestant over `rounds` rounds, after one round that is not counted."""
+def medians(contestants: Mapping[str, Contestant], rounds: int, device: Device = CPU) -> dict[str, float]:
+    """Return the median seconds of each contestant over `rounds` rounds, after the device's rounds to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
+    for number in range(device.warm_up + rounds):
         for name, contestant in contestants.items():
-            started = time.perf_counter()
-            contestant()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
+            taken = device.seconds(contestant)
+            if number >= device.warm_up:
+                seconds[name].append(taken)
     return {name: statistics.median(values) for name, values in seconds.items()}

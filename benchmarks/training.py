@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
-import torch
-
+from benchmarks.alone import Values, alone
+from benchmarks.device import CPU, Device
 from benchmarks.floors import flops_floor
-from benchmarks.peers import COCA, HAND_WIRED, HUGGING_FACE, ORIGINAL, OURS, build, draw_batch, training_steps
-from benchmarks.report import Report, ratio
+from benchmarks.peers import (
+    COCA,
+    HAND_WIRED,
+    HUGGING_FACE,
+    ORIGINAL,
+    OURS,
+    build,
+    draw_batch,
+    installed,
+    training_steps,
+)
+from benchmarks.report import Report, middle, ratio, short
 from benchmarks.timing import medians
 from palme_xt import PalmEConfig
 
 COLUMNS = ("batch", "tokens", "contestant", "ms", "relative to Hugging Face", "relative to hand-wired")
 SHAPES = (4, 256), (2, 1024)
 ROUNDS = 5
+CONTESTANTS = (OURS, HAND_WIRED, HUGGING_FACE, COCA, ORIGINAL)
 COMPILED = (OURS, HUGGING_FACE)
 FLOOR = "floor: the step's floating-point operations at this machine's matrix product rate"
 
 
-def main() -> None:
+def measure(device: Device, b: int, n: int) -> Values:
+    """Return the seconds of a step of each contestant."""
     config = PalmEConfig()
-    models = build(config, OURS, HAND_WIRED, HUGGING_FACE, COCA, ORIGINAL)
-    title = "Training step: default configuration, float32, forward and backward"
-    report = Report("training", title, COLUMNS, ["transformers"])
+    models = build(config, *CONTESTANTS, device=device)
+    img, text = draw_batch(config, b, n, device)
+    steps = training_steps(models, img, text)
+    seconds = medians(steps, ROUNDS, device)
+    # FlopCounterMode does not count what torch computes in chunks.
+    seconds[FLOOR] = flops_floor(steps[HAND_WIRED], device)
+    compiled = training_steps({name: models[name] for name in COMPILED if name in models}, img, text, compile=True)
+    return seconds | {f"{name}, compiled": value for name, value in medians(compiled, ROUNDS, device).items()}
+
+
+def main(device: Device = CPU, runs: int = 1) -> None:
+    installed(*CONTESTANTS)
+    title = f"Training step: default configuration, {device.dtype_name}, forward and backward"
+    report = Report("training", title, COLUMNS, ["transformers"], device)
     for b, n in SHAPES:
-        img, text = draw_batch(config, b, n)
-        steps = training_steps(models, img, text)
-        seconds = medians(steps, ROUNDS)
-        seconds[FLOOR] = flops_floor(steps[HAND_WIRED])  # FlopCounterMode does not count what torch computes in chunks
-        torch._dynamo.reset()
-        compiled = training_steps({name: models[name] for name in COMPILED if name in models}, img, text, compile=True)
-        seconds |= {f"{name}, compiled": value for name, value in medians(compiled, ROUNDS).items()}
-        for name, value in seconds.items():
-            theirs = seconds.get(f"{HUGGING_FACE}, compiled" if name.endswith(", compiled") else HUGGING_FACE)
-            report.row(b, n, name, f"{value * 1e3:.0f}", ratio(value, theirs), ratio(value, seconds[HAND_WIRED]))
+        found = [alone("training", device, b, n) for _ in range(runs)]
+        for name in found[0]:
+            theirs = f"{HUGGING_FACE}, compiled" if name.endswith(", compiled") else HUGGING_FACE
+            against = ratio(found, name, theirs), ratio(found, name, HAND_WIRED)
+            report.row(b, n, name, short(middle(found, name) * 1e3), *against)
     report.end()
-    for name in OURS, HAND_WIRED:
-        report.profile(f"Where the time goes, {name}, batch {b}, {n} tokens", steps[name])
+    models = build(PalmEConfig(), OURS, HAND_WIRED, device=device)
+    for name, step in training_steps(models, *draw_batch(PalmEConfig(), b, n, device)).items():
+        step()
+        report.profile(f"Where the time goes, {name}, batch {b}, {n} tokens", step)

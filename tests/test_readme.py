@@ -18,7 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from benchmarks.__main__ import SUBSETS
+from benchmarks.__main__ import SUBSETS, WITH_OPTIONS
 from benchmarks.__main__ import parse as parse_benchmarks
 from palme_xt import PalmE
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing
@@ -192,10 +192,11 @@ def test_every_line_of_bash_is_a_command_that_is_checked() -> None:
 
 
 def test_the_benchmarks_that_a_readme_runs_are_there() -> None:
-    commands = re.findall(r"python -m benchmarks((?: \w+)*) ?(?:`|-->|\n)", EVERYTHING)
+    commands = re.findall(r"python -m benchmarks((?: [\w-]+)*) ?(?:`|-->|\n)", EVERYTHING)
     assert len(commands) > 10
     for command in commands:
-        assert parse_benchmarks(command.split()) == (command.split() or list(SUBSETS))
+        named = command.split(" --")[0].split()
+        assert parse_benchmarks(command.split()).subset == (named or list(WITH_OPTIONS if "--" in command else SUBSETS))
     with pytest.raises(SystemExit):
         parse_benchmarks(["drawing"])
     modules = re.findall(r"python -m (benchmarks\.\w+)", EVERYTHING)

@@ -29,7 +29,8 @@ def _matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 @functools.cache
 def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, Cached]]:
     # torch 2.15: with `dynamic=True`, the scales of the modules are inputs of the graph, at first, and the step
-    # is traced a second time to make them constants. There is no public setting.
+    # is traced a second time to make them constants. There is no public setting. CUDA graphs are off, because torch
+    # would record one for each length of the cache.
     traced_once: Callable[[Any], Any] = torch._dynamo.config.patch(specialize_float=True)
     if not one_row_on_cpu:
         return traced_once(torch.compile(_step, fullgraph=True, dynamic=True))  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from torch.export import Dim
 
 from palme_xt import PalmE
 from palme_xt.decoding import compiled as compiled_step
+from tests.devices import GPU
 from tests.models import batch, small
 
 LENGTHS = (2, 5, 9, 4, 3, 17, 30, 6, 4, 12)  # shorter and longer than the 4 patches
@@ -76,12 +77,12 @@ def test_torch_still_traces_twice_unless_floats_are_constants() -> None:
     assert 0 < 1.9 * captured[True] < captured[False]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
 @pytest.mark.parametrize("b", [1, 2])
-def test_compiled_decoding_gives_the_same_tokens(b: int) -> None:
+def test_compiled_decoding_gives_the_same_tokens(b: int, device: str) -> None:
     torch._dynamo.reset()
-    model = small(max_seq_len=64)
-    img, prompts = batch(model, b=b, n=3)
+    model = small(max_seq_len=64).to(device)
+    img, prompts = (tensor.to(device) for tensor in batch(model, b=b, n=3))
     eager = model.generate(img, prompts, 40, temperature=0.0)
     assert torch.equal(model.generate(img, prompts, 40, temperature=0.0, compile=True), eager)
     assert len(eager.unique()) > 2

@@ -18,25 +18,26 @@ from palme_xt import PalmE
 from palme_xt.parity import exactly
 from palme_xt.upstream import attend
 from palme_xt.upstream.alibi import AlibiPositionalBias
+from tests.devices import each_device
 from tests.models import batch, logits, small
 from tests.upstream.storages import Storages
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
-def errors(n: int, dtype: torch.dtype, *, qk_norm: bool = False) -> tuple[float, float]:
+def errors(n: int, dtype: torch.dtype, *, qk_norm: bool = False, device: str = "cpu") -> tuple[float, float]:
     """Return the relative errors of attention against float64, with the bias in the keys and with upstream's bias."""
     torch.manual_seed(0)
     h, d = 16, 16  # the slopes of 16 heads are 0.004 to 0.7, half of them not powers of two
-    rows = torch.arange(n - 1, -1, -(n // 128))
-    q, k, v = (torch.randn(1, h, n, d) for _ in range(3))
+    rows = torch.arange(n - 1, -1, -(n // 128), device=device)
+    q, k, v = (torch.randn(1, h, n, d).to(device) for _ in range(3))
     q, k = (normalize(t, dim=-1) for t in (q, k)) if qk_norm else (2 * q, 2 * k)
     q, k, v = (t.to(dtype) for t in (q, k, v))
-    alibi = AlibiPositionalBias(h, h).to(dtype)
+    alibi = AlibiPositionalBias(h, h).to(device, dtype)
     layer = attend.Attend(UpstreamAttend(causal=True, flash=True, heads=h, scale=10.0 if qk_norm else None))
     layer.bias_in_keys = True
     keys, _ = layer(q, k, v, attn_bias=alibi.row(n), causal=True)
-    distance = rows[:, None] - torch.arange(n)
+    distance = rows[:, None] - torch.arange(n, device=device)
     bias = (-distance * alibi.slopes).masked_fill(distance < 0, -(2.0**14))
     upstreams, _ = layer(q[:, :, rows], k, v, attn_bias=bias.to(dtype), causal=False)
     exact, _ = layer(q[:, :, rows].double(), k.double(), v.double(), attn_bias=bias.double(), causal=False)
@@ -44,16 +45,18 @@ def errors(n: int, dtype: torch.dtype, *, qk_norm: bool = False) -> tuple[float,
     return ours.item(), theirs.item()
 
 
+@each_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("qk_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_error_against_float64_is_that_of_upstreams_bias(
-    dtype: torch.dtype, qk_norm: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, qk_norm: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, theirs = errors(1024, dtype, qk_norm=qk_norm)
+    ours, theirs = errors(1024, dtype, qk_norm=qk_norm, device=device)
     assert 0 < ours <= 1.2 * theirs
     assert theirs < 4 * torch.finfo(dtype).eps
     monkeypatch.setattr(attend, "EXTRA", 2)  # one part of the bias instead of four
-    assert errors(1024, dtype)[0] > 5 * errors(1024, dtype)[1] or dtype == torch.float32
+    ours, theirs = errors(1024, dtype, device=device)
+    assert ours > 5 * theirs or dtype == torch.float32
 
 
 @pytest.mark.slow
