@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.alone import Values, alone
 from benchmarks.device import CPU, Device
+from benchmarks.kept import describe, kept
 from benchmarks.peers import HAND_WIRED, HUGGING_FACE, OURS, build, draw_batch, installed, training_steps
 from benchmarks.report import Report, middle, ratio, short
 from palme_xt import PalmE, PalmEConfig
@@ -45,3 +46,7 @@ def main(device: Device = CPU, runs: int = 1) -> None:
             against = ratio(found, name, HUGGING_FACE), ratio(found, name, HAND_WIRED)
             report.row(b, n, name, short(middle(found, name)), *against)
     report.end()
+    models = build(PalmEConfig(), *names, device=device)
+    for name, step in training_steps(models, *draw_batch(PalmEConfig(), b, n, device)).items():
+        print(f"What {name} keeps for its backward pass, batch {b}, {n} tokens:\n")
+        print(f"```text\n{describe(kept(models[name], step))}\n```\n")

@@ -1,7 +1,8 @@
 """Train captioners from scratch and from pretrained parts, on the same images, for about the same CPU time.
 
-`python -m benchmarks.parts` prints a table and draws curves over the minutes, in about an hour and a half. The pretrained parts
-are those of `python -m benchmarks.pretrained DIR`; `python -m benchmarks.parts --models DIR` reads them there.
+`python -m benchmarks.parts` prints a table and draws curves over the minutes, in about an hour and a half. The
+pretrained parts are those of `python -m benchmarks.pretrained DIR`; `python -m benchmarks.parts --models DIR` reads
+them there.
 """
 
 from __future__ import annotations
