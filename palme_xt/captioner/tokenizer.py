@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from palme_xt import tokens
-from palme_xt.storage.folder import one_line
+from palme_xt.storage.folder import explained, one_line
 
 TOKENIZER = "tokenizer.json"
 SPECIAL_TOKENS = "tokenizer_config.json"
@@ -176,13 +176,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return ByteTokenizer()
     if not special.is_file():
         return load_tokenizer(str(path))
-    try:
+    with explained(f"{special} does not name bos_token and eos_token", TokenizerError):
         values = json.loads(special.read_text())
         ends = [values[name] for name in ("bos_token", "eos_token")]
         # Hugging Face libraries may write tokens as objects.
         ends = [end["content"] if isinstance(end, dict) else end for end in ends]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TokenizerError(f"{special} does not name bos_token and eos_token: {error}") from error
     return load_tokenizer(str(path), *(None if end is None else str(end) for end in ends))
 
 

@@ -6,33 +6,34 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+Content = bytes | Callable[[Path], object]  # of a file, or a function that writes it to the path that it is given
 UNFINISHED = ".palme_xt-unfinished"  # a name that no user would choose, because it is deleted with its contents
 
 
-def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+def replace_files(folder: Path, contents: Mapping[str, Content]) -> None:
     """Write files into `folder`, and rename each to its final name when all of them are complete and on disk.
 
     A full disk or a power cut before that leaves the folder unchanged. If the process is killed between two renames,
-    the folder has new files, in the order of `writers`, beside old ones, and the rest in the folder `UNFINISHED`, which
-    the next call removes.
+    the folder has new files, in the order of `contents`, beside old ones, and the rest in the folder `UNFINISHED`,
+    which the next call removes.
 
     Args:
         folder: An existing folder.
-        writers: For each file name, a function that writes the content to the path that it is given.
+        contents: The content of each file, by its name.
 
     Raises:
-        OSError: If the files cannot be written, or whatever a writer raises. Nothing has been renamed.
+        OSError: If the files cannot be written, or whatever a function raises. Nothing has been renamed.
     """
     # Use a folder, because safetensors writes to a temporary file of its own beside the file that it is given.
     aside = folder / UNFINISHED
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
-        for name, write in writers.items():
-            write(aside / name)
+        for name, content in contents.items():
+            (aside / name).write_bytes(content) if isinstance(content, bytes) else content(aside / name)
             (aside / name).chmod(0o666 & aside.stat().st_mode)  # safetensors 0.8 lets only the owner read its files
             sync(aside / name)
-        for name in writers:
+        for name in contents:
             (aside / name).replace(folder / name)
         with contextlib.suppress(OSError):  # Windows cannot open folders, and some file systems cannot sync them
             sync(folder)

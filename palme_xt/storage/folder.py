@@ -8,9 +8,8 @@ COMPANIONS         files that captioning or the hub reads; each of them is optio
 import contextlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
-from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -18,12 +17,12 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from palme_xt.config import PalmEConfig
 from palme_xt.external import name_encoder
 from palme_xt.model import Encoder, PalmE
-from palme_xt.storage.atomic import replace_files
+from palme_xt.storage.atomic import Content, replace_files
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -61,7 +60,7 @@ def load(folder: PathLike, device: Device = "cpu", encoder: Encoder = "config") 
 def load_as(kind: type[Model], folder: PathLike, device: Device = "cpu", encoder: Encoder = "config") -> Model:
     """Return the model in `folder`, as `load` does, as an instance of a subclass of `PalmE`."""
     config = read_config(folder)
-    with _reading_arguments(folder, "does not describe the encoder"):
+    with explained(f"{Path(folder) / CONFIG} does not describe the encoder"):
         name_encoder(encoder, config.external_encoder)
     with _reading_arguments(folder):
         model = kind.from_config(config, encoder)
@@ -76,12 +75,9 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
         FolderError: If the weights are missing, damaged, or those of another model. The model is unchanged.
     """
     path = _find(folder, WEIGHTS)
-    try:
+    remedy = "; download or save it again; other formats are not read, because reading a pickle can run code"
+    with explained(f"{path} holds no safetensors weights that can be read", remedy=remedy):
         found = load_file(path)  # maps the file into memory: no copy other than the model's own
-    except (SafetensorError, OSError) as error:
-        unreadable = f"{path} holds no safetensors weights that can be read ({one_line(error)})"
-        remedy = "download or save it again; other formats are not read, because reading a pickle can run code"
-        raise FolderError(f"{unreadable}: {remedy}") from error
     expected = model.state_dict()
     wrong = []
     if missing := [name for name in expected if name not in found]:
@@ -167,29 +163,36 @@ def save(
         if name not in COMPANIONS:
             raise FolderError(f"companions[{name!r}] must be one of {', '.join(COMPANIONS)}: no other file is read")
     values = model.config.to_dict() | ({} if training is None else {TRAINING: dict(training)})
-    contents = {**companions, CONFIG: json.dumps(values, indent=2).encode() + b"\n"}
-    weights: dict[str, torch.Tensor] = {}
+    weights = as_safetensors(model.state_dict(), {"format": "pt"})
+    write_files(folder, {**companions, CONFIG: as_json(values), WEIGHTS: weights})
+
+
+def as_json(values: Mapping[str, Any]) -> bytes:
+    """Return the content of a JSON file."""
+    return json.dumps(values, indent=2).encode() + b"\n"
+
+
+def as_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Content:
+    """Return the content of a safetensors file. Tensors that share memory are written separately."""
+    written: dict[str, Tensor] = {}
     memories = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         memory = tensor.device, tensor.untyped_storage().data_ptr()
         # safetensors rejects tensors that share memory or are not contiguous.
-        weights[name] = tensor.clone().contiguous() if memory in memories else tensor.contiguous()
+        written[name] = tensor.clone().contiguous() if memory in memories else tensor.contiguous()
         memories.add(memory)
-    writers = {name: methodcaller("write_bytes", content) for name, content in contents.items()}
-    write_files(folder, {**writers, WEIGHTS: lambda path: save_file(weights, path, {"format": "pt"})})
+    return lambda path: save_file(written, path, metadata)
 
 
-def write_files(folder: PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
+def write_files(folder: PathLike, contents: Mapping[str, Content]) -> None:
     """Write files as `replace_files` does, into a folder that is created if it does not exist.
 
     Raises:
         FolderError: If the folder cannot be written.
     """
-    try:
+    with explained(f"{folder} cannot be written"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        replace_files(Path(folder), writers)
-    except (OSError, SafetensorError) as error:
-        raise FolderError(f"{folder} cannot be written: {one_line(error)}") from error
+        replace_files(Path(folder), contents)
 
 
 def check_files(where: object, names: Collection[str], required: Collection[str] = (CONFIG, WEIGHTS)) -> None:
@@ -214,7 +217,18 @@ def one_line(error: Exception) -> str:
     """Return the message of an error on one line, or the name of its type if it has none."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(what: str, kind: type[ValueError] = FolderError, remedy: str = "") -> Iterator[None]:
+    """Turn an error while files are read or written into a one-line error of the given kind that begins with `what`."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise kind(f"{what}: {one_line(error)}{remedy}") from error
 
 
 def _find(folder: PathLike, name: str) -> Path:
@@ -228,10 +242,5 @@ def _find(folder: PathLike, name: str) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _reading_arguments(folder: PathLike, wrong: str = "does not hold a model's arguments") -> Iterator[None]:
-    """Report any error as an error in `config.json`."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FolderError(f"{Path(folder) / CONFIG} {wrong}: {one_line(error)}") from error
+def _reading_arguments(folder: PathLike) -> contextlib.AbstractContextManager[None]:
+    return explained(f"{Path(folder) / CONFIG} does not hold a model's arguments")

@@ -137,7 +137,7 @@ def torch_saved(folder: Path) -> None:
 ARGUMENTS = r"\S+config.json does not hold a model's arguments: "
 OF_THIS_MODEL = r"\S+model.safetensors does not hold this model's weights: "
 UNREADABLE = (
-    r"\S+model.safetensors holds no safetensors weights that can be read \({}\): download or save it again; other "
+    r"\S+model.safetensors holds no safetensors weights that can be read: {}; download or save it again; other "
     "formats are not read, because reading a pickle can run code"
 )
 SAME = ": config.json and model.safetensors must belong to the same model"

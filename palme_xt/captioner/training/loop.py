@@ -22,11 +22,11 @@ from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training import checkpoint, distributed
 from palme_xt.captioner.training.evaluate import Evaluation, evaluate, unsharded
-from palme_xt.captioner.training.run import EVALUATION, METRICS, WEIGHTS, Run, as_json
+from palme_xt.captioner.training.run import EVALUATION, METRICS, Run
 from palme_xt.captioner.training.task import Task, check_rows, open_run, open_task
 from palme_xt.config import PalmEConfig
 from palme_xt.storage.card import model_card
-from palme_xt.storage.folder import CARD
+from palme_xt.storage.folder import CARD, WEIGHTS, as_json, as_safetensors
 
 SAVED_IMAGES = 8
 UNUSABLE_ROWS = 1000
@@ -71,7 +71,7 @@ def train(
         FolderError: If `training.start` does not hold weights of such a model.
         DataError: If the data cannot be loaded, differ from those that the run started with, or have an unusable row
             with `data.strict`.
-        RunError: If the run folder cannot be written, or another process is training the run. The last checkpoint is
+        FolderError: If the run folder cannot be written, or another process is training the run. The last checkpoint is
             unchanged.
         TrainingError: If the loss is not finite, in which case the last checkpoint is an earlier one, or if training
             cannot run in these processes.
@@ -281,7 +281,7 @@ class _Trainer:
             values, held_out = asdict(evaluation), {"held_out_images": len(evaluation.predicted)}
             described |= {"selected_by": "lowest held-out loss"} | held_out | evaluation.scores
         card = model_card(self.task.config, self.task.options, described)
-        self.run.write_tensors(WEIGHTS, weights, others={EVALUATION: as_json(values), CARD: card.encode()})
+        self.run.write({WEIGHTS: as_safetensors(weights), EVALUATION: as_json(values), CARD: card.encode()})
 
     def draw(self, evaluation: Evaluation) -> None:
         """Draw held-out images with their captions, and the loss curve."""

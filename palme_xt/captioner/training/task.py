@@ -92,7 +92,7 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
 
     Raises:
         DataError: If the data differ from those that the run started with, or no held-out row can be used.
-        RunError: If the folder cannot be written, or another process is training the run.
+        FolderError: If the folder cannot be written, or another process is training the run.
     """
     defects = _check_held_out_rows(task)
     before = run.training() if resume else {}

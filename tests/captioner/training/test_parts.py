@@ -233,7 +233,7 @@ def test_nothing_to_train_is_an_error() -> None:
             ["--encoder={encoder}", "--freeze=encoder", "--lr_encoder=1e-4"],
             "lr_encoder=0.0001 has no effect on a frozen encoder: leave it out",
         ),
-        (["--encoder={raw}", "--data={data}"], "encoder=\\S+ must have .*: do_normalize=False must be 1"),
+        (["--encoder={raw}", "--data={data}"], "encoder=\\S+ must have .*: do_normalize=False must be True"),
         (["--encoder={zero}", "--data={data}"], "encoder=\\S+ must have .* must have 3 numbers, none of image_std 0"),
         (["--decoder={bare}", "--data={data}"], "\\S+ cannot be loaded: model_type='vit' is not supported"),
         (["--decoder={silent}", "--data={data}"], "\\S+ has no tokenizer.json: use a folder of save_pretrained"),
