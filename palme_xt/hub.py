@@ -1,6 +1,5 @@
 """Save PalmE to the Hugging Face Hub, and load it from there, like other models."""
 
-import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
 from palme_xt import model
 from palme_xt.storage import folder as storage
@@ -162,9 +161,5 @@ def _download(name: str, token: str | bool | None, revision: str | None, **cache
     except Exception as error:  # the type depends on the release of huggingface_hub
         message = f"{name} is neither a local folder nor a repository on the hub that can be read: {one_line(error)}"
         raise FolderError(message) from error
-    names = os.listdir(folder) if folder.is_dir() else []
-    if not {CONFIG, WEIGHTS} <= set(names) and not cached["local_files_only"]:
-        with contextlib.suppress(Exception):  # without the names of the other files, the error says less
-            names = HfApi(token=token).list_repo_files(name, revision=revision)
-    storage.check_files(f"{name} on the hub", names)
+    storage.check_files(f"{name} on the hub", os.listdir(folder) if folder.is_dir() else [])
     return folder

@@ -31,7 +31,8 @@ COMPANIONS = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.js
 TRAINING = "training"
 
 _OF_TRAINING = {"training.lock", "metrics.jsonl"}  # in the folder of a training run from its first step on
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+_PICKLES = "reading a pickle can run code"
 
 PathLike = str | os.PathLike[str]
 Device = str | torch.device
@@ -75,7 +76,7 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
         FolderError: If the weights are missing, damaged, or those of another model. The model is unchanged.
     """
     path = _find(folder, WEIGHTS)
-    remedy = "; download or save it again; other formats are not read, because reading a pickle can run code"
+    remedy = f"; download or save it again; other formats are not read, because {_PICKLES}"
     with explained(f"{path} holds no safetensors weights that can be read", remedy=remedy):
         found = load_file(path)  # maps the file into memory: no copy other than the model's own
     expected = model.state_dict()
@@ -199,18 +200,15 @@ def check_files(where: object, names: Collection[str], required: Collection[str]
     """Reject a folder or a repository by the names of its files, without opening any.
 
     Raises:
-        FolderError: If a `required` file is missing. Weights in a pickle do not replace `model.safetensors`.
+        FolderError: If a `required` file is missing. Weights in another file do not replace `model.safetensors`.
     """
     for name in required:
         if name in names:
             continue
-        pickles = sorted(other for other in names if other.endswith(_PICKLES) and "/" not in other)
-        if name == WEIGHTS and pickles:
-            found = f"{where} has its weights in {pickles[0]}, a pickle, and reading one can run code"
-            raise FolderError(f"{found}: only {WEIGHTS} is read; convert the pickle if you trust it")
         if name == WEIGHTS and _OF_TRAINING & {*names}:
             raise FolderError(f"{where} has no weights yet: resume its training with `palme-xt train --resume {where}`")
-        raise FolderError(f"{where} is not a run folder: it has no {name}; `palme-xt train` makes one")
+        others = f"; weights in other files are not read, because {_PICKLES}" if name == WEIGHTS else ""
+        raise FolderError(f"{where} is not a run folder: it has no {name}; `palme-xt train` makes one{others}")
 
 
 def one_line(error: Exception) -> str:

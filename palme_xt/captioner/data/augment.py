@@ -34,13 +34,10 @@ class Augmented(Source):
         """Return the digest of the source."""
         return self.source.fingerprint()
 
-    def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read` does."""
-        draws = [random.Random(f"{self.seed} {number}") for number in numbers]
-        return [
-            row if isinstance(row, Defect) else replace(row, img=varied(row.img, draw))
-            for row, draw in zip(self.source.read(numbers), draws, strict=True)
-        ]
+    def row(self, number: int) -> Example | Defect:
+        """Return the row with this number, as `Source.row` does."""
+        row, draw = self.source.row(number), random.Random(f"{self.seed} {number}")
+        return row if isinstance(row, Defect) else replace(row, img=varied(row.img, draw))
 
 
 def varied(img: Tensor, draw: random.Random) -> Tensor:

@@ -63,8 +63,12 @@ class Source(Protocol):
 
     rows_per_epoch: float = math.inf
 
+    def row(self, number: int) -> Example | Defect:
+        """Return the row with this number, which must not decrease from one call to the next."""
+
     def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, which must not decrease from one call to the next."""
+        """Return the rows with these numbers."""
+        return [self.row(number) for number in numbers]
 
     def fingerprint(self) -> str:
         """Return a digest of the data, which a resumed run compares, or '' if there is none."""

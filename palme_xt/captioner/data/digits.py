@@ -15,7 +15,7 @@ from einops import rearrange
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from palme_xt.captioner.data.batches import Defect, Example, Source
+from palme_xt.captioner.data.batches import Example, Source
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.config import PalmEConfig
 
@@ -91,7 +91,7 @@ class Scenes(Source):
         scans: The digits to choose from.
         config: The model that learns from the scenes.
         tokenizer: The tokenizer of the captions.
-        block: Number of scenes composed at once. The numbers of one `read` must lie within one block.
+        block: Number of scenes composed at once.
         seed: Seed of the random choices.
         jitter: As in `compose`.
 
@@ -112,15 +112,13 @@ class Scenes(Source):
         self._draw = partial(compose, scans, block, image_size=size, channels=channels, jitter=jitter)
         self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
 
-    def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read` does."""
-        block, first = divmod(numbers.start, self.block)
+    def row(self, number: int) -> Example:
+        """Return the scene with this number, as `Source.row` does."""
+        block, place = divmod(number, self.block)
         if self._drawn[0] != block:
             # Each block has its own generator: numpy mixes the two numbers into a seed that hardly any other pair has.
             mixed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0])
             self._drawn = block, *self._draw(generator=torch.Generator().manual_seed(mixed % 2**63))
         _, img, captions = self._drawn
-        return [
-            Example(img[place], f"scene {number}", [text := captions[place]], [self.tokenizer.encode(text)])
-            for place, number in enumerate(numbers, first)
-        ]
+        caption = captions[place]
+        return Example(img[place], f"scene {number}", [caption], [self.tokenizer.encode(caption)])

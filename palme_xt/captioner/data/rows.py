@@ -142,10 +142,6 @@ class MapStyleSource(Source):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read` does."""
-        return [self._row(*divmod(number, len(self.rows))) for number in numbers]
-
     def fingerprint(self) -> str:
         """Return a digest of the number of rows and of their captions, in order."""
         column = self.reader.text_column
@@ -156,7 +152,9 @@ class MapStyleSource(Source):
             digest.update(json.dumps(caption, default=repr).encode() + b"\n")
         return digest.hexdigest()
 
-    def _row(self, epoch: int, place: int) -> Example | Defect:
+    def row(self, number: int) -> Example | Defect:
+        """Return the row with this number, as `Source.row` does."""
+        epoch, place = divmod(number, len(self.rows))
         if self.seed is not None:
             # Each pair gets its own seed: seeds of torch's generators have 64 bits, and epochs are few.
             place = int(_permutation(len(self.rows), (self.seed * 2**20 + epoch) % 2**63)[place])
@@ -184,13 +182,13 @@ class StreamedSource(Source):
         self._rows: Iterator[tuple[int, int, Mapping[str, Any]]] | None = None
         self._number = 0
 
-    def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read` does. Rows before them are read and discarded."""
+    def row(self, number: int) -> Example | Defect:
+        """Return the row with this number, as `Source.row` does. Rows before it are read and discarded."""
         if self._rows is None:
             self._rows = self._endless()
-        rows = islice(self._rows, numbers.start - self._number, numbers.stop - self._number)
-        self._number = numbers.stop
-        return [self.reader(row, place, epoch + place) for epoch, place, row in rows]
+        epoch, place, row = next(islice(self._rows, number - self._number, None))
+        self._number = number + 1
+        return self.reader(row, place, epoch + place)
 
     def _endless(self) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
         # datasets 5.2 keeps the epoch in memory that reader processes share, so each process sets it in its own copy.

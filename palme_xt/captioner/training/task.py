@@ -117,8 +117,7 @@ def _check_held_out_rows(task: Task) -> list[Defect]:
         DataError: If no row can be used, or, with `strict`, if any row cannot.
     """
     defects, captions = list[Defect](), list[str]()
-    for number in range(task.held_out_images):  # one by one, because images may be many and large
-        (row,) = task.held_out_rows.read(range(number, number + 1))
+    for row in map(task.held_out_rows.row, range(task.held_out_images)):  # not at once: images may be many and large
         if isinstance(row, Defect):
             defects.append(row)
         else:

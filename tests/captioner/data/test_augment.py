@@ -19,14 +19,14 @@ class Rows(Source):
 
     rows_per_epoch = 3
 
-    def read(self, numbers: range) -> list[Example | Defect]:
+    def row(self, number: int) -> Example | Defect:
         img = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         rows: list[Example | Defect] = [
             Example(img, "0", [picture(0)[1]], [[1, 2]]),
             Example(img.flip(-1), "1", [picture(1)[1]], [[1, 3]], turn=1),
             Defect("broken image", "2 is broken", "2"),
         ]
-        return [rows[number % 3] for number in numbers]
+        return rows[number % 3]
 
     def fingerprint(self) -> str:
         return "rows"
