@@ -521,7 +521,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             weights,
             ".*image_size=33 must be divisible.*",
         ),
-        ("weights", config, weights[:-9], r"\S+model.safetensors holds no safetensors weights that can be read .*"),
+        ("weights", config, weights[:-9], r"\S+model.safetensors holds no safetensors weights that can be read: .*"),
         ("shape", config.replace('"decoder_dim": 16', '"decoder_dim": 24'), weights, ".*does not hold this model's.*"),
     ]:
         (tmp_path / name).mkdir()
@@ -614,10 +614,8 @@ class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
-sys.modules.pop({module!r}, None)
 from palme_xt.cli import main
 sys.meta_path.insert(0, Interrupt())
-import argparse
 sys.modules.pop({module!r}, None)
 sys.exit(main(["train", "--run", {str(tmp_path / "run")!r}]))
 """

@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help", "--version"):
         print(f"palme-xt {palme_xt.__version__}" if command == "--version" else __doc__)
-        sys.exit()
+        sys.exit(0)
     if command not in COMMANDS:
         hint = did_you_mean(command, COMMANDS)
         raise ValueError(f"{command!r} must be one of the commands {', '.join(COMMANDS)}{hint}")
