@@ -6,10 +6,9 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -25,8 +24,7 @@ PARITY = "parity.safetensors"
 TOLERANCE = 1e-4  # of the largest value; different kernels for the same arithmetic differ by about 1e-6
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The result of `check`.
 
     Attributes:

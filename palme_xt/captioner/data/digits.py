@@ -5,8 +5,8 @@ The digits are the 1,797 scans of 8x8 pixels that scikit-learn ships (`load_digi
 one to three of them in the quarters of a square; its caption names them in reading order.
 """
 
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ LONGEST_CAPTION = ", ".join(f"three {quarter}" for quarter in QUARTERS[1:])
 HELD_OUT_SHARE = 0.2
 
 
-@dataclass(frozen=True)
-class Scans:
+class Scans(NamedTuple):
     """Scans of single digits: `pixels` `(n, 8, 8)`, float32 in 0..1, and `labels` `(n,)`, int64."""
 
     pixels: Tensor

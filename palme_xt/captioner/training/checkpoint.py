@@ -19,7 +19,6 @@ from torch.distributed.checkpoint import state_dict
 from palme_xt.captioner import parts
 from palme_xt.captioner.options import Training
 from palme_xt.captioner.training.distributed import Errors, in_first_process
-from palme_xt.captioner.training.features import Features
 from palme_xt.captioner.training.run import Run
 from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
@@ -97,7 +96,7 @@ def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Train
     # With FSDP, all processes have to call the encoder together.
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if "encoder" in training.frozen and not (training.augment or sharded):
-        model.encode = Features(model)  # type: ignore[method-assign]
+        model.encode = parts.Features(model)  # type: ignore[method-assign]
     weights, decay = parts.groups(model, training), training.weight_decay
     optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
