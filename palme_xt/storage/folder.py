@@ -79,18 +79,14 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
     remedy = f"; download or save it again; other formats are not read, because {_PICKLES}"
     with explained(f"{path} holds no safetensors weights that can be read", remedy=remedy):
         found = load_file(path)  # maps the file into memory: no copy other than the model's own
-    expected = model.state_dict()
-    wrong = []
-    if missing := [name for name in expected if name not in found]:
-        wrong.append(f"{len(missing)} of {len(expected)} tensors are missing, {missing[0]} first")
-    if foreign := [name for name in found if name not in expected]:
-        wrong.append(f"{len(foreign)} do not belong to this model, {foreign[0]} first")
-    if others := [name for name in expected if name in found and found[name].shape != expected[name].shape]:
-        shapes = f"{tuple(found[others[0]].shape)}, must have {tuple(expected[others[0]].shape)}"
-        wrong.append(f"{len(others)} have another shape, {others[0]} first: it has {shapes}")
-    if wrong:
-        why = f"{'; '.join(wrong)}: {CONFIG} and {WEIGHTS} must belong to the same model"
-        raise FolderError(f"{path} does not hold this model's weights: {why}")
+    ours, theirs = (
+        {name: tuple(tensor.shape) for name, tensor in each.items()} for each in (model.state_dict(), found)
+    )
+    if wrong := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+        shapes = f"it is {theirs.get(wrong[0], 'missing')} in the file, {ours.get(wrong[0], 'missing')} in the model"
+        why = f"{len(wrong)} of {len(ours | theirs)} tensors differ, {wrong[0]} first: {shapes}"
+        remedy = f"{CONFIG} and {WEIGHTS} must belong to the same model"
+        raise FolderError(f"{path} does not hold this model's weights: {why}; {remedy}")
     model.load_state_dict(found)
 
 

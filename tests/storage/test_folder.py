@@ -144,7 +144,7 @@ NO_WEIGHTS = (
     r"\S+ is not a run folder: it has no model.safetensors; `palme-xt train` makes one; weights in other files are not "
     "read, because reading a pickle can run code"
 )
-SAME = ": config.json and model.safetensors must belong to the same model"
+SAME = "; config.json and model.safetensors must belong to the same model"
 EMBEDDING = "decoder.net.token_emb.emb.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (
@@ -193,21 +193,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "header": (content(WEIGHTS, b"\x80\x02" + bytes(6) + b"{"), UNREADABLE.format(".*invalid header length")),
     "missing tensors": (
         weights(lambda tensors: [tensors.pop(name) for name in (EMBEDDING, "encoder.pos_embedding")]),
-        OF_THIS_MODEL + r"2 of \d+ tensors are missing, encoder.pos_embedding first" + SAME,
+        OF_THIS_MODEL
+        + r"2 of \d+ tensors differ, encoder.pos_embedding first: it is missing in the file, \(.*\) in the model"
+        + SAME,
     ),
     "foreign tensors": (
         weights(lambda tensors: tensors.update(a=torch.ones(1), b=torch.ones(1))),
-        OF_THIS_MODEL + "2 do not belong to this model, a first" + SAME,
+        OF_THIS_MODEL + r"2 of \d+ tensors differ, a first: it is \(1,\) in the file, missing in the model" + SAME,
     ),
     "another": (
         lambda folder: safetensors.torch.save_file({"bias": torch.ones(2)}, folder / WEIGHTS),
-        OF_THIS_MODEL
-        + r"(\d+) of \1 tensors are missing, encoder\.\S+ first; 1 do not belong to this model, bias first"
-        + SAME,
+        OF_THIS_MODEL + r"(\d+) of \1 tensors differ, encoder\.\S+ first: it is missing in the file, .*" + SAME,
     ),
     "shape": (
         weights(lambda tensors: tensors.update({EMBEDDING: torch.ones(32, 31)})),
-        OF_THIS_MODEL + rf"1 have another shape, {EMBEDDING} first: it has \(32, 31\), must have \(32, 32\)" + SAME,
+        OF_THIS_MODEL
+        + rf"1 of \d+ tensors differ, {EMBEDDING} first: it is \(32, 31\) in the file, \(32, 32\) in the model"
+        + SAME,
     ),
 }
 
