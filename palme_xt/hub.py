@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from palme_xt import model
 from palme_xt.storage import folder as storage
 from palme_xt.storage.card import model_card
-from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, FolderError, one_line
+from palme_xt.storage.errors import explained
+from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, FolderError
 
 
 class PalmE(model.PalmE, ModelHubMixin):
@@ -156,10 +157,7 @@ class PalmE(model.PalmE, ModelHubMixin):
 def _download(name: str, token: str | bool | None, revision: str | None, **cached: Any) -> Path:
     """Download a repository, and return the folder of the cache that holds its files."""
     wanted = [CONFIG, WEIGHTS, *COMPANIONS]
-    try:
+    with explained(f"{name} is neither a local folder nor a repository on the hub that can be read", FolderError):
         folder = Path(snapshot_download(name, token=token, revision=revision, allow_patterns=wanted, **cached))
-    except Exception as error:  # the type depends on the release of huggingface_hub
-        message = f"{name} is neither a local folder nor a repository on the hub that can be read: {one_line(error)}"
-        raise FolderError(message) from error
     storage.check_files(f"{name} on the hub", os.listdir(folder) if folder.is_dir() else [])
     return folder

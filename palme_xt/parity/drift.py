@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from palme_xt.parity.numbers import Numbers, describe_crash, first_difference
 from palme_xt.parity.observation import a_weight, cached_logits, observe, running
 from palme_xt.parts import draw_inputs
-from palme_xt.storage.folder import FolderError, as_safetensors, explained, load, write_files
+from palme_xt.storage.errors import explained
+from palme_xt.storage.folder import FolderError, as_safetensors, load, write_files
 
 PARITY = "parity.safetensors"
 TOLERANCE = 1e-4  # of the largest value; different kernels for the same arithmetic differ by about 1e-6
@@ -172,7 +173,7 @@ def _read(path: Path) -> tuple[dict[Any, Tensor], dict[str, Tensor], dict[str, s
     """Return what `record` wrote: the inputs, the other tensors in order, and the metadata."""
     if not path.is_file():
         raise FolderError(f"{path.parent} has no {path.name}: write one with `palme-xt parity record`")
-    with explained(f"{path} is not a reference that `palme-xt parity record` wrote"):
+    with explained(f"{path} is not a reference that `palme-xt parity record` wrote", FolderError):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             names = [metadata[key] for key in sorted(metadata) if key.startswith("order.")]

@@ -5,17 +5,16 @@ model.safetensors  the weights; pickles are rejected, because reading a pickle c
 COMPANIONS         files that captioning or the hub reads; each of them is optional
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from palme_xt.config import PalmEConfig
 from palme_xt.external import name_encoder
 from palme_xt.model import Encoder, PalmE
 from palme_xt.storage.atomic import Content, replace_files
+from palme_xt.storage.errors import explained
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -61,7 +61,7 @@ def load(folder: PathLike, device: Device = "cpu", encoder: Encoder = "config") 
 def load_as(kind: type[Model], folder: PathLike, device: Device = "cpu", encoder: Encoder = "config") -> Model:
     """Return the model in `folder`, as `load` does, as an instance of a subclass of `PalmE`."""
     config = read_config(folder)
-    with explained(f"{Path(folder) / CONFIG} does not describe the encoder"):
+    with explained(f"{Path(folder) / CONFIG} does not describe the encoder", FolderError):
         name_encoder(encoder, config.external_encoder)
     with _reading_arguments(folder):
         model = kind.from_config(config, encoder)
@@ -77,7 +77,7 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
     """
     path = _find(folder, WEIGHTS)
     remedy = f"; download or save it again; other formats are not read, because {_PICKLES}"
-    with explained(f"{path} holds no safetensors weights that can be read", remedy=remedy):
+    with explained(f"{path} holds no safetensors weights that can be read", FolderError, remedy):
         found = load_file(path)  # maps the file into memory: no copy other than the model's own
     ours, theirs = (
         {name: tuple(tensor.shape) for name, tensor in each.items()} for each in (model.state_dict(), found)
@@ -130,11 +130,12 @@ def read_companions(folder: PathLike) -> dict[str, bytes]:
     Raises:
         FolderError: If one of them cannot be read.
     """
-    paths = [Path(folder) / name for name in COMPANIONS]
-    try:
-        return {path.name: path.read_bytes() for path in paths if path.is_file()}
-    except OSError as error:
-        raise FolderError(f"{error.filename} cannot be read: {one_line(error)}") from error
+    found = {}
+    for path in [Path(folder) / name for name in COMPANIONS]:
+        if path.is_file():
+            with explained(f"{path} cannot be read", FolderError):
+                found[path.name] = path.read_bytes()
+    return found
 
 
 def save(
@@ -187,7 +188,7 @@ def write_files(folder: PathLike, contents: Mapping[str, Content]) -> None:
     Raises:
         FolderError: If the folder cannot be written.
     """
-    with explained(f"{folder} cannot be written"):
+    with explained(f"{folder} cannot be written", FolderError):
         Path(folder).mkdir(parents=True, exist_ok=True)
         replace_files(Path(folder), contents)
 
@@ -207,24 +208,6 @@ def check_files(where: object, names: Collection[str], required: Collection[str]
         raise FolderError(f"{where} is not a run folder: it has no {name}; `palme-xt train` makes one{others}")
 
 
-def one_line(error: Exception) -> str:
-    """Return the message of an error on one line, or the name of its type if it has none."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextlib.contextmanager
-def explained(what: str, kind: type[ValueError] = FolderError, remedy: str = "") -> Iterator[None]:
-    """Turn an error while files are read or written into a one-line error of the given kind that begins with `what`."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise kind(f"{what}: {one_line(error)}{remedy}") from error
-
-
 def _find(folder: PathLike, name: str) -> Path:
     """Return the path of a file that a model folder must have."""
     path = Path(folder) / name
@@ -236,5 +219,5 @@ def _find(folder: PathLike, name: str) -> Path:
     return path
 
 
-def _reading_arguments(folder: PathLike) -> contextlib.AbstractContextManager[None]:
-    return explained(f"{Path(folder) / CONFIG} does not hold a model's arguments")
+def _reading_arguments(folder: PathLike) -> AbstractContextManager[None]:
+    return explained(f"{Path(folder) / CONFIG} does not hold a model's arguments", FolderError)

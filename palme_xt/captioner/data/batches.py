@@ -3,8 +3,9 @@
 import math
 import multiprocessing
 import os
+import random
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from palme_xt.captioner.data.augment import varied
 from palme_xt.captioner.signals import ignore_interrupts_until
 from palme_xt.config import PalmEConfig
 
@@ -59,16 +61,25 @@ class Source(Protocol):
 
     Attributes:
         rows_per_epoch: Number of rows in an epoch; infinite until the first epoch has ended.
+        augment_seed: If it is not None, `read` varies each image. The variation depends only on this seed and the
+            number of the row, which counts over all epochs. It is therefore a new one in each epoch, and the same for
+            any number of processes and workers and in a resumed run.
     """
 
     rows_per_epoch: float = math.inf
+    augment_seed: int | None = None
 
     def row(self, number: int) -> Example | Defect:
         """Return the row with this number, which must not decrease from one call to the next."""
 
     def read(self, numbers: range) -> list[Example | Defect]:
         """Return the rows with these numbers."""
-        return [self.row(number) for number in numbers]
+        rows = {number: self.row(number) for number in numbers}
+        for number, row in rows.items():
+            if self.augment_seed is not None and isinstance(row, Example):
+                draw = random.Random(f"{self.augment_seed} {number}")
+                rows[number] = replace(row, img=varied(row.img, draw))
+        return [*rows.values()]
 
     def fingerprint(self) -> str:
         """Return a digest of the data, which a resumed run compares, or '' if there is none."""

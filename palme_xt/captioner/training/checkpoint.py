@@ -22,7 +22,8 @@ from palme_xt.captioner.training.distributed import Errors, in_first_process
 from palme_xt.captioner.training.run import Run
 from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
-from palme_xt.storage.folder import FolderError, as_safetensors, explained, load_weights
+from palme_xt.storage.errors import explained
+from palme_xt.storage.folder import FolderError, as_safetensors, load_weights
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = 1
@@ -206,7 +207,8 @@ def load(run: Run, state: State) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the metadata and the tensors of a checkpoint."""
-    with explained(f"{path} cannot be read as a checkpoint"), safetensors.safe_open(path, framework="pt") as file:
+    unreadable = f"{path} cannot be read as a checkpoint"
+    with explained(unreadable, FolderError), safetensors.safe_open(path, framework="pt") as file:
         metadata = json.loads((file.metadata() or {})[METADATA])
         if metadata["format"] != FORMAT:
             raise ValueError(f"format={metadata['format']} must be {FORMAT}: resume with the version that wrote it")

@@ -27,7 +27,8 @@ from typing import Any
 
 from palme_xt.config import PalmEConfig
 from palme_xt.storage.atomic import Content, replace_files
-from palme_xt.storage.folder import CONFIG, TRAINING, FolderError, as_json, explained, read_json
+from palme_xt.storage.errors import explained
+from palme_xt.storage.folder import CONFIG, TRAINING, FolderError, as_json, read_json
 
 try:
     import fcntl
@@ -53,7 +54,7 @@ class Run:
         Raises:
             FolderError: If the folder is not empty, or cannot be created.
         """
-        with explained(f"{self.folder} cannot be a run folder"):
+        with explained(f"{self.folder} cannot be a run folder", FolderError):
             self.folder.mkdir(parents=True, exist_ok=True)
             empty = not any(self.folder.iterdir())
         if not empty:
@@ -145,7 +146,7 @@ class Run:
             replace_files(self.folder, contents)
 
     def _writing(self, name: str) -> contextlib.AbstractContextManager[None]:
-        return explained(f"{self.folder / name} cannot be written", remedy="; saved files are unchanged")
+        return explained(f"{self.folder / name} cannot be written", FolderError, "; saved files are unchanged")
 
 
 def _finite_or_string(value: Any) -> Any:

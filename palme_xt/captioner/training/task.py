@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from palme_xt.captioner.data.augment import Augmented
 from palme_xt.captioner.data.batches import DataError, Defect, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
@@ -81,7 +80,7 @@ def open_task(
         before = read_preprocessing(resumed.folder if resumed else Path(training.start or ""), config)
         preprocessing = replace(preprocessing, mean=before.mean, std=before.std)
     rows, held_out = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
-    rows = Augmented(rows, training.seed) if training.augment else rows
+    rows.augment_seed = training.seed if training.augment else None
     return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out), count))
 
 
