@@ -73,10 +73,16 @@ class PalmE(model.PalmE, ModelHubMixin):
                 model, or if its files are damaged or do not belong together, or `encoder` is not the one that they
                 belong to.
         """
-        folder = Path(pretrained_model_name_or_path)
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name)
         if not folder.exists():
-            cached = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
-            folder = _download(str(pretrained_model_name_or_path), token, revision, **cached)
+            how: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "revision": revision}
+            how |= {"force_download": force_download, "local_files_only": local_files_only}
+            with explained(
+                f"{name} is neither a local folder nor a repository on the hub that can be read", FolderError
+            ):
+                folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *COMPANIONS], **how))
+            storage.check_files(f"{name} on the hub", os.listdir(folder) if folder.is_dir() else [])
         loaded = storage.load_as(cls, folder, device, encoder)
         loaded.companions = storage.read_companions(folder)
         loaded.how_trained = storage.read_json(folder).get(TRAINING)
@@ -152,12 +158,3 @@ class PalmE(model.PalmE, ModelHubMixin):
         """Return a new card for this model, whatever card it was loaded with. See `storage.card.model_card`."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return ModelCard(model_card(self.config, self.how_trained, metrics, parameters=parameters, repo_id=repo_id))
-
-
-def _download(name: str, token: str | bool | None, revision: str | None, **cached: Any) -> Path:
-    """Download a repository, and return the folder of the cache that holds its files."""
-    wanted = [CONFIG, WEIGHTS, *COMPANIONS]
-    with explained(f"{name} is neither a local folder nor a repository on the hub that can be read", FolderError):
-        folder = Path(snapshot_download(name, token=token, revision=revision, allow_patterns=wanted, **cached))
-    storage.check_files(f"{name} on the hub", os.listdir(folder) if folder.is_dir() else [])
-    return folder

@@ -102,17 +102,15 @@ def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) 
         maps: `(number of words, rows, columns)`, the share of attention that each patch gets, as
             `palme_xt.captioner.attention.word_maps` returns them. The colours of a panel go from 0 to its own largest
             share, which is written above it.
-        path: The PNG file to write. Its name must end in .png.
+        path: The PNG file to write.
 
     Raises:
-        ValueError: If `maps` has the wrong shape, or `path` does not end in .png.
+        ValueError: If `maps` has the wrong shape.
         OSError: If `path` cannot be written.
     """
     if maps.ndim != 3 or len(maps) != len(words):
         rule = f"must be (number of words, rows, columns) for {len(words)} words: pass what word_maps returns"
         raise ValueError(f"maps has shape {tuple(maps.shape)}, {rule}")
-    if not path.name.lower().endswith(".png"):
-        raise ValueError(f"path={path} must end in .png: no other format is written")
     count = 1 + len(words)
     columns = min(count, max(5, math.ceil(math.sqrt(1.3 * count))))
     title = "Where the model looks, word by word" if words else "Nothing was generated"

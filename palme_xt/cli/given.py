@@ -9,6 +9,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from palme_xt.cli import did_you_mean
+from palme_xt.storage.errors import explained
 
 
 class Parser(ArgumentParser):
@@ -34,12 +35,9 @@ def device_of(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
+    with explained(f"--device={name} must be a device of this machine, such as cpu or cuda:0"):
         torch.empty(0, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        rule = f"must be a device of this machine, such as cpu or cuda:0: {str(error).splitlines()[0]}"
-        raise ValueError(f"--device={name} {rule}") from error
 
 
 def given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:

@@ -130,12 +130,9 @@ def read_companions(folder: PathLike) -> dict[str, bytes]:
     Raises:
         FolderError: If one of them cannot be read.
     """
-    found = {}
-    for path in [Path(folder) / name for name in COMPANIONS]:
-        if path.is_file():
-            with explained(f"{path} cannot be read", FolderError):
-                found[path.name] = path.read_bytes()
-    return found
+    paths = [Path(folder) / name for name in COMPANIONS]
+    with explained(f"one of {', '.join(COMPANIONS)} in {folder} cannot be read", FolderError):
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def save(

@@ -260,16 +260,6 @@ def test_a_path_without_a_name(path: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["at.jpg", "at", "at.png.gz", "."])
-def test_attention_is_a_png(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"^path={re.escape(name)} must end in \.png: no other format is written$"):
-        draw_attention(torch.rand(1, 8, 8), [], torch.rand(0, 2, 2), Path(name))
-    assert not list(tmp_path.iterdir())
-    draw_attention(torch.rand(1, 8, 8), [], torch.rand(0, 2, 2), Path("at.PNG"))
-    assert read(tmp_path / "at.PNG").size
-
-
 def test_a_failed_write_leaves_the_old_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(figure: Figure, path: Path, **how: Any) -> None:
         path.write_bytes(b"\x89PNG")
