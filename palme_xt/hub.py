@@ -1,5 +1,6 @@
 """Save PalmE to the Hugging Face Hub, and load it from there, like other models."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,13 +45,9 @@ class PalmE(model.PalmE, ModelHubMixin):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
         device: str | torch.device = "cpu",
         encoder: model.Encoder = "config",
+        **download: Any,
     ) -> Self:
         """Return the model in a folder, or in a repository of the hub, in eval mode.
 
@@ -59,29 +56,26 @@ class PalmE(model.PalmE, ModelHubMixin):
 
         Args:
             pretrained_model_name_or_path: A local folder, or "user/name" on the hub.
-            force_download: Download files again even if they are in the cache.
-            token: Token for the hub. Defaults to the token of `hf auth login`.
-            cache_dir: Folder for downloads. Defaults to the cache of huggingface_hub.
-            local_files_only: Read the repository from the cache, without using the network.
-            revision: Branch, tag or commit of the repository. Defaults to `main`.
             device: Where to put the model.
             encoder: The encoder of a model that was built with `PalmE(encoder=module)`: a module of the same class and
                 dimensions, which gets the saved weights.
+            **download: Keywords of `huggingface_hub.snapshot_download`, such as `revision` (a branch, tag or commit),
+                `token`, `cache_dir`, `force_download`, and `local_files_only` to read from the cache alone.
 
         Raises:
+            TypeError: If there is another keyword.
             FolderError: If there is no such folder and no such repository that can be read, or if it does not hold a
                 model, or if its files are damaged or do not belong together, or `encoder` is not the one that they
                 belong to.
         """
         name = str(pretrained_model_name_or_path)
+        inspect.signature(snapshot_download).bind(name, **download)
         folder = Path(name)
         if not folder.exists():
-            how: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "revision": revision}
-            how |= {"force_download": force_download, "local_files_only": local_files_only}
             with explained(
                 f"{name} is neither a local folder nor a repository on the hub that can be read", FolderError
             ):
-                folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *COMPANIONS], **how))
+                folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *COMPANIONS], **download))
             storage.check_files(f"{name} on the hub", os.listdir(folder) if folder.is_dir() else [])
         loaded = storage.load_as(cls, folder, device, encoder)
         loaded.companions = storage.read_companions(folder)

@@ -117,10 +117,8 @@ def read_json(folder: PathLike) -> dict[str, Any]:
     path = _find(folder, CONFIG)
     with _reading_arguments(folder):
         values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise TypeError(f"it holds a {type(values).__name__}, must hold an object")
-        if not isinstance(values.get(TRAINING, {}), dict):
-            raise TypeError(f"{TRAINING!r} is of type {type(values[TRAINING]).__name__}, must be an object")
+        if not (isinstance(values, dict) and isinstance(values.get(TRAINING, {}), dict)):
+            raise TypeError(f"{values!r:.60} must be an object, and so must its {TRAINING!r}, if it has one")
         return values
 
 
@@ -154,9 +152,8 @@ def save(
         ValueError: If the config of the model is unproven (see `PalmE.from_modules`).
         TypeError: If an argument of the model, or a value of `training`, has no JSON form.
     """
-    for name in companions:
-        if name not in COMPANIONS:
-            raise FolderError(f"companions[{name!r}] must be one of {', '.join(COMPANIONS)}: no other file is read")
+    if unknown := [name for name in companions if name not in COMPANIONS]:
+        raise FolderError(f"companions[{unknown[0]!r}] must be one of {', '.join(COMPANIONS)}: no other file is read")
     values = model.config.to_dict() | ({} if training is None else {TRAINING: dict(training)})
     weights = as_safetensors(model.state_dict(), {"format": "pt"})
     write_files(folder, {**companions, CONFIG: as_json(values), WEIGHTS: weights})

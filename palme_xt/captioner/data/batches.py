@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,7 @@ class Example:
         return self.usable[self.turn % len(self.usable)]
 
 
-@dataclass(frozen=True)
-class Defect:
+class Defect(NamedTuple):
     """Why a row is unusable: the kind of defect in a few words, the details, and the name of the row."""
 
     reason: str

@@ -296,14 +296,14 @@ def _held_out_count(wanted: str, images: int | None, splits: Mapping[str, Any]) 
     try:
         number = float(wanted)
     except ValueError:
-        others = f"a split other than the training split ({', '.join(splits)})"
-        raise DataError(f"held_out={wanted} must be {others}, a share below 1, or a number of images") from None
-    share, whole = 0 < number < 1, number >= 1 and number.is_integer()
-    if images is None and not whole:
-        raise DataError(f"held_out={wanted} of a stream must be a whole number of rows, or a split")
-    if images is not None and not ((share or whole) and number < images):
-        raise DataError(f"held_out={wanted} must be more than 0 and leave some of the {images} images to train on")
-    return int(number) if images is None or whole else min(images - 1, max(1, round(number * images)))
+        number = math.nan
+    most = math.inf if images is None else images - 1
+    if number >= 1 and number.is_integer() and number <= most:
+        return int(number)
+    if images is not None and 0 < number < 1 <= most:
+        return min(images - 1, max(1, round(number * images)))
+    size = "a whole number of rows" if images is None else f"a share below 1, or a number of images below {images}"
+    raise DataError(f"held_out={wanted} must be {size}, or a split other than the training split ({', '.join(splits)})")
 
 
 def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], str]:

@@ -3,9 +3,8 @@
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from accelerate import Accelerator
@@ -26,8 +25,7 @@ from palme_xt.model import PalmE
 LARGEST_BATCH = 128
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """The result of an evaluation on held-out images, as `evaluation.json` holds it for the saved weights.
 
     Attributes:

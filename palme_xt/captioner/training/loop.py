@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -240,7 +240,7 @@ class _Trainer:
         weights = checkpoint.full_weights(self.state.model)
         model = unsharded(accelerator.unwrap_model(self.state.model), weights)
         evaluation = evaluate(task, accelerator, model, step, 4 * len(self.share(0)))
-        evaluation = replace(evaluation, interrupted=interrupted)
+        evaluation = evaluation._replace(interrupted=interrupted)
         skipped, scores = checkpoint.total_progress(self.state.progress).skipped, evaluation.scores
         if not math.isfinite(evaluation.loss):
             found = f"led to a held-out loss of {evaluation.loss} after step {step}"
@@ -264,8 +264,8 @@ class _Trainer:
 
         The rows that were skipped are written first. A run that ends in between resumes from before them.
         """
-        skipped = gather_object(self.skipped)
-        distributed.in_first_process(self.accelerator, self.run.log_skipped, map(asdict, skipped))
+        skipped = gather_object([defect._asdict() for defect in self.skipped])
+        distributed.in_first_process(self.accelerator, self.run.log_skipped, skipped)
         self.skipped = []
         checkpoint.save(self.run, self.state)
         if self.best is None and self.state.progress.step:
@@ -277,7 +277,7 @@ class _Trainer:
         values: dict[str, Any] = {"step": self.state.progress.step}
         described = values | {"selected_by": "last checkpoint"}
         if (evaluation := self.best) is not None:
-            values, held_out = asdict(evaluation), {"held_out_images": len(evaluation.predicted)}
+            values, held_out = evaluation._asdict(), {"held_out_images": len(evaluation.predicted)}
             described |= {"selected_by": "lowest held-out loss"} | held_out | evaluation.scores
         card = model_card(self.task.config, self.task.options, described)
         self.run.write({WEIGHTS: as_safetensors(weights), EVALUATION: as_json(values), CARD: card.encode()})

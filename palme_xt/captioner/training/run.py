@@ -30,11 +30,6 @@ from palme_xt.storage.atomic import Content, replace_files
 from palme_xt.storage.errors import explained
 from palme_xt.storage.folder import CONFIG, TRAINING, FolderError, as_json, read_json
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 EVALUATION = "evaluation.json"
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.jsonl"
@@ -77,11 +72,12 @@ class Run:
         with self._writing(LOCK):
             file = self._lock.enter_context(open(path, "wb"))  # noqa: SIM115  # until `unlock`
         try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked readers would keep
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked readers would keep
         except (BlockingIOError, PermissionError) as error:
             raise FolderError(f"{self.folder} is being trained by another process: wait until it ends") from error
-        except OSError:  # a file system without locks
+        except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         self._lock.callback(path.unlink)
 

@@ -1,9 +1,9 @@
 """The task of a training run: what stays the same from its first step to its last, such as options and data."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from palme_xt.captioner.data.batches import DataError, Defect, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
@@ -16,8 +16,7 @@ from palme_xt.config import PalmEConfig
 from palme_xt.tokens import NUM_TOKENS
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """The model, the data and the options of a training run.
 
     Attributes:
@@ -104,7 +103,7 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
         files = task.tokenizer.files() | {PREPROCESSING: task.preprocessing.to_json().encode()}
         run.create(task.config, task.options | now, files)
     run.lock()
-    run.log_skipped(map(asdict, defects))
+    run.log_skipped([defect._asdict() for defect in defects])
 
 
 def _check_held_out_rows(task: Task) -> list[Defect]:
