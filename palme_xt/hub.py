@@ -7,14 +7,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
 from palme_xt import model
 from palme_xt.storage import folder as storage
 from palme_xt.storage.card import model_card
 from palme_xt.storage.errors import explained
-from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, FolderError
+from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, Device, FolderError, PathLike
 
 
 class PalmE(model.PalmE, ModelHubMixin):
@@ -41,11 +40,11 @@ class PalmE(model.PalmE, ModelHubMixin):
     how_trained: Mapping[str, Any] | None = None
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # no keywords that replace arguments: the weights would not fit
+    def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: PathLike,
         *,
-        device: str | torch.device = "cpu",
+        device: Device = "cpu",
         encoder: model.Encoder = "config",
         **download: Any,
     ) -> Self:
@@ -84,7 +83,7 @@ class PalmE(model.PalmE, ModelHubMixin):
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike[str],
+        save_directory: PathLike,
         *,
         config: Any = None,
         repo_id: str | None = None,

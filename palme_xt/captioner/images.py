@@ -243,6 +243,12 @@ def unit_range(img: Tensor) -> Tensor:
     return img.float() / 255 if img.dtype == torch.uint8 else img.float()
 
 
+def image_files(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, and in the folders below it, that are named like images, in order."""
+    endings = Image.registered_extensions()
+    return sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in endings)
+
+
 def save_images(img: Tensor, folder: Path) -> None:
     """Write images `(b, c, h, w)`, uint8 or floating point in 0..1, as `folder/00.png`, `folder/01.png`, ..."""
     folder.mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from palme_xt.captioner import parts
 from palme_xt.captioner.options import Training
@@ -138,6 +139,16 @@ def total_progress(progress: Progress) -> Progress:
 def full_weights(model: nn.Module) -> dict[str, Any]:
     """Return the unsharded weights in all processes. Call it in all processes."""
     return state_dict.get_model_state_dict(model, options=state_dict.StateDictOptions(full_state_dict=True))
+
+
+def unsharded(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
+    """Return `model`, or, if it is sharded, a copy with these weights that each process can run on its own."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.random.fork_rng(devices=[]):
+        copy = PalmE.from_config(model.config)
+    copy.load_state_dict(weights, assign=True)
+    return copy.to(next(iter(weights.values())).device)
 
 
 def save(run: Run, state: State) -> None:

@@ -21,7 +21,7 @@ from palme_xt.captioner.options import Data, Training
 from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training import checkpoint, distributed
-from palme_xt.captioner.training.evaluate import Evaluation, evaluate, unsharded
+from palme_xt.captioner.training.evaluate import Evaluation, evaluate
 from palme_xt.captioner.training.run import EVALUATION, METRICS, Run
 from palme_xt.captioner.training.task import Task, check_rows, open_run, open_task
 from palme_xt.config import PalmEConfig
@@ -225,8 +225,7 @@ class _Trainer:
             if self.main:
                 self.run.log(step=step, **metrics)
             self.accelerator.log(metrics | {"lr": self.state.schedule.get_last_lr()[-1]}, step=step)
-        self.shown |= {"loss": f"{loss:.3f}", "images/s": f"{images_per_second:.0f}"}
-        self.shown |= {"skipped": f"{skipped}"} if skipped else {}
+        self.shown |= {"loss": f"{loss:.3f}", "images/s": f"{images_per_second:.0f}", "skipped": f"{skipped}"}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
 
@@ -238,7 +237,7 @@ class _Trainer:
         """
         accelerator, task, step = self.accelerator, self.task, self.state.progress.step
         weights = checkpoint.full_weights(self.state.model)
-        model = unsharded(accelerator.unwrap_model(self.state.model), weights)
+        model = checkpoint.unsharded(accelerator.unwrap_model(self.state.model), weights)
         evaluation = evaluate(task, accelerator, model, step, 4 * len(self.share(0)))
         evaluation = evaluation._replace(interrupted=interrupted)
         skipped, scores = checkpoint.total_progress(self.state.progress).skipped, evaluation.scores
