@@ -17,6 +17,7 @@ from palme_xt.pretrained import describe_decoder, describe_encoder, load_decoder
 
 MOST_BYTES = 4 << 30  # of embeddings in memory; those of further images are computed anew
 _KWARGS = {"encoder": ("vit", "encoder"), "decoder": ("transformer", "decoder", "autoregressive")}
+_DESCRIBED = {"encoder": ("image_size", describe_encoder), "decoder": ("max_seq_len", describe_decoder)}
 
 
 def described(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,10 +31,7 @@ def described(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"torch_layers": {}, "sources": {}}
     determined: dict[str, str] = {}
-    for part, own, describe in (
-        ("encoder", "image_size", describe_encoder),
-        ("decoder", "max_seq_len", describe_decoder),
-    ):
+    for part, (own, describe) in _DESCRIBED.items():
         if (source := options.get(part)) is None:
             continue
         arguments = {f"{name}_kwargs": {} for name in _KWARGS[part]} | describe(source, options.get(own))

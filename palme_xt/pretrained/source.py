@@ -46,22 +46,18 @@ def open_source(source: Any) -> Source:
         kind = type(source).__name__
         raise TypeError(f"source must be a folder, a name on the hub, or a model of transformers, not {kind}")
     name = os.fspath(source)
-    return Source(name, _read_json(name, find_file(name, "config.json")), partial(_open, name))
+    path = find_file(name, "config.json")
+    with explained(f"{name} has a damaged config.json", remedy="; download or save it again"):
+        return Source(name, dict(json.loads(path.read_text())), partial(_open, name))
 
 
 def _open(name: str) -> Readers:
     safetensors = _import("safetensors")
     path = find_file(name, _INDEX, _WEIGHTS, download="model*.safetensors*")
-    shards = {*_read_json(name, path, "weight_map")["weight_map"].values()} if path.name == _INDEX else {_WEIGHTS}
-    with explained(f"{name} has weights that cannot be read"):
+    with explained(f"{name} has weights that cannot be read from {path.name}", remedy="; download or save them again"):
+        shards = {*json.loads(path.read_text())["weight_map"].values()} if path.name == _INDEX else {_WEIGHTS}
         files = [safetensors.safe_open(path.with_name(shard), "pt") for shard in sorted(shards)]
     return {key: partial(file.get_tensor, key) for file in files for key in file.keys()}  # noqa: SIM118  # no mapping
-
-
-def _read_json(name: str, path: Path, *keys: str) -> dict[str, Any]:
-    with explained(f"{name} has a damaged {path.name}", remedy="; download or save it again"):
-        values = json.loads(path.read_text())
-        return {**values, **{key: values[key] for key in keys}}
 
 
 def find_file(name: str, *wanted: str, download: str = "config.json") -> Path:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 Content = bytes | Callable[[Path], object]  # of a file, or a function that writes it to the path that it is given
@@ -30,7 +31,8 @@ def replace_files(folder: Path, contents: Mapping[str, Content]) -> None:
     try:
         aside.mkdir()
         for name, content in contents.items():
-            (aside / name).write_bytes(content) if isinstance(content, bytes) else content(aside / name)
+            write = partial(Path.write_bytes, data=content) if isinstance(content, bytes) else content
+            write(aside / name)
             (aside / name).chmod(0o666 & aside.stat().st_mode)  # safetensors 0.8 lets only the owner read its files
             sync(aside / name)
         for name in contents:

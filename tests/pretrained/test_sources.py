@@ -221,5 +221,5 @@ def test_a_damaged_config_is_named(content: str, tmp_path: Path) -> None:
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path, max_shard_size="4KB")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"has a damaged model\.safetensors\.index\.json: 'weight_map' is missing"):
+    with pytest.raises(ValueError, match=r"read from model\.safetensors\.index\.json: 'weight_map' is missing"):
         load_decoder(tmp_path)

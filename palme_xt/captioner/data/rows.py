@@ -139,9 +139,6 @@ class MapStyleSource(Source):
         self._kept: dict[int, Example | Defect] = {}
         self._room = 0 if seed is None else KEPT_BYTES
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def fingerprint(self) -> str:
         """Return a digest of the number of rows and of their captions, in order."""
         column = self.reader.text_column

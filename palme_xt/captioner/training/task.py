@@ -80,7 +80,7 @@ def open_task(
         preprocessing = replace(preprocessing, mean=before.mean, std=before.std)
     rows, held_out = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
     rows.augment_seed = training.seed if training.augment else None
-    return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out), count))
+    return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out.rows), count))
 
 
 def open_run(run: Run, task: Task, resume: bool) -> None:

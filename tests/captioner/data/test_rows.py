@@ -39,7 +39,7 @@ def load(data: Data, *, seed: int = 0, held_out: int = 100) -> tuple[Source, Sou
     source, rows = load_data(
         data, CONFIG, Preprocessing.like_clip(CONFIG), ByteTokenizer(), seed=seed, max_held_out=held_out
     )
-    return source, rows, len(rows)
+    return source, rows, len(rows.rows)
 
 
 def captions(source: Source, numbers: range) -> list[str]:
