@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from palme_xt import model
 from palme_xt.storage import folder as storage
 from palme_xt.storage.card import model_card
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import explained
 from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, Device, FolderError, PathLike
 
 

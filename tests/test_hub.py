@@ -19,7 +19,7 @@ from torch import nn
 import palme_xt
 from palme_xt import PalmEConfig
 from palme_xt.hub import PalmE
-from palme_xt.storage.atomic import UNFINISHED
+from palme_xt.storage.files import UNFINISHED
 from palme_xt.storage.folder import COMPANIONS, CONFIG, WEIGHTS, FolderError, load, read_config, save
 from tests.models import SMALL, batch, logits
 from tests.storage.folders import OTHER_FILES, TRAINING, hub, same

@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from palme_xt.captioner.images import unit_range
-from palme_xt.storage.atomic import replace_files
+from palme_xt.storage.files import replace_files
 from palme_xt.tokens import printable
 
 COLUMNS, ROWS = 4, 4

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from palme_xt.config import PalmEConfig
-from palme_xt.storage.errors import explained, one_line
+from palme_xt.storage.files import explained, one_line
 
 PREPROCESSING = "preprocessor_config.json"
 FITS = ("crop", "pad", "squash")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from palme_xt import tokens
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import explained
 
 TOKENIZER = "tokenizer.json"
 SPECIAL_TOKENS = "tokenizer_config.json"

@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             # x-transformers up to 2.31.10 uses torch.jit.script, which torch 2.15 warns about.
-            for category in FutureWarning, DeprecationWarning:
-                warnings.filterwarnings("ignore", message=".*torch.jit.script", category=category)
+            warnings.filterwarnings("ignore", message=".*torch.jit.script")
             warnings.filterwarnings("default", message="the tokenizer does not reproduce", category=UserWarning)
             warnings.showwarning = lambda message, *where: complain(f"warning: {message}", met=True)
             command, options = parse(sys.argv[1:] if argv is None else argv)

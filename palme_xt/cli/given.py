@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import ArgumentParser
 
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import explained
 
 
 class Parser(ArgumentParser):

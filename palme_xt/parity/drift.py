@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from palme_xt.parity.numbers import Numbers, describe_crash, first_difference
 from palme_xt.parity.observation import a_weight, cached_logits, observe, running
 from palme_xt.parts import draw_inputs
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import explained
 from palme_xt.storage.folder import FolderError, as_safetensors, load, write_files
 
 PARITY = "parity.safetensors"

@@ -16,7 +16,7 @@ from palme_xt.adoption import ARGUMENTS
 from palme_xt.pretrained.families import decoder_arguments, encoder_arguments
 from palme_xt.pretrained.source import Source, open_source
 from palme_xt.pretrained.translation import Checkpoint
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import explained
 
 __all__ = ["describe_decoder", "describe_encoder", "load_decoder", "load_encoder"]
 

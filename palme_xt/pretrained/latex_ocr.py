@@ -9,7 +9,7 @@ from torch import Tensor
 from palme_xt.config import PalmEConfig
 from palme_xt.pretrained.families import FAMILIES
 from palme_xt.pretrained.tensors import Tensors
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import explained
 from palme_xt.upstream.loss import AutoregressiveWrapper
 
 # arguments: where `args` has each argument of `PalmEConfig`; always: arguments that are the same for all models;

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from palme_xt.pretrained.tensors import Readers
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import explained
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

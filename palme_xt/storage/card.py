@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from palme_xt.config import PalmEConfig
-from palme_xt.storage.errors import one_line
+from palme_xt.storage.files import one_line
 
 _TEMPLATE = Path(__file__).with_name("card.md")  # in the language of Jinja
 

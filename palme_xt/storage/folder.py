@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from palme_xt.config import PalmEConfig
 from palme_xt.external import name_encoder
 from palme_xt.model import Encoder, PalmE
-from palme_xt.storage.atomic import Content, replace_files
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import Content, explained, replace_files
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -143,7 +142,7 @@ def save(
 
     Args:
         model: The model whose arguments and weights are written. Tensors that share memory are written separately.
-        folder: Where to write. After an error it is unchanged; see `palme_xt.storage.atomic.replace_files`.
+        folder: Where to write. After an error it is unchanged; see `palme_xt.storage.files.replace_files`.
         training: How the model was trained, as JSON types.
         companions: The content of `COMPANIONS`, by name.
 

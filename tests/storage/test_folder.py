@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from palme_xt.hub import PalmE
-from palme_xt.storage.atomic import UNFINISHED
+from palme_xt.storage.files import UNFINISHED
 from palme_xt.storage.folder import CONFIG, WEIGHTS, FolderError, load, load_weights, save
 from tests.models import small
 from tests.storage.folders import OTHER_FILES, TRAINING, same

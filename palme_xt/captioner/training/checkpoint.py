@@ -23,7 +23,7 @@ from palme_xt.captioner.training.distributed import Errors, in_first_process
 from palme_xt.captioner.training.run import Run
 from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import explained
 from palme_xt.storage.folder import FolderError, as_safetensors, load_weights
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, DynamoBackend, gather_object
 
 from palme_xt.captioner.options import PRECISIONS, Training
 from palme_xt.config import PalmEConfig
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import explained
 
 
 class TrainingError(ValueError):

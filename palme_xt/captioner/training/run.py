@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from palme_xt.config import PalmEConfig
-from palme_xt.storage.atomic import Content, replace_files
-from palme_xt.storage.errors import explained
+from palme_xt.storage.files import Content, explained, replace_files
 from palme_xt.storage.folder import CONFIG, TRAINING, FolderError, as_json, read_json
 
 EVALUATION = "evaluation.json"

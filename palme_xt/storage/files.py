@@ -1,9 +1,9 @@
-"""Write files completely or not at all."""
+"""Write files completely or not at all, and explain on one line what went wrong with a file."""
 
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -50,3 +50,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(what: str, kind: type[ValueError] = ValueError, remedy: str = "") -> Iterator[None]:
+    """Turn any error inside into one of the given kind, on one line that begins with `what` and ends with `remedy`."""
+    try:
+        yield
+    except Exception as error:  # some libraries raise errors of many types, or bare ones
+        raise kind(f"{what}: {one_line(error)}{remedy}") from error
+
+
+def one_line(value: object) -> str:
+    """Return a value on one line: of an error, its message, or the name of its type if it has none."""
+    if isinstance(value, OSError) and value.strerror:
+        return value.strerror
+    if isinstance(value, KeyError):
+        return f"{value} is missing"
+    return " ".join(str(value).split()) or (type(value).__name__ if isinstance(value, Exception) else "")
