@@ -32,21 +32,15 @@ MAX_ASPECT = 100  # resized by its shorter side or padded to a square, a narrowe
 
 
 class ImageError(ValueError):
-    """Raised if an image cannot be read, or the preprocessing is unknown. `reason` says why in a few words."""
+    """Raised if an image cannot be read, or the preprocessing is unknown.
 
-    reason = "unusable image"
+    Attributes:
+        reason: "missing image", "broken image", or "unusable image" for anything else.
+    """
 
-
-class MissingImageError(ImageError):
-    """Raised if an image does not exist."""
-
-    reason = "missing image"
-
-
-class BrokenImageError(ImageError):
-    """Raised if the content of an image file is damaged."""
-
-    reason = "broken image"
+    def __init__(self, message: str, reason: str = "unusable image") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -185,14 +179,13 @@ class Preprocessing:
             name: The name of the image in errors. Defaults to the path.
 
         Raises:
-            MissingImageError: If the file does not exist.
-            BrokenImageError: If the content of the file is damaged.
-            ImageError: If the file cannot be read, is not an image, or is one of a kind that is not supported.
+            ImageError: If the file does not exist, cannot be read or is damaged, is not an image, or is one of a kind
+                that is not supported.
         """
         name = name or ("image" if isinstance(file, bytes) else str(file))
         with image_errors(name):
             content = file if isinstance(file, bytes) else Path(file).read_bytes()
-        with image_errors(name, BrokenImageError), Image.open(io.BytesIO(content)) as image:
+        with image_errors(name, "broken image"), Image.open(io.BytesIO(content)) as image:
             return self.pixels(image)
 
     def to_json(self) -> str:
@@ -217,12 +210,11 @@ class Preprocessing:
 
 
 @contextlib.contextmanager
-def image_errors(name: str, kind: type[ImageError] = ImageError) -> Iterator[None]:
+def image_errors(name: str, reason: str = "unusable image") -> Iterator[None]:
     """Turn any error while an image is read into a one-line error that begins with `name`.
 
     Raises:
-        MissingImageError: If the file does not exist.
-        ImageError: If any other error was raised. It is of the given `kind` if nothing else is known of its cause.
+        ImageError: If any error was raised. It has the given `reason` if nothing else is known of its cause.
     """
     try:
         yield
@@ -232,10 +224,10 @@ def image_errors(name: str, kind: type[ImageError] = ImageError) -> Iterator[Non
         raise ImageError(f"{name} {error}") from error
     except Exception as error:  # Pillow's plugins raise errors of many types
         if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)):
-            kind = ImageError
-        kind = MissingImageError if isinstance(error, FileNotFoundError) else kind
-        reason = one_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {one_line(error)}"
-        raise kind(f"{name} cannot be read: {reason}") from error
+            reason = "unusable image"
+        reason = "missing image" if isinstance(error, FileNotFoundError) else reason
+        cause = one_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {one_line(error)}"
+        raise ImageError(f"{name} cannot be read: {cause}", reason) from error
 
 
 def unit_range(img: Tensor) -> Tensor:

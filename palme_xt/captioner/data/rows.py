@@ -15,7 +15,7 @@ import torch
 
 from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
 from palme_xt.captioner.data.sources import SHARD_IMAGES, checked, columns_of, open_splits, reading
-from palme_xt.captioner.images import ImageError, MissingImageError, Preprocessing, image_errors
+from palme_xt.captioner.images import ImageError, Preprocessing, image_errors
 from palme_xt.captioner.options import Data
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.config import PalmEConfig
@@ -108,7 +108,7 @@ class Reader:
     def _file(self, image: Any, name: str) -> str | bytes:
         """Return an image as a path or as the content of a file."""
         if image is None:
-            raise MissingImageError(f"{name} has no image")
+            raise ImageError(f"{name} has no image", "missing image")
         if not isinstance(image, str | bytes):
             columns, found = "/".join(self.image_columns), type(image).__name__
             raise DataError(f"image_column={columns} holds {found}, must hold images: choose another column")

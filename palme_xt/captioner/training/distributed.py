@@ -93,8 +93,7 @@ def _problems(accelerator: Accelerator, training: Training, config: PalmEConfig)
 class Errors:
     """User errors that end all processes, because a process that ends alone would leave the others waiting."""
 
-    def __init__(self) -> None:
-        self.own: Exception | None = None
+    own: Exception | None = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
