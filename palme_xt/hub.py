@@ -71,9 +71,7 @@ class PalmE(model.PalmE, ModelHubMixin):
         inspect.signature(snapshot_download).bind(name, **download)
         folder = Path(name)
         if not folder.exists():
-            with explained(
-                f"{name} is neither a local folder nor a repository on the hub that can be read", FolderError
-            ):
+            with explained(f"{name} is neither a folder nor a repository on the hub that can be read", FolderError):
                 folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *COMPANIONS], **download))
             storage.check_files(f"{name} on the hub", os.listdir(folder) if folder.is_dir() else [])
         loaded = storage.load_as(cls, folder, device, encoder)

@@ -134,7 +134,7 @@ def test_what_is_no_folder(folder: Path, no_network: None) -> None:
     with pytest.raises(FolderError, match=message):
         load(folder / "none")
     for name in str(folder / "none"), "./none", "runs/a/b":
-        refused(name, rf"{name} is neither a local folder nor a repository on the hub that can be read: Repo id must.*")
+        refused(name, rf"{name} is neither a folder nor a repository on the hub that can be read: Repo id must.*")
 
 
 def test_it_is_the_model_in_all_else(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_repository_in_the_cache(cache: Path, no_network: None) -> None:
     assert not same(loaded, hub(seed=1))
     assert loaded.companions == OTHER_FILES
     assert loaded.how_trained == TRAINING
-    message = "user/name is neither a local folder nor a repository on the hub that can be read: Cannot find .*"
+    message = "user/name is neither a folder nor a repository on the hub that can be read: Cannot find .*"
     refused("user/name", message, revision="v2", cache_dir=cache, local_files_only=True)
     (cache / "models--user--name" / "snapshots" / ("a" * 40) / WEIGHTS).unlink()
     message = "user/name on the hub is not a run folder: it has no model.safetensors; .*"
@@ -227,7 +227,7 @@ def test_a_repository_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("palme_xt.hub.snapshot_download", fails)
     why = "404 Client Error. Repository Not Found. Check the name."
-    refused("runs/x", f"runs/x is neither a local folder nor a repository on the hub that can be read: {why}")
+    refused("runs/x", f"runs/x is neither a folder nor a repository on the hub that can be read: {why}")
 
 
 @pytest.fixture

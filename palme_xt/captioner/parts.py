@@ -46,8 +46,7 @@ def described(options: Mapping[str, Any]) -> dict[str, Any]:
 def load(model: PalmE, training: Training) -> None:
     """Give the pretrained parts in `training` their weights."""
     if training.encoder is not None:
-        encoder = load_encoder(training.encoder, image_size=model.config.image_size)
-        model.encoder.load_state_dict(encoder.state_dict())
+        model.encoder.load_state_dict(load_encoder(training.encoder, image_size=model.config.image_size).state_dict())
     if training.decoder is not None:
         decoder = load_decoder(training.decoder, max_seq_len=model.config.max_seq_len)
         if model.config.cross_attend:

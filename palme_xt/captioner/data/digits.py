@@ -60,8 +60,7 @@ def compose(
         `six top left, three bottom right`.
     """
     wanted = torch.randint(1, 4, (count, 1), generator=generator)
-    shuffled = torch.rand(count, len(QUARTERS), generator=generator).argsort(dim=1)
-    taken = shuffled < wanted
+    taken = torch.rand(count, len(QUARTERS), generator=generator).argsort(dim=1) < wanted
     chosen = torch.randint(len(scans.labels), (int(taken.sum()),), generator=generator)
 
     quarter = image_size // 2

@@ -218,8 +218,7 @@ def load(run: Run, state: State) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the metadata and the tensors of a checkpoint."""
-    unreadable = f"{path} cannot be read as a checkpoint"
-    with explained(unreadable, FolderError), safetensors.safe_open(path, framework="pt") as file:
+    with explained(f"{path} cannot be read as a checkpoint", FolderError), safetensors.safe_open(path, "pt") as file:
         metadata = json.loads((file.metadata() or {})[METADATA])
         if metadata["format"] != FORMAT:
             raise ValueError(f"format={metadata['format']} must be {FORMAT}: resume with the version that wrote it")

@@ -157,8 +157,7 @@ class _Trainer:
             check_rows([defect for batch in micro_batches for defect in batch.defects], self.task.data.strict)
         own = [sum(batch.targets for batch in micro_batches), int(stop), int(self.errors.own is not None)]
         # Use one reduction for all three, because the processes wait for one another in each.
-        total = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device))
-        targets, stops, failures = total.tolist()
+        targets, stops, failures = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device)).tolist()
         if failures:
             self.errors.meet()
         return micro_batches, targets, stops > 0
