@@ -48,7 +48,7 @@ def open_source(source: Any) -> Source:
     name = os.fspath(source)
     path = find_file(name, "config.json")
     with explained(f"{name} has a damaged config.json", remedy="; download or save it again"):
-        return Source(name, dict(json.loads(path.read_text())), partial(_open, name))
+        return Source(name, {**json.loads(path.read_text())}, partial(_open, name))
 
 
 def _open(name: str) -> Readers:

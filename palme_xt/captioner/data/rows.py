@@ -11,6 +11,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
@@ -239,7 +240,7 @@ def load_data(
                 places = [places[image] for image in _permutation(len(places)).tolist()]
             chosen = places[: min(number, max_held_out)]
             held_out = [reader.merged([whole[place] for place in same]) for same in chosen]
-            train = train if other else train.select(sorted(chain(*places[number:])))
+            train = train if other else train.select(np.sort([*chain(*places[number:])]))
     if not held_out:
         raise DataError(f"data={data.data} has no held-out rows: choose another split or number with --held_out")
     _check_usable(train, reader, data)
@@ -281,7 +282,7 @@ def _check_usable(rows: Iterable[Any], reader: Reader, data: Data) -> None:
     if defects:
         reasons = [defect.reason for defect in defects]
         detail = max(defects, key=lambda defect: reasons.count(defect.reason)).detail
-        most = sorted(lengths)[math.ceil(0.99 * (len(lengths) - 1))] if lengths else 0
+        most = int(np.quantile(lengths, 0.99, method="higher")) if lengths else 0
         remedy = f"; 99% of the captions need --max_seq_len={most}" if most > reader.max_seq_len else ""
         raise DataError(f"data={data.data} has no usable row among its first {len(defects)}: {detail}{remedy}")
 
