@@ -425,7 +425,7 @@ def test_attention_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for other in tmp_path / "x.jpg", image, ".":
         message = r"--attention=\S+ must be a PNG file, and not the image itself: choose another"
         fails(capsys, ["caption", str(run), image, f"--attention={other}"], message)
-    fails(capsys, [*attention, "--layer=2"], r"layer=2 must be within -2\.\.1, one per cross-attention")
+    fails(capsys, [*attention, "--layer=2"], r"layer=2 must be an int within -2\.\.1, one per cross-attention")
     fails(capsys, ["caption", str(run), image, "--attention=/nowhere/x.png"], ".*No such file or directory.*")
 
 
