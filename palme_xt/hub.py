@@ -1,19 +1,19 @@
 """Save PalmE to the Hugging Face Hub, and load it from there, like other models."""
 
-import contextlib
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-import torch
-from huggingface_hub import HfApi, ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
 from palme_xt import model
 from palme_xt.storage import folder as storage
 from palme_xt.storage.card import model_card
-from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, FolderError, one_line
+from palme_xt.storage.files import explained
+from palme_xt.storage.folder import CARD, COMPANIONS, CONFIG, TRAINING, WEIGHTS, Device, FolderError, PathLike
 
 
 class PalmE(model.PalmE, ModelHubMixin):
@@ -40,17 +40,13 @@ class PalmE(model.PalmE, ModelHubMixin):
     how_trained: Mapping[str, Any] | None = None
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # no keywords that replace arguments: the weights would not fit
+    def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: PathLike,
         *,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        revision: str | None = None,
-        device: str | torch.device = "cpu",
+        device: Device = "cpu",
         encoder: model.Encoder = "config",
+        **download: Any,
     ) -> Self:
         """Return the model in a folder, or in a repository of the hub, in eval mode.
 
@@ -59,24 +55,25 @@ class PalmE(model.PalmE, ModelHubMixin):
 
         Args:
             pretrained_model_name_or_path: A local folder, or "user/name" on the hub.
-            force_download: Download files again even if they are in the cache.
-            token: Token for the hub. Defaults to the token of `hf auth login`.
-            cache_dir: Folder for downloads. Defaults to the cache of huggingface_hub.
-            local_files_only: Read the repository from the cache, without using the network.
-            revision: Branch, tag or commit of the repository. Defaults to `main`.
             device: Where to put the model.
             encoder: The encoder of a model that was built with `PalmE(encoder=module)`: a module of the same class and
                 dimensions, which gets the saved weights.
+            **download: Keywords of `huggingface_hub.snapshot_download`, such as `revision` (a branch, tag or commit),
+                `token`, `cache_dir`, `force_download`, and `local_files_only` to read from the cache alone.
 
         Raises:
+            TypeError: If there is another keyword.
             FolderError: If there is no such folder and no such repository that can be read, or if it does not hold a
                 model, or if its files are damaged or do not belong together, or `encoder` is not the one that they
                 belong to.
         """
-        folder = Path(pretrained_model_name_or_path)
+        name = str(pretrained_model_name_or_path)
+        inspect.signature(snapshot_download).bind(name, **download)
+        folder = Path(name)
         if not folder.exists():
-            cached = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
-            folder = _download(str(pretrained_model_name_or_path), token, revision, **cached)
+            with explained(f"{name} is neither a folder nor a repository on the hub that can be read", FolderError):
+                folder = Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, *COMPANIONS], **download))
+            storage.check_files(f"{name} on the hub", os.listdir(folder) if folder.is_dir() else [])
         loaded = storage.load_as(cls, folder, device, encoder)
         loaded.companions = storage.read_companions(folder)
         loaded.how_trained = storage.read_json(folder).get(TRAINING)
@@ -84,7 +81,7 @@ class PalmE(model.PalmE, ModelHubMixin):
 
     def save_pretrained(
         self,
-        save_directory: str | os.PathLike[str],
+        save_directory: PathLike,
         *,
         config: Any = None,
         repo_id: str | None = None,
@@ -152,19 +149,3 @@ class PalmE(model.PalmE, ModelHubMixin):
         """Return a new card for this model, whatever card it was loaded with. See `storage.card.model_card`."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return ModelCard(model_card(self.config, self.how_trained, metrics, parameters=parameters, repo_id=repo_id))
-
-
-def _download(name: str, token: str | bool | None, revision: str | None, **cached: Any) -> Path:
-    """Download a repository, and return the folder of the cache that holds its files."""
-    wanted = [CONFIG, WEIGHTS, *COMPANIONS]
-    try:
-        folder = Path(snapshot_download(name, token=token, revision=revision, allow_patterns=wanted, **cached))
-    except Exception as error:  # the type depends on the release of huggingface_hub
-        message = f"{name} is neither a local folder nor a repository on the hub that can be read: {one_line(error)}"
-        raise FolderError(message) from error
-    names = os.listdir(folder) if folder.is_dir() else []
-    if not {CONFIG, WEIGHTS} <= set(names) and not cached["local_files_only"]:
-        with contextlib.suppress(Exception):  # without the names of the other files, the error says less
-            names = HfApi(token=token).list_repo_files(name, revision=revision)
-    storage.check_files(f"{name} on the hub", names)
-    return folder

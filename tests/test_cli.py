@@ -425,7 +425,7 @@ def test_attention_is_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for other in tmp_path / "x.jpg", image, ".":
         message = r"--attention=\S+ must be a PNG file, and not the image itself: choose another"
         fails(capsys, ["caption", str(run), image, f"--attention={other}"], message)
-    fails(capsys, [*attention, "--layer=2"], r"layer=2 must be within -2\.\.1, one per cross-attention")
+    fails(capsys, [*attention, "--layer=2"], r"layer=2 must be an int within -2\.\.1, one per cross-attention")
     fails(capsys, ["caption", str(run), image, "--attention=/nowhere/x.png"], ".*No such file or directory.*")
 
 
@@ -521,7 +521,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
             weights,
             ".*image_size=33 must be divisible.*",
         ),
-        ("weights", config, weights[:-9], r"\S+model.safetensors holds no safetensors weights that can be read .*"),
+        ("weights", config, weights[:-9], r"\S+model.safetensors holds no safetensors weights that can be read: .*"),
         ("shape", config.replace('"decoder_dim": 16', '"decoder_dim": 24'), weights, ".*does not hold this model's.*"),
     ]:
         (tmp_path / name).mkdir()
@@ -576,7 +576,7 @@ def test_without_a_command_it_prints_its_help(capsys: pytest.CaptureFixture[str]
         assert all(command in out for command in ("train", "caption", "source", "parity"))
         assert err == ""
     rule = "must be one of the commands train, caption, source, parity"
-    fails(capsys, ["trian"], f"'trian' {rule}: did you mean train\\?")
+    fails(capsys, ["trian"], f"'trian' {rule}")
     fails(capsys, ["zzz"], f"'zzz' {rule}")
 
 
@@ -614,10 +614,8 @@ class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
             os.kill(os.getpid(), signal.SIGINT)
-sys.modules.pop({module!r}, None)
 from palme_xt.cli import main
 sys.meta_path.insert(0, Interrupt())
-import argparse
 sys.modules.pop({module!r}, None)
 sys.exit(main(["train", "--run", {str(tmp_path / "run")!r}]))
 """
@@ -726,9 +724,7 @@ def test_a_run_without_its_preprocessing_captions_nothing(
     for name in "config.json", "model.safetensors":
         (tmp_path / name).write_bytes((run / name).read_bytes())
     command = ["caption", str(tmp_path), str(run / "held_out" / "00.png")]
-    message = (
-        r"\S+preprocessor_config.json does not say how images of this model are preprocessed: FileNotFoundError: .*"
-    )
+    message = r"\S+preprocessor_config.json does not say how images of this model are preprocessed: No such file.*"
     for options in [], ["--stream"], [f"--attention={tmp_path / 'x.png'}"]:
         fails(capsys, [*command, *options], message)
     (tmp_path / "preprocessor_config.json").write_bytes((run / "preprocessor_config.json").read_bytes())

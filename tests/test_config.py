@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from palme_xt import PalmE, PalmEConfig
 from palme_xt.mapping import MAPPING
-from palme_xt.strategies import broken_arguments, configs
+from palme_xt.strategies import configs
+
+Broken = tuple[dict[str, Any], type[Exception], str]
 
 CONTRACT = {
     "image_size": 256,
@@ -203,8 +206,33 @@ def test_a_config_is_frozen_all_the_way_down() -> None:
     assert config.keywords("decoder")["ff_glu"] is True
 
 
+@st.composite
+def broken_arguments(draw: st.DrawFn) -> Broken:
+    """Draw keywords that break one rule of `PalmEConfig`, the error they raise, and its message."""
+    sizes, flags = (
+        [item.name for item in dataclasses.fields(PalmEConfig) if item.type == kind] for kind in ("int", "bool")
+    )
+    size, flag = draw(st.sampled_from(sizes)), draw(st.sampled_from(flags))
+    not_positive = draw(st.integers(max_value=0))
+    no_int = draw(st.one_of(st.booleans(), st.floats(), st.text(), st.none()))
+    no_bool = draw(st.one_of(st.integers(), st.none(), st.text()))
+    few, many = draw(st.integers(1, 16)), draw(st.integers(2, 64))
+    heads = {"decoder_heads": few, "alibi_num_heads": few + many}
+    too_many = f"alibi_num_heads={few + many} must be within 1..decoder_heads={few} when alibi_pos_bias is on"
+    part, kv = draw(st.sampled_from(["encoder", "decoder"])), draw(st.sampled_from([3, 5, 6, 7, 9, 16]))
+    broken: list[Broken] = [
+        ({size: not_positive}, ValueError, f"{size}={not_positive} must be a positive int: use 1 or more"),
+        ({size: no_int}, TypeError, f"{size}={no_int!r} must be a positive int, not "),
+        ({flag: no_bool}, TypeError, f"{flag}={no_bool!r} must be True or False, not "),
+        ({"patch_size": many, "image_size": many * few + 1}, ValueError, f"must be divisible by patch_size={many}: "),
+        (heads, ValueError, too_many),
+        ({f"{part}_kwargs": {"attn_kv_heads": kv}}, ValueError, f"['attn_kv_heads']={kv} must divide {part}_heads=8"),
+    ]
+    return draw(st.sampled_from(broken))
+
+
 @given(broken_arguments())
-def test_a_broken_argument_is_named(broken: tuple[dict[str, Any], type[Exception], str]) -> None:
+def test_a_broken_argument_is_named(broken: Broken) -> None:
     arguments, error, message = broken
     with pytest.raises(error, match=re.escape(message)):
         PalmEConfig(**arguments)

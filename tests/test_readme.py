@@ -23,9 +23,10 @@ from benchmarks.__main__ import parse as parse_benchmarks
 from palme_xt import PalmE
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing
 from palme_xt.captioner.options import DIGITS_MODEL
-from palme_xt.captioner.training.run import WEIGHTS, Run
+from palme_xt.captioner.training.run import Run
 from palme_xt.cli import parse
 from palme_xt.mapping import MAPPING
+from palme_xt.storage.folder import WEIGHTS, as_safetensors
 from tests.test_config import CONTRACT
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,7 @@ def write_run() -> None:
     """Write what the READMEs use: a run folder, and an image to caption."""
     run, config = Run("runs/gated"), replace(DIGITS_MODEL, max_seq_len=8)
     run.create(config, {}, {PREPROCESSING: Preprocessing.plain(config).to_json().encode()})
-    run.write_tensors(WEIGHTS, PalmE.from_config(config).state_dict())
+    run.write({WEIGHTS: as_safetensors(PalmE.from_config(config).state_dict())})
     Image.new("L", (32, 32)).save("x.png")
 
 

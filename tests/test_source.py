@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from palme_xt import PalmE, PalmEConfig
-from palme_xt.captioner.training.run import WEIGHTS, Run
+from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
 from palme_xt.parity import exactly
 from palme_xt.parity.comparison import compare
 from palme_xt.source import to_source
+from palme_xt.storage.folder import WEIGHTS, as_safetensors
 from palme_xt.strategies import configs
 from tests.models import batch, small
 
@@ -78,7 +79,7 @@ def test_the_program_of_a_run_has_its_weights(tmp_path: Path, capsys: pytest.Cap
     model = small()
     run = Run(tmp_path / "run")
     run.create(model.config, {}, {})
-    run.write_tensors(WEIGHTS, model.state_dict())
+    run.write({WEIGHTS: as_safetensors(model.state_dict())})
     assert main(["source", str(run.folder)]) == 0
     program = execute(capsys.readouterr().out)
     img, text = batch(model)

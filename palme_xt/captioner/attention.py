@@ -33,15 +33,13 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
         not scaled up to 1.
 
     Raises:
-        TypeError: If `img`, `text` or `layer` has the wrong type.
+        TypeError: If `img` or `text` has the wrong type.
         ValueError: If the model does not cross-attend, there is no such layer, `img` or `text` has the wrong shape or
             values, or memory tokens are placed within the text.
     """
     config = model.config
     if not config.cross_attend:
         raise ValueError("model has cross_attend=False, must cross-attend: it never looks at an image")
-    if not is_int(layer):
-        raise TypeError(f"layer={layer!r} must be an int, not {type(layer).__name__}")
     check_text(text, config)
     if (text == config.ignore_index).any():
         rule = "must hold only token ids: group texts by length"
@@ -51,20 +49,20 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
     calls: list[tuple[Any, tuple[Tensor, ...], dict[str, Any]]] = []
     with evaluating(model):
         context = model.encode(img)
-        if img.ndim != 4:
-            raise ValueError(f"img has shape {tuple(img.shape)}, must be (b, c, h, w): pass one image per text")
         check_batches(context, text, img)
         if context.shape[1] != rows**2 or config.external_encoder is not None:
-            rule = f"must be {rows}x{rows}, one per patch: remove the hook that adds or drops embeddings"
-            raise ValueError(f"model encodes img to {context.shape[1]} embeddings, {rule}, or use the config's ViT")
+            found = f"model encodes img of shape {tuple(img.shape)} to {context.shape[1]} embeddings"
+            remedy = "pass one image per text, without a hook that adds or drops embeddings, and use the config's ViT"
+            raise ValueError(f"{found}, must be {rows}x{rows}, one per patch: {remedy}")
         with contextlib.ExitStack() as hooks:
             for module in net.attn_layers.modules():
                 if isinstance(module, Attention) and not module.causal:
                     hook = module.attend.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
                     hooks.enter_context(hook)
             net(text[:, :-1].long(), context=context)
-        if not -len(calls) <= layer < len(calls):
-            raise ValueError(f"layer={layer} must be within {-len(calls)}..{len(calls) - 1}, one per cross-attention")
+        if not (is_int(layer) and -len(calls) <= layer < len(calls)):
+            rule = f"must be an int within {-len(calls)}..{len(calls) - 1}, one per cross-attention"
+            raise ValueError(f"layer={layer!r} {rule}")
         attend, (q, k, _), keywords = calls[layer]
         positions = net.num_memory_tokens + text.shape[1] - 1
         if q.shape[-2] != positions:

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from palme_xt.captioner.images import unit_range
-from palme_xt.storage.atomic import replace_files
+from palme_xt.storage.files import replace_files
 from palme_xt.tokens import printable
 
 COLUMNS, ROWS = 4, 4
+WIDTH, WORD_WIDTH = 27, 13  # in characters, of the lines of a caption, and of a word above a panel
 
 # In inches, except for DPI and FONT_SIZE. A panel is 256 pixels wide, a multiple of the widths of most small images.
 DPI, SIDE, MARGIN, TITLE, GAP, LINE, FONT_SIZE = 160, 1.6, 0.25, 0.55, 0.15, 25 / 160, 9
@@ -40,10 +39,10 @@ def draw_samples(img: Tensor, predicted: Sequence[str], true: Sequence[Sequence[
     Raises:
         OSError: If `path` cannot be written.
     """
-    room, captions = SIDE + 3 * GAP, []
+    captions = []
     for guess, truth in list(zip(predicted, true, strict=True))[: min(len(img), COLUMNS * ROWS)]:
-        lines = [(line, RIGHT if guess in truth else WRONG) for line in _wrap(guess or "(nothing)", room)]
-        captions.append(lines if guess in truth else lines + [(line, GREY) for line in _wrap(truth[0], room)])
+        lines = [(line, RIGHT if guess in truth else WRONG) for line in _wrap(guess or "(nothing)", WIDTH)]
+        captions.append(lines if guess in truth else lines + [(line, GREY) for line in _wrap(truth[0], WIDTH)])
     matches = sum(guess in truth for guess, truth in zip(predicted, true, strict=True))
     title = f"Held-out images and their generated captions: {matches} of {len(true)} exactly right"
     below = LINE * max(map(len, captions), default=0) + 1.5 * GAP
@@ -103,17 +102,15 @@ def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) 
         maps: `(number of words, rows, columns)`, the share of attention that each patch gets, as
             `palme_xt.captioner.attention.word_maps` returns them. The colours of a panel go from 0 to its own largest
             share, which is written above it.
-        path: The PNG file to write. Its name must end in .png.
+        path: The PNG file to write.
 
     Raises:
-        ValueError: If `maps` has the wrong shape, or `path` does not end in .png.
+        ValueError: If `maps` has the wrong shape.
         OSError: If `path` cannot be written.
     """
     if maps.ndim != 3 or len(maps) != len(words):
         rule = f"must be (number of words, rows, columns) for {len(words)} words: pass what word_maps returns"
         raise ValueError(f"maps has shape {tuple(maps.shape)}, {rule}")
-    if not path.name.lower().endswith(".png"):
-        raise ValueError(f"path={path} must end in .png: no other format is written")
     count = 1 + len(words)
     columns = min(count, max(5, math.ceil(math.sqrt(1.3 * count))))
     title = "Where the model looks, word by word" if words else "Nothing was generated"
@@ -125,7 +122,7 @@ def draw_attention(img: Tensor, words: Sequence[str], maps: Tensor, path: Path) 
         share = heat / (heat.max() or 1)
         _show(axes, 0.08 + 0.5 * grey)
         axes.imshow(share, "inferno", vmin=0, alpha=0.2 + 0.55 * share, interpolation="bilinear", extent=(0, 1, 0, 1))
-        _write(axes, 0, 1.05, "".join(_wrap(word, SIDE - 0.6, most=1)), INK, weight="bold")
+        _write(axes, 0, 1.05, "".join(_wrap(word, WORD_WIDTH, most=1)), INK, weight="bold")
         _write(axes, 1, 1.05, f"{heat.max():.0%}", GREY, ha="right")
     if words:
         corner = panels[len(words) // columns * columns]
@@ -164,19 +161,12 @@ def _write(axes: Axes, x: float, y: float, text: str, color: str, **where: Any) 
     axes.text(x, y, text, color=color, size=FONT_SIZE, transform=axes.transAxes, parse_math=False, **where)
 
 
-def _wrap(text: str, room: float, most: int = 3) -> list[str]:
-    """Return at most `most` lines that fit into `room` inches, one per clause if possible, cut with an ellipsis."""
-    text, font = printable(text), FontProperties(size=FONT_SIZE)
-    for width in range(44, 3, -1):
-        clauses = [line for clause in text.replace(", ", ",\n").split("\n") for line in textwrap.wrap(clause, width)]
-        lines = clauses if len(clauses) <= most else textwrap.wrap(text, width)
-        if len(lines) > most:
-            lines = [*lines[: most - 1], lines[most - 1][: width - 1] + "…"]
-        with warnings.catch_warnings(action="ignore"):  # matplotlib warns about characters that its font does not have
-            widths = [text_to_path.get_text_width_height_descent(line, font, False)[0] for line in lines]
-        if max(widths, default=0) <= 72 * room:
-            break
-    return lines
+def _wrap(text: str, width: int, most: int = 3) -> list[str]:
+    """Return at most `most` lines of `width` characters, one per clause if possible, cut with an ellipsis."""
+    text = printable(text)
+    clauses = [line for clause in text.replace(", ", ",\n").split("\n") for line in textwrap.wrap(clause, width)]
+    lines = clauses if len(clauses) <= most else textwrap.wrap(text, width)
+    return lines if len(lines) <= most else [*lines[: most - 1], lines[most - 1][: width - 1] + "…"]
 
 
 def _points(metrics: Sequence[dict[str, Any]], name: str, above: float = 0) -> tuple[list[float], list[float]]:

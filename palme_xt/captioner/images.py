@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,10 +15,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from palme_xt.config import PalmEConfig
-from palme_xt.storage.folder import one_line
+from palme_xt.storage.files import explained, one_line
 
 PREPROCESSING = "preprocessor_config.json"
 FITS = ("crop", "pad", "squash")
+NORMALISING = ("do_rescale", "rescale_factor", "do_normalize")
 
 # Pillow's modes by number of channels.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -31,21 +32,15 @@ MAX_ASPECT = 100  # resized by its shorter side or padded to a square, a narrowe
 
 
 class ImageError(ValueError):
-    """Raised if an image cannot be read, or the preprocessing is unknown. `reason` says why in a few words."""
+    """Raised if an image cannot be read, or the preprocessing is unknown.
 
-    reason = "unusable image"
+    Attributes:
+        reason: "missing image", "broken image", or "unusable image" for anything else.
+    """
 
-
-class MissingImageError(ImageError):
-    """Raised if an image does not exist."""
-
-    reason = "missing image"
-
-
-class BrokenImageError(ImageError):
-    """Raised if the content of an image file is damaged."""
-
-    reason = "broken image"
+    def __init__(self, message: str, reason: str = "unusable image") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -96,19 +91,32 @@ class Preprocessing:
         """
         from palme_xt.pretrained.source import find_file
 
-        try:
+        rule = f"must have a {PREPROCESSING} that says how images were normalised in its training"
+        with explained(f"encoder={source} {rule}", ImageError, "; write image_mean and image_std into it"):
             values = json.loads(find_file(source, PREPROCESSING, download=PREPROCESSING).read_text())
-            mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
-            if not (len(mean) == len(std) == self.channels and all(std)):
-                raise ValueError(f"image_mean and image_std must have {self.channels} numbers, none of image_std 0")
-            for name, expected in {"do_normalize": 1, "do_rescale": 1, "rescale_factor": 1 / 255}.items():
-                if not math.isclose(values.get(name, expected), expected, rel_tol=1e-4):
-                    raise ValueError(f"{name}={values[name]} must be {expected:.4g}")
-            return replace(self, mean=mean, std=std)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            rule = f"must have a {PREPROCESSING} that says how images were normalised in its training"
-            reason = f"{type(error).__name__}: {one_line(error)}; write image_mean and image_std into it"
-            raise ImageError(f"encoder={source} {rule}: {reason}") from error
+            return self._normalised(values, NORMALISING)
+
+    def _normalised(self, values: dict[str, Any], checked: Collection[str]) -> Self:
+        """Return this preprocessing with the mean and the deviation in `values`, which must agree on what is checked.
+
+        Args:
+            values: The content of a `preprocessor_config.json`.
+            checked: Names in it. What it leaves out agrees.
+
+        Raises:
+            ValueError: If there is no mean or deviation for each channel, or other values differ.
+        """
+        mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
+        if not (len(mean) == len(std) == self.channels and all(std)):
+            raise ValueError(f"image_mean and image_std must have {self.channels} numbers, none of image_std 0")
+        normalised = replace(self, mean=mean, std=std)
+        for name, expected in json.loads(normalised.to_json()).items():
+            value = values.get(name, expected)
+            same = math.isclose(value, expected, rel_tol=1e-4) if isinstance(expected, float) else value == expected
+            no_matter = name == "do_normalize" and not expected  # normalising with 0 and 1 changes nothing
+            if name in checked and not (same or no_matter):
+                raise ValueError(f"{name}={value} must be {expected}")
+        return normalised
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Return an image as `(c, h, w)`, uint8, resized to a square but not normalised.
@@ -171,14 +179,13 @@ class Preprocessing:
             name: The name of the image in errors. Defaults to the path.
 
         Raises:
-            MissingImageError: If the file does not exist.
-            BrokenImageError: If the content of the file is damaged.
-            ImageError: If the file cannot be read, is not an image, or is one of a kind that is not supported.
+            ImageError: If the file does not exist, cannot be read or is damaged, is not an image, or is one of a kind
+                that is not supported.
         """
         name = name or ("image" if isinstance(file, bytes) else str(file))
         with image_errors(name):
             content = file if isinstance(file, bytes) else Path(file).read_bytes()
-        with image_errors(name, BrokenImageError), Image.open(io.BytesIO(content)) as image:
+        with image_errors(name, "broken image"), Image.open(io.BytesIO(content)) as image:
             return self.pixels(image)
 
     def to_json(self) -> str:
@@ -203,12 +210,11 @@ class Preprocessing:
 
 
 @contextlib.contextmanager
-def image_errors(name: str, kind: type[ImageError] = ImageError) -> Iterator[None]:
+def image_errors(name: str, reason: str = "unusable image") -> Iterator[None]:
     """Turn any error while an image is read into a one-line error that begins with `name`.
 
     Raises:
-        MissingImageError: If the file does not exist.
-        ImageError: If any other error was raised. It is of the given `kind` if nothing else is known of its cause.
+        ImageError: If any error was raised. It has the given `reason` if nothing else is known of its cause.
     """
     try:
         yield
@@ -218,15 +224,21 @@ def image_errors(name: str, kind: type[ImageError] = ImageError) -> Iterator[Non
         raise ImageError(f"{name} {error}") from error
     except Exception as error:  # Pillow's plugins raise errors of many types
         if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)):
-            kind = ImageError
-        kind = MissingImageError if isinstance(error, FileNotFoundError) else kind
-        reason = one_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {one_line(error)}"
-        raise kind(f"{name} cannot be read: {reason}") from error
+            reason = "unusable image"
+        reason = "missing image" if isinstance(error, FileNotFoundError) else reason
+        cause = one_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {one_line(error)}"
+        raise ImageError(f"{name} cannot be read: {cause}", reason) from error
 
 
 def unit_range(img: Tensor) -> Tensor:
     """Return images, uint8 or floating point in 0..1, as float32 in 0..1."""
     return img.float() / 255 if img.dtype == torch.uint8 else img.float()
+
+
+def image_files(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, and in the folders below it, that are named like images, in order."""
+    endings = Image.registered_extensions()
+    return sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in endings)
 
 
 def save_images(img: Tensor, folder: Path) -> None:
@@ -243,22 +255,10 @@ def read_preprocessing(folder: Path, config: PalmEConfig) -> Preprocessing:
         ImageError: If its `preprocessor_config.json` is missing, damaged, or not for this model.
     """
     path = folder / PREPROCESSING
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-        size = values["crop_size"]["height"]
-        mean, std = (tuple(map(float, values[name])) for name in ("image_mean", "image_std"))
-        if len(mean) != len(std) or not all(std):
-            raise ValueError("image_std has a zero or not the length of image_mean")
-        if (size, len(mean)) != (config.image_size, config.channels):
-            raise ValueError(f"has {len(mean)} channels of {size} pixels, not {config.channels} of {config.image_size}")
+    remedy = (
+        "; restore the file that training wrote, or for a run of version 0.1, Preprocessing.plain(config).to_json()"
+    )
+    with explained(f"{path} does not say how images of this model are preprocessed", ImageError, remedy):
+        values = json.loads(path.read_text())
         fit = "crop" if values["do_center_crop"] else "pad" if values.get("do_pad") else "squash"
-        preprocessing = Preprocessing(size, len(mean), fit, mean, std)
-        for name, expected in json.loads(preprocessing.to_json()).items():
-            if values.get(name, expected) != expected:
-                raise ValueError(f"{name}={values[name]} must be {expected}")
-        return preprocessing
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "restore the file that training wrote, or for a run of version 0.1, "
-        remedy += "Preprocessing.plain(config).to_json()"
-        reason = f"{type(error).__name__}: {one_line(error)}; {remedy}"
-        raise ImageError(f"{path} does not say how images of this model are preprocessed: {reason}") from error
+        return Preprocessing.like_clip(config, fit)._normalised(values, values)

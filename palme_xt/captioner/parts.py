@@ -1,18 +1,23 @@
 """Begin with pretrained parts, freeze parts, and train them at learning rates of their own."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from palme_xt.adoption import merge_arguments
 from palme_xt.captioner.options import PARTS, Training
+from palme_xt.decoding.loop import evaluating
 from palme_xt.insertion import insert_cross_attention
 from palme_xt.model import PalmE
 from palme_xt.pretrained import describe_decoder, describe_encoder, load_decoder, load_encoder
 
+MOST_BYTES = 4 << 30  # of embeddings in memory; those of further images are computed anew
 _KWARGS = {"encoder": ("vit", "encoder"), "decoder": ("transformer", "decoder", "autoregressive")}
+_DESCRIBED = {"encoder": ("image_size", describe_encoder), "decoder": ("max_seq_len", describe_decoder)}
 
 
 def described(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,10 +31,7 @@ def described(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"torch_layers": {}, "sources": {}}
     determined: dict[str, str] = {}
-    for part, own, describe in (
-        ("encoder", "image_size", describe_encoder),
-        ("decoder", "max_seq_len", describe_decoder),
-    ):
+    for part, (own, describe) in _DESCRIBED.items():
         if (source := options.get(part)) is None:
             continue
         arguments = {f"{name}_kwargs": {} for name in _KWARGS[part]} | describe(source, options.get(own))
@@ -44,8 +46,7 @@ def described(options: Mapping[str, Any]) -> dict[str, Any]:
 def load(model: PalmE, training: Training) -> None:
     """Give the pretrained parts in `training` their weights."""
     if training.encoder is not None:
-        encoder = load_encoder(training.encoder, image_size=model.config.image_size)
-        model.encoder.load_state_dict(encoder.state_dict())
+        model.encoder.load_state_dict(load_encoder(training.encoder, image_size=model.config.image_size).state_dict())
     if training.decoder is not None:
         decoder = load_decoder(training.decoder, max_seq_len=model.config.max_seq_len)
         if model.config.cross_attend:
@@ -64,6 +65,33 @@ def freeze(model: PalmE, training: Training) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"freeze={training.freeze} leaves nothing to train: leave a part out")
+
+
+class Features:
+    """The `encode` of a model whose encoder is frozen, which remembers its embeddings by the images' content.
+
+    Each image is encoded alone, so that its embeddings do not depend on the batch: a resumed run gets the same.
+    """
+
+    def __init__(self, model: PalmE) -> None:
+        self.model, self.kept, self.bytes = model, dict[bytes, Tensor](), 0
+
+    @torch.no_grad()
+    def __call__(self, img: Tensor) -> Tensor:
+        """Return the embeddings `(b, p, d)` of images `(b, c, h, w)`."""
+        return torch.stack([self._embeddings(pixels) for pixels in img])
+
+    def _embeddings(self, pixels: Tensor) -> Tensor:
+        key = hashlib.blake2b(pixels.cpu().numpy().tobytes(), digest_size=16).digest()
+        if key in self.kept:
+            return self.kept[key].to(pixels.device)
+        # Without autocast, as in captioning: an evaluation must not depend on the precision of the training.
+        with evaluating(self.model), torch.autocast(pixels.device.type, enabled=False):
+            embeddings = type(self.model).encode(self.model, pixels[None])[0]
+        size = embeddings.nbytes
+        if self.bytes + size <= MOST_BYTES:
+            self.kept[key], self.bytes = embeddings.cpu(), self.bytes + size
+        return embeddings
 
 
 def groups(model: PalmE, training: Training) -> list[Any]:

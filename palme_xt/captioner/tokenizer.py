@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from palme_xt import tokens
-from palme_xt.storage.folder import one_line
+from palme_xt.storage.files import explained
 
 TOKENIZER = "tokenizer.json"
 SPECIAL_TOKENS = "tokenizer_config.json"
@@ -155,13 +155,11 @@ def load_tokenizer(file_or_name: str | None, bos_token: str | None = None, eos_t
     path = Path(file_or_name)
     path = path / TOKENIZER if path.is_dir() else path
     may_be_on_the_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", file_or_name) and path.suffix != ".json"
-    try:
+    rule = "must be a file of the tokenizers library or a name on the hub"
+    with explained(f"tokenizer={file_or_name} {rule}", TokenizerError):
         # The hub is not asked for what must be a file, because that may take half a minute.
         local = path.is_file() or not may_be_on_the_hub
         vocabulary = Vocabulary.from_file(str(path)) if local else Vocabulary.from_pretrained(file_or_name)
-    except Exception as error:  # the library raises bare Exceptions
-        rule = f"must be a file of the tokenizers library or a name on the hub: {one_line(error)}"
-        raise TokenizerError(f"tokenizer={file_or_name} {rule}") from error
     return VocabularyTokenizer(vocabulary, bos_token, eos_token, name=file_or_name)
 
 
@@ -176,13 +174,11 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return ByteTokenizer()
     if not special.is_file():
         return load_tokenizer(str(path))
-    try:
+    with explained(f"{special} does not name bos_token and eos_token", TokenizerError):
         values = json.loads(special.read_text())
         ends = [values[name] for name in ("bos_token", "eos_token")]
         # Hugging Face libraries may write tokens as objects.
         ends = [end["content"] if isinstance(end, dict) else end for end in ends]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TokenizerError(f"{special} does not name bos_token and eos_token: {error}") from error
     return load_tokenizer(str(path), *(None if end is None else str(end) for end in ends))
 
 

@@ -1,26 +1,28 @@
-"""The command line, `palme-xt COMMAND ...`: each command is a module here, and is imported when it is needed.
+"""PalmE, a vision-language model over x-transformers.
 
-`palme-xt --version` therefore does not wait for the import of torch.
+usage: palme-xt [--help] [--version] COMMAND ...
+
+commands:
+  train     train a captioner on your images, or on scenes of digits
+  caption   caption image files with a trained run
+  source    print the model as an x-transformers program
+  parity    check whether another x-transformers computes the same numbers
+
+`palme-xt COMMAND --help` lists the options of a command.
 """
 
-import argparse
-import difflib
 import importlib
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import palme_xt
 
-COMMANDS = {
-    "train": "train a captioner on your images, or on scenes of digits",
-    "caption": "caption image files with a trained run",
-    "source": "print the model as an x-transformers program",
-    "parity": "check whether another x-transformers computes the same numbers",
-}
+# Each is a module here, and is imported when it is needed: `palme-xt --version` does not wait for the import of torch.
+COMMANDS = ("train", "caption", "source", "parity")
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
 
 
@@ -34,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             # x-transformers up to 2.31.10 uses torch.jit.script, which torch 2.15 warns about.
-            for category in FutureWarning, DeprecationWarning:
-                warnings.filterwarnings("ignore", message=".*torch.jit.script", category=category)
+            warnings.filterwarnings("ignore", message=".*torch.jit.script")
             warnings.filterwarnings("default", message="the tokenizer does not reproduce", category=UserWarning)
             warnings.showwarning = lambda message, *where: complain(f"warning: {message}", met=True)
             command, options = parse(sys.argv[1:] if argv is None else argv)
@@ -63,35 +64,18 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         SystemExit: After `--help`, `--version`, `--print_config` or no argument at all.
         ValueError: If the command or an option is unknown, or options cannot be combined.
     """
-    listed = "\n".join(f"  {name:9} {purpose}" for name, purpose in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="palme-xt",
-        usage="palme-xt [--help] [--version] COMMAND ...",
-        description="PalmE, a vision-language model over x-transformers.",
-        epilog=f"commands:\n{listed}\n\n`palme-xt COMMAND --help` lists the options of a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"palme-xt {palme_xt.__version__}")
-    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
-    if not argv:
-        parser.print_help()
-        parser.exit()
-    command: str = parser.parse_args(argv[:1]).command
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help", "--version"):
+        print(f"palme-xt {palme_xt.__version__}" if command == "--version" else __doc__)
+        sys.exit(0)
     if command not in COMMANDS:
-        hint = did_you_mean(command, COMMANDS)
-        raise ValueError(f"{command!r} must be one of the commands {', '.join(COMMANDS)}{hint}")
+        raise ValueError(f"{command!r} must be one of the commands {', '.join(COMMANDS)}")
     return command, _module(command).parse([_with_underscores(argument) for argument in argv[1:]])
 
 
 def _with_underscores(argument: str) -> str:
     option, equals, value = argument.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a question that names the known word closest to this one, or nothing if none is close."""
-    return "".join(f": did you mean {closest}?" for closest in difflib.get_close_matches(word, known, n=1))
 
 
 def complain(message: str, *, met: bool = False) -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from palme_xt.captioner import attention, drawing
 from palme_xt.captioner import caption as captioning
-from palme_xt.captioner.images import ImageError
+from palme_xt.captioner.images import ImageError, image_files
 from palme_xt.cli import complain
 from palme_xt.cli.given import Parser, device_of
 from palme_xt.tokens import printable
@@ -73,9 +72,9 @@ def run(options: dict[str, Any]) -> int:
 
 def _files(paths: list[str]) -> list[str]:
     """Return the paths of images, with those in each folder, and in the folders below it, in place of the folder."""
-    endings, found = Image.registered_extensions(), list[str]()
+    found = list[str]()
     for path in paths:
-        below = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in endings)
+        below = image_files(Path(path))
         if Path(path).is_dir() and not below:
             raise ValueError(f"{path} must be an image or a folder of images: it has none")
         found += below or [path]

@@ -1,5 +1,6 @@
 """Parse options, and tell those that the user gave from those that have their defaults."""
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import ArgumentParser
 
-from palme_xt.cli import did_you_mean
+from palme_xt.storage.files import explained
 
 
 class Parser(ArgumentParser):
@@ -22,7 +23,8 @@ class Parser(ArgumentParser):
         """
         known = [name for action in self._actions for name in (*action.option_strings, action.dest)]
         unknown = [name for name in re.findall(r"--[\w.]+|(?<=Option ')\w+", message) if name not in known]
-        hint = did_you_mean(unknown[0], known) if unknown else ""
+        close = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
+        hint = "".join(f": did you mean {option}?" for option in close)
         raise ValueError(f"{' '.join(message.split())}{hint}; `{self.prog} --help` lists the options") from ex
 
 
@@ -34,12 +36,9 @@ def device_of(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
+    with explained(f"--device={name} must be a device of this machine, such as cpu or cuda:0"):
         torch.empty(0, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        rule = f"must be a device of this machine, such as cpu or cuda:0: {str(error).splitlines()[0]}"
-        raise ValueError(f"--device={name} {rule}") from error
 
 
 def given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:

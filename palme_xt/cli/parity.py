@@ -48,9 +48,8 @@ def _call(target: str) -> tuple[Any, Any]:
         function = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{target} must be PACKAGE.MODULE:FUNCTION, which can be imported: {error}") from error
-    if not callable(function):
-        raise TypeError(f"{target} is a {type(function).__name__}, must be a function")
-    returned = function()
-    if not (isinstance(returned, tuple) and len(returned) == 2):
-        raise TypeError(f"{target} returns a {type(returned).__name__}, must return a tuple of a module and its inputs")
+    returned = function() if callable(function) else function
+    if not (callable(function) and isinstance(returned, tuple) and len(returned) == 2):
+        rule = "must be a function that returns a tuple of a module and its inputs"
+        raise TypeError(f"{target} gives a {type(returned).__name__}, {rule}")
     return returned

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 
-from palme_xt.parity.numbers import Numbers, describe_crash, describe_value, first_difference, first_unlikely_choice
+from palme_xt.parity.numbers import Numbers, describe_crash, describe_value, first_difference
 from palme_xt.parity.observation import a_weight, cached_logits, gradients, observe, running
 from palme_xt.parts import Inputs, Wired, draw_inputs, find_parts, part_name
 
@@ -113,8 +113,7 @@ def compare(
             what rounding explains, to compare across dtypes and devices: differences up to the square root of the
             epsilon of the less precise dtype, as a share of the largest value of the tensor. This is half of the
             digits: 3e-4 for float32, 0.09 for bfloat16. For gradients, in which the rounding of forward and backward
-            adds up, it is four times as much. Cached decoding is greedy then, and compared by
-            `palme_xt.parity.numbers.first_unlikely_choice`.
+            adds up, it is four times as much.
         checks: The `CHECKS` to make.
 
     Raises:
@@ -139,7 +138,7 @@ def compare(
         for name, value in copies.items():
             value.copy_(weights[name])
         for side, (model, rename) in zip(found, sides, strict=True):
-            side |= _computed(model, given, rename, set(checks) - set(STATIC), greedy=tolerance is None)
+            side |= _computed(model, given, rename, set(checks) - set(STATIC))
     return Report({check: judge(check, *found) for check in CHECKS if check in checks}, tolerance)
 
 
@@ -196,9 +195,7 @@ def _rounding(models: Iterable[nn.Module]) -> float:
     return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
-def _computed(
-    model: nn.Module, inputs: Inputs, rename: Rename, checks: Collection[str], *, greedy: bool
-) -> dict[str, _Found]:
+def _computed(model: nn.Module, inputs: Inputs, rename: Rename, checks: Collection[str]) -> dict[str, _Found]:
     """Return what a model computes for some of the checks that call forward, or the error that it raises."""
     if not checks:
         return {}
@@ -211,7 +208,7 @@ def _computed(
             "layers": lambda: _renamed(seen.layers, rename),
             "outputs": lambda: seen.outputs,
             "logits": lambda: {"logits": call.logits} if call else {},
-            "cached decoding": lambda: cached_logits(call, greedy=greedy) if call else {},
+            "cached decoding": lambda: cached_logits(call) if call else {},
             "gradients": lambda: _renamed(gradients(model, inputs), rename),  # last, because it leaves eval mode
         }
         return {check: _attempt(function) for check, function in numbers.items() if check in checks}
@@ -237,10 +234,7 @@ def _judge(
         raised = [f"the {which} raises {error}" for which, error in sides.items() if isinstance(error, str)]
         # Upstream's cache fails with options with which that of `PalmE` works.
         return Outcome("could not be checked" if check == "cached decoding" else "differs", "; ".join(raised))
-    if check == "cached decoding" and share and theirs:
-        difference = first_unlikely_choice(ours, theirs)
-    else:
-        difference = first_difference(ours, theirs, absolute, 4 * share if check == "gradients" else share)
+    difference = first_difference(ours, theirs, absolute, 4 * share if check == "gradients" else share)
     alone = [name for name in [*ours, *theirs] if name not in ours or name not in theirs]
     if difference is None and alone and check in ("parameters", "outputs", "gradients"):
         difference = f"{alone[0]} is only in the {'first' if alone[0] in ours else 'second'}"

@@ -6,27 +6,26 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from palme_xt.parity.numbers import Numbers, describe_crash, first_difference
 from palme_xt.parity.observation import a_weight, cached_logits, observe, running
 from palme_xt.parts import draw_inputs
-from palme_xt.storage.folder import FolderError, load, one_line, write_files
+from palme_xt.storage.files import explained
+from palme_xt.storage.folder import FolderError, as_safetensors, load, write_files
 
 PARITY = "parity.safetensors"
 TOLERANCE = 1e-4  # of the largest value; different kernels for the same arithmetic differ by about 1e-6
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The result of `check`.
 
     Attributes:
@@ -74,11 +73,11 @@ def record(
     if bad := [name for name, tensor in reference.items() if not tensor.isfinite().all()]:
         raise FolderError(f"{type(module).__name__} computes nan or inf from {bad[0]} on: these cannot be compared")
     tensors = reference | {f"input {key}": value for key, value in given.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     order = {f"order.{place:06}": name for place, name in enumerate(tensors)}  # safetensors sorts names
     metadata = environment(module) | order | {"parameters": _digest(module), "inputs": json.dumps(list(given))}
     path = Path(path)
-    write_files(path.parent, {path.name: lambda file: save_file(tensors, file, metadata)})
+    write_files(path.parent, {path.name: as_safetensors(tensors, metadata)})
 
 
 def check(module: nn.Module, path: str | os.PathLike[str], tolerance: float = TOLERANCE) -> Verdict:
@@ -174,7 +173,7 @@ def _read(path: Path) -> tuple[dict[Any, Tensor], dict[str, Tensor], dict[str, s
     """Return what `record` wrote: the inputs, the other tensors in order, and the metadata."""
     if not path.is_file():
         raise FolderError(f"{path.parent} has no {path.name}: write one with `palme-xt parity record`")
-    try:
+    with explained(f"{path} is not a reference that `palme-xt parity record` wrote", FolderError):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             names = [metadata[key] for key in sorted(metadata) if key.startswith("order.")]
@@ -184,9 +183,6 @@ def _read(path: Path) -> tuple[dict[Any, Tensor], dict[str, Tensor], dict[str, s
             reference["the output"] = reference.pop("loss")[0]
             metadata["inputs"] = '["img", "text"]'
         given = {key: reference.pop(f"input {key}") for key in json.loads(metadata["inputs"])}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        message = f"{path} is not a reference that `palme-xt parity record` wrote: {one_line(error)}"
-        raise FolderError(message) from error
     return given, reference, metadata
 
 

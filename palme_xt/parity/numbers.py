@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 Numbers = dict[str, Any]  # tensors, and other values that outputs consist of, by name
-CHOICES = 5  # as many as vLLM's tests look at
 
 
 def leaves(value: Any, name: str = "the output") -> Iterator[tuple[str, Any]]:
@@ -48,32 +47,6 @@ def first_difference(ours: Numbers, theirs: Numbers, absolute: float = 0.0, shar
     for name, expected in ours.items():
         if name in theirs and (found := _difference(expected, theirs[name], absolute, share)):
             return f"{name} {found}"
-    return None
-
-
-def first_unlikely_choice(ours: Numbers, theirs: Numbers) -> str | None:
-    """Describe the first greedy token that the other side finds unlikely, or return None if there is none.
-
-    Where the tokens of a sample differ for the first time, each must be among the other side's `CHOICES` most likely
-    tokens. The tokens after it are not compared, because they continue different texts. This is the rule of
-    `check_logprobs_close` in vLLM's tests/models/utils.py.
-
-    Args:
-        ours: The logits `(b, v)` of each step of greedy decoding.
-        theirs: The same of the other side.
-    """
-    same = torch.tensor(True)  # for each sample, whose tokens are equal so far
-    for name, expected in ours.items():
-        sides = expected.detach().cpu(), theirs[name].detach().cpu()
-        likely = [logits.topk(min(CHOICES, logits.shape[-1])).indices for logits in sides]
-        chosen = [tokens[:, :1] for tokens in likely]
-        differ = same & (chosen[0] != chosen[1])[:, 0]
-        known = (likely[0] == chosen[1]).any(dim=1) & (likely[1] == chosen[0]).any(dim=1)
-        if (unlikely := (differ & ~known).nonzero()).numel():
-            sample = int(unlikely[0])
-            ids = " and ".join(str(int(tokens[sample])) for tokens in chosen)
-            return f"{name} of sample {sample}: the choices {ids} are not both among each other's {CHOICES} likeliest"
-        same = same & ~differ
     return None
 
 

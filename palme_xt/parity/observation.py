@@ -96,19 +96,12 @@ def observe(model: nn.Module, inputs: Inputs) -> Observation:
     return Observation(layers, outputs, calls[0] if calls else None)
 
 
-def cached_logits(call: Call, *, greedy: bool = False) -> Numbers:
-    """Return the logits after each token. Each step reads one more token, with the cache of the previous steps.
-
-    Args:
-        call: The texts to read, and their context.
-        greedy: Read the most likely token at each step after the first, instead of that of the text.
-    """
+def cached_logits(call: Call) -> Numbers:
+    """Return the logits after each token of a text. Each step reads one more, with the cache of the previous steps."""
     outputs: Numbers = {}
-    ids, cache = call.ids.clone(), None
-    for n in range(1, ids.shape[1] + 1):
-        if greedy and n > 1:
-            ids[:, n - 1] = outputs[f"token {n - 1}"].argmax(dim=-1)
-        step = ids[:, :n] if cache is None else ids[:, n - 1 : n]
+    cache = None
+    for n in range(1, call.ids.shape[1] + 1):
+        step = call.ids[:, :n] if cache is None else call.ids[:, n - 1 : n]
         logits, new = call.net(
             step, **call.context, cache=cache, input_not_include_cache=cache is not None, return_intermediates=True
         )

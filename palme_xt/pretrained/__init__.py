@@ -15,8 +15,8 @@ from x_transformers import AutoregressiveWrapper, ViTransformerWrapper
 from palme_xt.adoption import ARGUMENTS
 from palme_xt.pretrained.families import decoder_arguments, encoder_arguments
 from palme_xt.pretrained.source import Source, open_source
-from palme_xt.pretrained.tensors import naming
 from palme_xt.pretrained.translation import Checkpoint
+from palme_xt.storage.files import explained
 
 __all__ = ["describe_decoder", "describe_encoder", "load_decoder", "load_encoder"]
 
@@ -95,7 +95,7 @@ def describe_decoder(source: Any, max_seq_len: int | None = None) -> dict[str, A
 
 
 def _describe(source: Source, part: str, size: int | None) -> dict[str, Any]:
-    with naming(source.name):
+    with explained(f"{source.name} cannot be loaded"):
         arguments = {"encoder": encoder_arguments, "decoder": decoder_arguments}[part](source.config, size)
     return arguments | {"sources": {part: source.name}}
 
@@ -103,7 +103,7 @@ def _describe(source: Source, part: str, size: int | None) -> dict[str, Any]:
 def _load(source: Source, part: str, size: int | None, dtype: torch.dtype) -> Any:
     arguments = _describe(source, part, size)
     checkpoint = Checkpoint(source.open(), max_seq_len=size if part == "decoder" else None)
-    with naming(source.name):
+    with explained(f"{source.name} cannot be loaded"):
         module = checkpoint.load(part, arguments | {"cross_attend": False}, dtype)
     if part == "decoder":
         getattr(module, ARGUMENTS)["cross_attend"] = True

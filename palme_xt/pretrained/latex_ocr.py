@@ -8,7 +8,8 @@ from torch import Tensor
 
 from palme_xt.config import PalmEConfig
 from palme_xt.pretrained.families import FAMILIES
-from palme_xt.pretrained.tensors import Tensors, naming
+from palme_xt.pretrained.tensors import Tensors
+from palme_xt.storage.files import explained
 from palme_xt.upstream.loss import AutoregressiveWrapper
 
 # arguments: where `args` has each argument of `PalmEConfig`; always: arguments that are the same for all models;
@@ -43,7 +44,7 @@ def load_decoder(weights: Mapping[str, Tensor], args: Any) -> AutoregressiveWrap
     arguments = _arguments(args if isinstance(args, Mapping) else getattr(args, "__dict__", {}))
     own = [name for name in weights if name.startswith(("decoder.", "net."))]
     readers = {name.removeprefix("decoder."): weights[name].detach for name in own}
-    with naming("weights, with these args,"):
+    with explained("weights, with these args, cannot be loaded"):
         return _OldTensors(readers).load("decoder", arguments)  # type: ignore[no-any-return]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from palme_xt.pretrained.tensors import Readers
+from palme_xt.storage.files import explained
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -45,27 +46,18 @@ def open_source(source: Any) -> Source:
         kind = type(source).__name__
         raise TypeError(f"source must be a folder, a name on the hub, or a model of transformers, not {kind}")
     name = os.fspath(source)
-    return Source(name, _read_json(name, find_file(name, "config.json")), partial(_open, name))
+    path = find_file(name, "config.json")
+    with explained(f"{name} has a damaged config.json", remedy="; download or save it again"):
+        return Source(name, {**json.loads(path.read_text())}, partial(_open, name))
 
 
 def _open(name: str) -> Readers:
     safetensors = _import("safetensors")
     path = find_file(name, _INDEX, _WEIGHTS, download="model*.safetensors*")
-    shards = {*_read_json(name, path, "weight_map")["weight_map"].values()} if path.name == _INDEX else {_WEIGHTS}
-    try:
+    with explained(f"{name} has weights that cannot be read from {path.name}", remedy="; download or save them again"):
+        shards = {*json.loads(path.read_text())["weight_map"].values()} if path.name == _INDEX else {_WEIGHTS}
         files = [safetensors.safe_open(path.with_name(shard), "pt") for shard in sorted(shards)]
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{name} has weights that cannot be read: {error}") from error
     return {key: partial(file.get_tensor, key) for file in files for key in file.keys()}  # noqa: SIM118  # no mapping
-
-
-def _read_json(name: str, path: Path, *keys: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-        return {**values, **{key: values[key] for key in keys}}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}; download or save it again"
-        raise ValueError(f"{name} has a damaged {path.name}: {reason}") from error
 
 
 def find_file(name: str, *wanted: str, download: str = "config.json") -> Path:
@@ -73,11 +65,8 @@ def find_file(name: str, *wanted: str, download: str = "config.json") -> Path:
     folder = Path(name)
     if not folder.is_dir():
         hub = _import("huggingface_hub")
-        try:
+        with explained(f"{name} is neither a folder nor a repository on the hub that can be read"):
             folder = Path(hub.snapshot_download(name, allow_patterns=download))
-        except Exception as error:  # the type depends on the release of huggingface_hub
-            rule = f"{name} is neither a folder nor a repository on the hub that can be read"
-            raise ValueError(f"{rule}: {' '.join(str(error).split())}") from error
     for file in wanted:
         if (folder / file).exists():
             return folder / file

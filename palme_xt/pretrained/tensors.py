@@ -1,8 +1,7 @@
 """Load the tensors of a checkpoint into a new module, all of them, or raise an error that says which do not fit."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,15 +15,6 @@ from palme_xt.wiring import DECODER, ENCODER, build
 _STATED = ("torch_layers", "bos_token", "eos_token", "sources")
 
 Readers = Mapping[str, Callable[[], Tensor]]
-
-
-@contextmanager
-def naming(source: str) -> Iterator[None]:
-    """Begin errors with the name of the source."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source} cannot be loaded: {error}") from error
 
 
 class Tensors:

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from palme_xt.config import PalmEConfig
+from palme_xt.storage.files import one_line
 
 _TEMPLATE = Path(__file__).with_name("card.md")  # in the language of Jinja
 
@@ -50,7 +51,7 @@ def model_card(
 
 def _results(task: str, data: object, metrics: Mapping[str, Any]) -> list[EvalResult]:
     """Return the metrics for the metadata, which requires a data set for each of them."""
-    name = _one_line(data)
+    name = one_line(data)
     # The hub turns the type into a link, and rejects a type that cannot be the name of a data set there.
     on_the_hub = re.fullmatch(r"hf:((?:[\w-][\w.-]*/)?[\w-][\w.-]*)(?::.*)?", name, re.ASCII)
     return [
@@ -62,8 +63,4 @@ def _results(task: str, data: object, metrics: Mapping[str, Any]) -> list[EvalRe
 
 def _escaped(value: object) -> str:
     """Return a value as text for a table: on one line, with Markdown's special characters escaped."""
-    return re.sub(r"([\\`*|<\[])", r"\\\1", _one_line(value))
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())
+    return re.sub(r"([\\`*|<\[])", r"\\\1", one_line(value))

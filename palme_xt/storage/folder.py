@@ -5,25 +5,23 @@ model.safetensors  the weights; pickles are rejected, because reading a pickle c
 COMPANIONS         files that captioning or the hub reads; each of them is optional
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import fields
-from operator import methodcaller
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from palme_xt.config import PalmEConfig
 from palme_xt.external import name_encoder
 from palme_xt.model import Encoder, PalmE
-from palme_xt.storage.atomic import replace_files
+from palme_xt.storage.files import Content, explained, replace_files
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -32,7 +30,8 @@ COMPANIONS = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.js
 TRAINING = "training"
 
 _OF_TRAINING = {"training.lock", "metrics.jsonl"}  # in the folder of a training run from its first step on
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+_PICKLES = "reading a pickle can run code"
 
 PathLike = str | os.PathLike[str]
 Device = str | torch.device
@@ -61,7 +60,7 @@ def load(folder: PathLike, device: Device = "cpu", encoder: Encoder = "config") 
 def load_as(kind: type[Model], folder: PathLike, device: Device = "cpu", encoder: Encoder = "config") -> Model:
     """Return the model in `folder`, as `load` does, as an instance of a subclass of `PalmE`."""
     config = read_config(folder)
-    with _reading_arguments(folder, "does not describe the encoder"):
+    with explained(f"{Path(folder) / CONFIG} does not describe the encoder", FolderError):
         name_encoder(encoder, config.external_encoder)
     with _reading_arguments(folder):
         model = kind.from_config(config, encoder)
@@ -76,24 +75,17 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
         FolderError: If the weights are missing, damaged, or those of another model. The model is unchanged.
     """
     path = _find(folder, WEIGHTS)
-    try:
+    remedy = f"; download or save it again; other formats are not read, because {_PICKLES}"
+    with explained(f"{path} holds no safetensors weights that can be read", FolderError, remedy):
         found = load_file(path)  # maps the file into memory: no copy other than the model's own
-    except (SafetensorError, OSError) as error:
-        unreadable = f"{path} holds no safetensors weights that can be read ({one_line(error)})"
-        remedy = "download or save it again; other formats are not read, because reading a pickle can run code"
-        raise FolderError(f"{unreadable}: {remedy}") from error
-    expected = model.state_dict()
-    wrong = []
-    if missing := [name for name in expected if name not in found]:
-        wrong.append(f"{len(missing)} of {len(expected)} tensors are missing, {missing[0]} first")
-    if foreign := [name for name in found if name not in expected]:
-        wrong.append(f"{len(foreign)} do not belong to this model, {foreign[0]} first")
-    if others := [name for name in expected if name in found and found[name].shape != expected[name].shape]:
-        shapes = f"{tuple(found[others[0]].shape)}, must have {tuple(expected[others[0]].shape)}"
-        wrong.append(f"{len(others)} have another shape, {others[0]} first: it has {shapes}")
-    if wrong:
-        why = f"{'; '.join(wrong)}: {CONFIG} and {WEIGHTS} must belong to the same model"
-        raise FolderError(f"{path} does not hold this model's weights: {why}")
+    ours, theirs = (
+        {name: tuple(tensor.shape) for name, tensor in each.items()} for each in (model.state_dict(), found)
+    )
+    if wrong := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+        shapes = f"it is {theirs.get(wrong[0], 'missing')} in the file, {ours.get(wrong[0], 'missing')} in the model"
+        why = f"{len(wrong)} of {len(ours | theirs)} tensors differ, {wrong[0]} first: {shapes}"
+        remedy = f"{CONFIG} and {WEIGHTS} must belong to the same model"
+        raise FolderError(f"{path} does not hold this model's weights: {why}; {remedy}")
     model.load_state_dict(found)
 
 
@@ -124,10 +116,8 @@ def read_json(folder: PathLike) -> dict[str, Any]:
     path = _find(folder, CONFIG)
     with _reading_arguments(folder):
         values = json.loads(path.read_bytes())
-        if not isinstance(values, dict):
-            raise TypeError(f"it holds a {type(values).__name__}, must hold an object")
-        if not isinstance(values.get(TRAINING, {}), dict):
-            raise TypeError(f"{TRAINING!r} is of type {type(values[TRAINING]).__name__}, must be an object")
+        if not (isinstance(values, dict) and isinstance(values.get(TRAINING, {}), dict)):
+            raise TypeError(f"{values!r:.60} must be an object, and so must its {TRAINING!r}, if it has one")
         return values
 
 
@@ -138,10 +128,8 @@ def read_companions(folder: PathLike) -> dict[str, bytes]:
         FolderError: If one of them cannot be read.
     """
     paths = [Path(folder) / name for name in COMPANIONS]
-    try:
+    with explained(f"one of {', '.join(COMPANIONS)} in {folder} cannot be read", FolderError):
         return {path.name: path.read_bytes() for path in paths if path.is_file()}
-    except OSError as error:
-        raise FolderError(f"{error.filename} cannot be read: {one_line(error)}") from error
 
 
 def save(
@@ -154,7 +142,7 @@ def save(
 
     Args:
         model: The model whose arguments and weights are written. Tensors that share memory are written separately.
-        folder: Where to write. After an error it is unchanged; see `palme_xt.storage.atomic.replace_files`.
+        folder: Where to write. After an error it is unchanged; see `palme_xt.storage.files.replace_files`.
         training: How the model was trained, as JSON types.
         companions: The content of `COMPANIONS`, by name.
 
@@ -163,58 +151,54 @@ def save(
         ValueError: If the config of the model is unproven (see `PalmE.from_modules`).
         TypeError: If an argument of the model, or a value of `training`, has no JSON form.
     """
-    for name in companions:
-        if name not in COMPANIONS:
-            raise FolderError(f"companions[{name!r}] must be one of {', '.join(COMPANIONS)}: no other file is read")
+    if unknown := [name for name in companions if name not in COMPANIONS]:
+        raise FolderError(f"companions[{unknown[0]!r}] must be one of {', '.join(COMPANIONS)}: no other file is read")
     values = model.config.to_dict() | ({} if training is None else {TRAINING: dict(training)})
-    contents = {**companions, CONFIG: json.dumps(values, indent=2).encode() + b"\n"}
-    weights: dict[str, torch.Tensor] = {}
+    weights = as_safetensors(model.state_dict(), {"format": "pt"})
+    write_files(folder, {**companions, CONFIG: as_json(values), WEIGHTS: weights})
+
+
+def as_json(values: Mapping[str, Any]) -> bytes:
+    """Return the content of a JSON file."""
+    return json.dumps(values, indent=2).encode() + b"\n"
+
+
+def as_safetensors(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Content:
+    """Return the content of a safetensors file. Tensors that share memory are written separately."""
+    written: dict[str, Tensor] = {}
     memories = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         memory = tensor.device, tensor.untyped_storage().data_ptr()
         # safetensors rejects tensors that share memory or are not contiguous.
-        weights[name] = tensor.clone().contiguous() if memory in memories else tensor.contiguous()
+        written[name] = tensor.clone().contiguous() if memory in memories else tensor.contiguous()
         memories.add(memory)
-    writers = {name: methodcaller("write_bytes", content) for name, content in contents.items()}
-    write_files(folder, {**writers, WEIGHTS: lambda path: save_file(weights, path, {"format": "pt"})})
+    return lambda path: save_file(written, path, metadata)
 
 
-def write_files(folder: PathLike, writers: Mapping[str, Callable[[Path], object]]) -> None:
+def write_files(folder: PathLike, contents: Mapping[str, Content]) -> None:
     """Write files as `replace_files` does, into a folder that is created if it does not exist.
 
     Raises:
         FolderError: If the folder cannot be written.
     """
-    try:
+    with explained(f"{folder} cannot be written", FolderError):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        replace_files(Path(folder), writers)
-    except (OSError, SafetensorError) as error:
-        raise FolderError(f"{folder} cannot be written: {one_line(error)}") from error
+        replace_files(Path(folder), contents)
 
 
 def check_files(where: object, names: Collection[str], required: Collection[str] = (CONFIG, WEIGHTS)) -> None:
     """Reject a folder or a repository by the names of its files, without opening any.
 
     Raises:
-        FolderError: If a `required` file is missing. Weights in a pickle do not replace `model.safetensors`.
+        FolderError: If a `required` file is missing. Weights in another file do not replace `model.safetensors`.
     """
     for name in required:
         if name in names:
             continue
-        pickles = sorted(other for other in names if other.endswith(_PICKLES) and "/" not in other)
-        if name == WEIGHTS and pickles:
-            found = f"{where} has its weights in {pickles[0]}, a pickle, and reading one can run code"
-            raise FolderError(f"{found}: only {WEIGHTS} is read; convert the pickle if you trust it")
         if name == WEIGHTS and _OF_TRAINING & {*names}:
             raise FolderError(f"{where} has no weights yet: resume its training with `palme-xt train --resume {where}`")
-        raise FolderError(f"{where} is not a run folder: it has no {name}; `palme-xt train` makes one")
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error on one line, or the name of its type if it has none."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        others = f"; weights in other files are not read, because {_PICKLES}" if name == WEIGHTS else ""
+        raise FolderError(f"{where} is not a run folder: it has no {name}; `palme-xt train` makes one{others}")
 
 
 def _find(folder: PathLike, name: str) -> Path:
@@ -228,10 +212,5 @@ def _find(folder: PathLike, name: str) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _reading_arguments(folder: PathLike, wrong: str = "does not hold a model's arguments") -> Iterator[None]:
-    """Report any error as an error in `config.json`."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FolderError(f"{Path(folder) / CONFIG} {wrong}: {one_line(error)}") from error
+def _reading_arguments(folder: PathLike) -> AbstractContextManager[None]:
+    return explained(f"{Path(folder) / CONFIG} does not hold a model's arguments", FolderError)

@@ -184,13 +184,13 @@ IMG, TEXT = batch(small())
     ("model", "arguments", "error", "message"),
     [
         (small(cross_attend=False), (IMG, TEXT), ValueError, "model has cross_attend=False, must cross-attend: it ne"),
-        (small(), (IMG, TEXT, 2), ValueError, "layer=2 must be within -2..1, one per cross-attention"),
-        (small(), (IMG, TEXT, -3), ValueError, "layer=-3 must be within -2..1, one per cross-attention"),
+        (small(), (IMG, TEXT, 2), ValueError, "layer=2 must be an int within -2..1, one per cross-attention"),
+        (small(), (IMG, TEXT, -3), ValueError, "layer=-3 must be an int within -2..1, one per cross-attention"),
         (
             small(decoder_kwargs={"weight_tie_layers": True}),
             (IMG, TEXT, 2),
             ValueError,
-            "layer=2 must be within -2..1, one per cross-attention",
+            "layer=2 must be an int within -2..1, one per cross-attention",
         ),
         (
             small(transformer_kwargs={"num_memory_tokens": 2, "memory_tokens_interspersed_every": 5}),
@@ -198,13 +198,13 @@ IMG, TEXT = batch(small())
             ValueError,
             "model attends from 14 positions, must be 11, its memory tokens and text's: build it without memory_token",
         ),
-        (small(), (IMG, TEXT, 1.0), TypeError, "layer=1.0 must be an int, not float"),
-        (small(), (IMG, TEXT, True), TypeError, "layer=True must be an int, not bool"),
+        (small(), (IMG, TEXT, 1.0), ValueError, "layer=1.0 must be an int within"),
+        (small(), (IMG, TEXT, True), ValueError, "layer=True must be an int within"),
         (
             small(),
-            (IMG[:, None], TEXT),
+            (IMG[:, None].expand(-1, 2, -1, -1, -1), TEXT),
             ValueError,
-            "img has shape (2, 1, 3, 8, 8), must be (b, c, h, w): pass one image per text",
+            "model encodes img of shape (2, 2, 3, 8, 8) to 8 embeddings, must be 2x2, one per patch: pass one image",
         ),
         (small(), (IMG[:1], TEXT), ValueError, "text has shape (2, 10) and img (1, 3, 8, 8), must have the same batch"),
         (small(), (IMG, TEXT[:, :1]), ValueError, "text has shape (2, 1), must have at least 2 tokens"),
@@ -220,7 +220,7 @@ IMG, TEXT = batch(small())
             add(small(), 1),
             (IMG, TEXT),
             ValueError,
-            "model encodes img to 5 embeddings, must be 2x2, one per patch: remove the hook that adds or drops",
+            "model encodes img of shape (2, 3, 8, 8) to 5 embeddings, must be 2x2, one per patch: pass one image per",
         ),
     ],
 )

@@ -25,14 +25,14 @@ from palme_xt.captioner.images import (
     FITS,
     PREPROCESSING,
     ImageError,
-    MissingImageError,
     Preprocessing,
     read_preprocessing,
     save_images,
     unit_range,
 )
-from palme_xt.captioner.training.run import WEIGHTS, Run
+from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
+from palme_xt.storage.folder import WEIGHTS, as_safetensors
 from tests.models import small
 
 RGB = PalmEConfig(16, 8, 16, 2, 4, 258, 80, 16, 2, 4)
@@ -259,7 +259,7 @@ def test_images_are_normalised_with_mean_and_deviation(make: Make, config: PalmE
 @pytest.mark.parametrize("make", [Preprocessing.like_clip, Preprocessing.plain])
 def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path) -> None:
     preprocessing = make(config)
-    missing = "FileNotFoundError: No such file or directory; restore the file that training wrote, or for"
+    missing = "No such file or directory; restore the file that training wrote, or for"
     with pytest.raises(ImageError, match=f"{UNKNOWN}: {missing}"):
         read_preprocessing(tmp_path, config)
     (tmp_path / PREPROCESSING).write_text(preprocessing.to_json())
@@ -279,15 +279,15 @@ def test_what_is_written_is_read(make: Make, config: PalmEConfig, tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "JSONDecodeError"),
-        ("{", "JSONDecodeError"),
-        ("\xff", "UnicodeDecodeError"),
-        ("[]", "TypeError"),
-        ("null", "TypeError"),
-        ("{}", "'crop_size'"),
-        ({"crop_size": 16}, "TypeError"),
-        ({"crop_size": {}}, "'height'"),
-        ({"image_mean": 0.5}, "TypeError"),
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        ("\xff", "codec can't decode"),
+        ("[]", "list indices must be"),
+        ("null", "'NoneType' object is not"),
+        ("{}", "'do_center_crop' is missing"),
+        ({"crop_size": 16}, "crop_size=16 must be"),
+        ({"crop_size": {}}, "crop_size={} must be {'height': 16"),
+        ({"image_mean": 0.5}, "'float' object is not iterable"),
         ({"image_mean": [0.5, 0.5]}, ""),
         ({"image_mean": ["a"] * 3}, ""),
         ({"image_std": [None] * 3}, ""),
@@ -309,12 +309,12 @@ def test_damaged_files(content: str | dict[str, Any], message: str, tmp_path: Pa
 def test_files_of_another_model(tmp_path: Path) -> None:
     (tmp_path / PREPROCESSING).write_text(Preprocessing.like_clip(RGB).to_json())
     for config, message in (
-        (replace(RGB, image_size=24), "not 3 of 24"),
-        (GREY, "not 1 of 16"),
-        (FIVE, "not 5 of 16"),
+        (replace(RGB, image_size=24), "size={'shortest_edge': 16} must be {'shortest_edge': 24}"),
+        (GREY, "image_mean and image_std must have 1 numbers, none of image_std 0"),
+        (FIVE, r"channels=5 must be one of \[1, 3, 4\], as image files have: set vit_kwargs"),
     ):
-        message = f"has 3 channels of 16 pixels, {message}; restore the file that training wrote, or for"
-        with pytest.raises(ImageError, match=f"{UNKNOWN}: ValueError: {message}"):
+        message = f"{message}; restore the file that training wrote, or for"
+        with pytest.raises(ImageError, match=f"{UNKNOWN}: {message}"):
             read_preprocessing(tmp_path, config)
     assert read_preprocessing(tmp_path, RGB) == Preprocessing.like_clip(RGB)
 
@@ -421,7 +421,7 @@ def test_settings_that_would_be_ignored(name: str, value: object, tmp_path: Path
     (tmp_path / PREPROCESSING).write_text(json.dumps({"processor_class": "CLIPProcessor", **values}))
     assert read_preprocessing(tmp_path, RGB) == Preprocessing.like_clip(RGB)
     (tmp_path / PREPROCESSING).write_text(json.dumps(values | {name: value}))
-    with pytest.raises(ImageError, match=rf"{UNKNOWN}: ValueError: {name}=.* must be .*"):
+    with pytest.raises(ImageError, match=rf"{UNKNOWN}: {name}=.* must be .*"):
         read_preprocessing(tmp_path, RGB)
 
 
@@ -433,7 +433,7 @@ def test_truncated_images(kind: str, tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=r"^\S+cut cannot be read: \S+") as error:
             preprocessing.read(tmp_path / "cut")
         assert len(str(error.value).splitlines()) == 1
-        assert not isinstance(error.value, MissingImageError)
+        assert error.value.reason == "broken image"
     for size in 0, 3:
         with pytest.raises(ImageError, match=r"^image is not an image that Pillow can read$"):
             preprocessing.read_pixels(content[:size])
@@ -446,12 +446,13 @@ def test_truncated_images(kind: str, tmp_path: Path) -> None:
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     preprocessing = Preprocessing.like_clip(RGB)
     for read in preprocessing.read, preprocessing.read_pixels:
-        with pytest.raises(MissingImageError, match=r"^\S+none\.png cannot be read: No such file or directory$"):
+        with pytest.raises(ImageError, match=r"^\S+none\.png cannot be read: No such file or directory$") as error:
             read(tmp_path / "none.png")
+        assert error.value.reason == "missing image"
         with pytest.raises(ImageError, match=r"^\S+ cannot be read: Is a directory$") as error:
             read(tmp_path)
-        assert not isinstance(error.value, MissingImageError)
-    with pytest.raises(MissingImageError, match=r"^row 3 cannot be read: No such file"):
+        assert error.value.reason == "unusable image"
+    with pytest.raises(ImageError, match=r"^row 3 cannot be read: No such file"):
         preprocessing.read_pixels(str(tmp_path / "none.png"), "row 3")
     (tmp_path / "none.png").write_bytes(png(noise((20, 30))))
     assert torch.equal(preprocessing.read(tmp_path / "none.png"), inputs(preprocessing, noise((20, 30))))
@@ -472,7 +473,7 @@ def write_run(folder: Path) -> Path:
     model = small(image_size=16, patch_size=8, num_tokens=258)
     run = Run(folder)
     run.create(model.config, {}, {PREPROCESSING: Preprocessing.like_clip(model.config).to_json().encode()})
-    run.write_tensors(WEIGHTS, model.state_dict())
+    run.write({WEIGHTS: as_safetensors(model.state_dict())})
     return folder
 
 

@@ -199,8 +199,8 @@ def test_the_command_takes_functions(
     for target, message in {
         "mine:other": "mine:other must be PACKAGE.MODULE:FUNCTION, which can be imported: ",
         "none:scaled": "none:scaled must be PACKAGE.MODULE:FUNCTION, which can be imported: No module named 'none'",
-        "mine:count": "mine:count is a int, must be a function",
-        "builtins:dict": "builtins:dict returns a dict, must return a tuple of a module and its inputs",
+        "mine:count": "mine:count gives a int, must be a function that returns a tuple of a module and its inputs",
+        "builtins:dict": "builtins:dict gives a dict, must be a function that returns a tuple of a module and its",
     }.items():
         assert main(["parity", "record", target, "scaled.safetensors"]) == 2
         assert message in capsys.readouterr().err

@@ -214,12 +214,12 @@ def test_packages_that_are_not_installed(package: str, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_config_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"has a damaged config\.json: \w+Error: "):
+    with pytest.raises(ValueError, match=r"has a damaged config\.json: .+; download or save it again"):
         load_decoder(tmp_path)
 
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path, max_shard_size="4KB")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"has a damaged model\.safetensors\.index\.json: KeyError: 'weight_map'"):
+    with pytest.raises(ValueError, match=r"read from model\.safetensors\.index\.json: 'weight_map' is missing"):
         load_decoder(tmp_path)

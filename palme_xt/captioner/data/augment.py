@@ -1,46 +1,15 @@
 """Vary training images a little, so that a model cannot learn them by heart."""
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from palme_xt.captioner.data.batches import Defect, Example, Source
-
 SMALLEST_SIDE = 0.8
 DEGREES = 10
 STRENGTHS = (0.7, 1.3)
-
-
-class Augmented(Source):
-    """The rows of another source, whose images are varied.
-
-    The variation of an image depends only on the seed and the number of the row, which counts over all epochs. It is
-    therefore a new one in each epoch, and the same for any number of processes and workers and in a resumed run.
-    """
-
-    def __init__(self, source: Source, seed: int) -> None:
-        self.source, self.seed = source, seed
-
-    @property
-    def rows_per_epoch(self) -> float:  # type: ignore[override]  # known only after the first epoch of a stream
-        """Number of rows in an epoch of the source."""
-        return self.source.rows_per_epoch
-
-    def fingerprint(self) -> str:
-        """Return the digest of the source."""
-        return self.source.fingerprint()
-
-    def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read` does."""
-        draws = [random.Random(f"{self.seed} {number}") for number in numbers]
-        return [
-            row if isinstance(row, Defect) else replace(row, img=varied(row.img, draw))
-            for row, draw in zip(self.source.read(numbers), draws, strict=True)
-        ]
 
 
 def varied(img: Tensor, draw: random.Random) -> Tensor:

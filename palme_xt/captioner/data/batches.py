@@ -3,16 +3,18 @@
 import math
 import multiprocessing
 import os
+import random
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from palme_xt.captioner.data.augment import varied
 from palme_xt.captioner.signals import ignore_interrupts_until
 from palme_xt.config import PalmEConfig
 
@@ -41,8 +43,7 @@ class Example:
         return self.usable[self.turn % len(self.usable)]
 
 
-@dataclass(frozen=True)
-class Defect:
+class Defect(NamedTuple):
     """Why a row is unusable: the kind of defect in a few words, the details, and the name of the row."""
 
     reason: str
@@ -59,12 +60,25 @@ class Source(Protocol):
 
     Attributes:
         rows_per_epoch: Number of rows in an epoch; infinite until the first epoch has ended.
+        augment_seed: If it is not None, `read` varies each image. The variation depends only on this seed and the
+            number of the row, which counts over all epochs. It is therefore a new one in each epoch, and the same for
+            any number of processes and workers and in a resumed run.
     """
 
     rows_per_epoch: float = math.inf
+    augment_seed: int | None = None
+
+    def row(self, number: int) -> Example | Defect:
+        """Return the row with this number, which must not decrease from one call to the next."""
 
     def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, which must not decrease from one call to the next."""
+        """Return the rows with these numbers."""
+        rows = {number: self.row(number) for number in numbers}
+        for number, row in rows.items():
+            if self.augment_seed is not None and isinstance(row, Example):
+                draw = random.Random(f"{self.augment_seed} {number}")
+                rows[number] = replace(row, img=varied(row.img, draw))
+        return [*rows.values()]
 
     def fingerprint(self) -> str:
         """Return a digest of the data, which a resumed run compares, or '' if there is none."""

@@ -5,8 +5,8 @@ The digits are the 1,797 scans of 8x8 pixels that scikit-learn ships (`load_digi
 one to three of them in the quarters of a square; its caption names them in reading order.
 """
 
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from einops import rearrange
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from palme_xt.captioner.data.batches import Defect, Example, Source
+from palme_xt.captioner.data.batches import Example, Source
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.config import PalmEConfig
 
@@ -25,8 +25,7 @@ LONGEST_CAPTION = ", ".join(f"three {quarter}" for quarter in QUARTERS[1:])
 HELD_OUT_SHARE = 0.2
 
 
-@dataclass(frozen=True)
-class Scans:
+class Scans(NamedTuple):
     """Scans of single digits: `pixels` `(n, 8, 8)`, float32 in 0..1, and `labels` `(n,)`, int64."""
 
     pixels: Tensor
@@ -61,8 +60,7 @@ def compose(
         `six top left, three bottom right`.
     """
     wanted = torch.randint(1, 4, (count, 1), generator=generator)
-    shuffled = torch.rand(count, len(QUARTERS), generator=generator).argsort(dim=1)
-    taken = shuffled < wanted
+    taken = torch.rand(count, len(QUARTERS), generator=generator).argsort(dim=1) < wanted
     chosen = torch.randint(len(scans.labels), (int(taken.sum()),), generator=generator)
 
     quarter = image_size // 2
@@ -91,7 +89,7 @@ class Scenes(Source):
         scans: The digits to choose from.
         config: The model that learns from the scenes.
         tokenizer: The tokenizer of the captions.
-        block: Number of scenes composed at once. The numbers of one `read` must lie within one block.
+        block: Number of scenes composed at once.
         seed: Seed of the random choices.
         jitter: As in `compose`.
 
@@ -112,15 +110,13 @@ class Scenes(Source):
         self._draw = partial(compose, scans, block, image_size=size, channels=channels, jitter=jitter)
         self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
 
-    def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read` does."""
-        block, first = divmod(numbers.start, self.block)
+    def row(self, number: int) -> Example:
+        """Return the scene with this number, as `Source.row` does."""
+        block, place = divmod(number, self.block)
         if self._drawn[0] != block:
             # Each block has its own generator: numpy mixes the two numbers into a seed that hardly any other pair has.
             mixed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0])
             self._drawn = block, *self._draw(generator=torch.Generator().manual_seed(mixed % 2**63))
         _, img, captions = self._drawn
-        return [
-            Example(img[place], f"scene {number}", [text := captions[place]], [self.tokenizer.encode(text)])
-            for place, number in enumerate(numbers, first)
-        ]
+        caption = captions[place]
+        return Example(img[place], f"scene {number}", [caption], [self.tokenizer.encode(caption)])

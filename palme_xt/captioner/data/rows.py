@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,7 +16,7 @@ import torch
 
 from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
 from palme_xt.captioner.data.sources import SHARD_IMAGES, checked, columns_of, open_splits, reading
-from palme_xt.captioner.images import ImageError, MissingImageError, Preprocessing, image_errors
+from palme_xt.captioner.images import ImageError, Preprocessing, image_errors
 from palme_xt.captioner.options import Data
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.config import PalmEConfig
@@ -110,7 +109,7 @@ class Reader:
     def _file(self, image: Any, name: str) -> str | bytes:
         """Return an image as a path or as the content of a file."""
         if image is None:
-            raise MissingImageError(f"{name} has no image")
+            raise ImageError(f"{name} has no image", "missing image")
         if not isinstance(image, str | bytes):
             columns, found = "/".join(self.image_columns), type(image).__name__
             raise DataError(f"image_column={columns} holds {found}, must hold images: choose another column")
@@ -139,13 +138,6 @@ class MapStyleSource(Source):
         self._kept: dict[int, Example | Defect] = {}
         self._room = 0 if seed is None else KEPT_BYTES
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read` does."""
-        return [self._row(*divmod(number, len(self.rows))) for number in numbers]
-
     def fingerprint(self) -> str:
         """Return a digest of the number of rows and of their captions, in order."""
         column = self.reader.text_column
@@ -156,7 +148,9 @@ class MapStyleSource(Source):
             digest.update(json.dumps(caption, default=repr).encode() + b"\n")
         return digest.hexdigest()
 
-    def _row(self, epoch: int, place: int) -> Example | Defect:
+    def row(self, number: int) -> Example | Defect:
+        """Return the row with this number, as `Source.row` does."""
+        epoch, place = divmod(number, len(self.rows))
         if self.seed is not None:
             # Each pair gets its own seed: seeds of torch's generators have 64 bits, and epochs are few.
             place = int(_permutation(len(self.rows), (self.seed * 2**20 + epoch) % 2**63)[place])
@@ -184,13 +178,13 @@ class StreamedSource(Source):
         self._rows: Iterator[tuple[int, int, Mapping[str, Any]]] | None = None
         self._number = 0
 
-    def read(self, numbers: range) -> list[Example | Defect]:
-        """Return the rows with these numbers, as `Source.read` does. Rows before them are read and discarded."""
+    def row(self, number: int) -> Example | Defect:
+        """Return the row with this number, as `Source.row` does. Rows before it are read and discarded."""
         if self._rows is None:
             self._rows = self._endless()
-        rows = islice(self._rows, numbers.start - self._number, numbers.stop - self._number)
-        self._number = numbers.stop
-        return [self.reader(row, place, epoch + place) for epoch, place, row in rows]
+        epoch, place, row = next(islice(self._rows, number - self._number, None))
+        self._number = number + 1
+        return self.reader(row, place, epoch + place)
 
     def _endless(self) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
         # datasets 5.2 keeps the epoch in memory that reader processes share, so each process sets it in its own copy.
@@ -286,8 +280,8 @@ def _check_usable(rows: Iterable[Any], reader: Reader, data: Data) -> None:
         defects.append(found)
         lengths += [len(reader.tokenizer.encode(caption)) for caption in reader.captions(row)]
     if defects:
-        (reason, _), *_ = Counter(defect.reason for defect in defects).most_common(1)
-        detail = next(defect.detail for defect in defects if defect.reason == reason)
+        reasons = [defect.reason for defect in defects]
+        detail = max(defects, key=lambda defect: reasons.count(defect.reason)).detail
         most = int(np.quantile(lengths, 0.99, method="higher")) if lengths else 0
         remedy = f"; 99% of the captions need --max_seq_len={most}" if most > reader.max_seq_len else ""
         raise DataError(f"data={data.data} has no usable row among its first {len(defects)}: {detail}{remedy}")
@@ -298,14 +292,14 @@ def _held_out_count(wanted: str, images: int | None, splits: Mapping[str, Any]) 
     try:
         number = float(wanted)
     except ValueError:
-        others = f"a split other than the training split ({', '.join(splits)})"
-        raise DataError(f"held_out={wanted} must be {others}, a share below 1, or a number of images") from None
-    share, whole = 0 < number < 1, number >= 1 and number.is_integer()
-    if images is None and not whole:
-        raise DataError(f"held_out={wanted} of a stream must be a whole number of rows, or a split")
-    if images is not None and not ((share or whole) and number < images):
-        raise DataError(f"held_out={wanted} must be more than 0 and leave some of the {images} images to train on")
-    return int(number) if images is None or whole else min(images - 1, max(1, round(number * images)))
+        number = math.nan
+    most = math.inf if images is None else images - 1
+    if number >= 1 and number.is_integer() and number <= most:
+        return int(number)
+    if images is not None and 0 < number < 1 <= most:
+        return min(images - 1, max(1, round(number * images)))
+    size = "a whole number of rows" if images is None else f"a share below 1, or a number of images below {images}"
+    raise DataError(f"held_out={wanted} must be {size}, or a split other than the training split ({', '.join(splits)})")
 
 
 def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], str]:

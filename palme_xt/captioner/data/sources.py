@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from palme_xt.captioner.data.batches import DataError
+from palme_xt.captioner.images import image_files
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -128,12 +129,11 @@ def _arguments(name: str) -> dict[str, Any]:
 def _captioned_by_files(folder: Path) -> dict[str, Any]:
     """Return the splits of a folder whose captions are in text files beside the images, or nothing if it has none."""
     from datasets import Dataset
-    from PIL import Image
 
-    endings, splits = Image.registered_extensions(), {}
+    splits = {}
     folders = {split: folder / split for split in SPLITS if (folder / split).is_dir()}
     for split, below in (folders if SPLITS[0] in folders else {SPLITS[0]: folder}).items():
-        images = sorted(str(path) for path in below.rglob("*") if path.suffix.lower() in endings)
+        images = image_files(below)
         beside = [Path(image).with_suffix(".txt") for image in images]
         texts = [file.read_text("utf-8-sig").strip() if file.is_file() else None for file in beside]
         splits[split] = Dataset.from_dict({"image": images, "text": texts})

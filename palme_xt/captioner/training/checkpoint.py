@@ -15,15 +15,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from palme_xt.captioner import parts
 from palme_xt.captioner.options import Training
 from palme_xt.captioner.training.distributed import Errors, in_first_process
-from palme_xt.captioner.training.features import Features
-from palme_xt.captioner.training.run import Run, RunError
+from palme_xt.captioner.training.run import Run
 from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
-from palme_xt.storage.folder import load_weights
+from palme_xt.storage.files import explained
+from palme_xt.storage.folder import FolderError, as_safetensors, load_weights
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = 1
@@ -97,7 +98,7 @@ def initial_state(accelerator: Accelerator, config: PalmEConfig, training: Train
     # With FSDP, all processes have to call the encoder together.
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if "encoder" in training.frozen and not (training.augment or sharded):
-        model.encode = Features(model)  # type: ignore[method-assign]
+        model.encode = parts.Features(model)  # type: ignore[method-assign]
     weights, decay = parts.groups(model, training), training.weight_decay
     optimizer = torch.optim.AdamW(weights, lr=training.lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, training.steps))
@@ -140,11 +141,21 @@ def full_weights(model: nn.Module) -> dict[str, Any]:
     return state_dict.get_model_state_dict(model, options=state_dict.StateDictOptions(full_state_dict=True))
 
 
+def unsharded(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
+    """Return `model`, or, if it is sharded, a copy with these weights that each process can run on its own."""
+    if not isinstance(model, FSDPModule):
+        return model
+    with torch.random.fork_rng(devices=[]):
+        copy = PalmE.from_config(model.config)
+    copy.load_state_dict(weights, assign=True)
+    return copy.to(next(iter(weights.values())).device)
+
+
 def save(run: Run, state: State) -> None:
     """Replace the checkpoint of `run` with `state`. Call it in all processes.
 
     Raises:
-        RunError: If the checkpoint cannot be written. The previous one is unchanged.
+        FolderError: If the checkpoint cannot be written. The previous one is unchanged.
     """
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = cast(Any, state_dict.get_state_dict(state.model, state.optimizer, options=options))
@@ -156,8 +167,8 @@ def save(run: Run, state: State) -> None:
     schedule, groups = state.schedule.state_dict(), moments.get("param_groups")
     metadata = {"format": FORMAT, "progress": vars(progress), "schedule": schedule, "param_groups": groups}
     # Write one entry, because safetensors writes several in any order, and equal states must give equal files.
-    entry = {METADATA: json.dumps(metadata)}
-    in_first_process(state.accelerator, run.write_tensors, CHECKPOINT, tensors, entry)
+    content = as_safetensors(tensors, {METADATA: json.dumps(metadata)})
+    in_first_process(state.accelerator, run.write, {CHECKPOINT: content})
 
 
 def load(run: Run, state: State) -> None:
@@ -167,7 +178,7 @@ def load(run: Run, state: State) -> None:
     has random states for as many processes as wrote it; any further process keeps its own.
 
     Raises:
-        RunError: If the file is damaged, or belongs to another model.
+        FolderError: If the file is damaged, or belongs to another model.
     """
     main, path = state.accelerator.is_main_process, run.folder / CHECKPOINT
     metadata, tensors, moments = None, dict[str, Tensor](), dict[str, dict[str, Tensor]]()
@@ -196,7 +207,7 @@ def load(run: Run, state: State) -> None:
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * state.schedule.lr_lambdas[0](state.schedule.last_epoch)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise RunError(f"{path} does not belong to this model: {str(error).splitlines()[0]}") from error
+        raise FolderError(f"{path} does not belong to this model: {str(error).splitlines()[0]}") from error
     if own := _below(f"{state.accelerator.process_index}", random_states):
         set_random_state(own)
     done = metadata["progress"]  # before version 0.2, it also has a "metrics_size"
@@ -207,14 +218,11 @@ def load(run: Run, state: State) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the metadata and the tensors of a checkpoint."""
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA])
-            if metadata["format"] != FORMAT:
-                raise ValueError(f"format={metadata['format']} must be {FORMAT}: resume with the version that wrote it")
-            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} cannot be read as a checkpoint: {error}") from error
+    with explained(f"{path} cannot be read as a checkpoint", FolderError), safetensors.safe_open(path, "pt") as file:
+        metadata = json.loads((file.metadata() or {})[METADATA])
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format={metadata['format']} must be {FORMAT}: resume with the version that wrote it")
+        return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, DynamoBackend, gather_object
 
 from palme_xt.captioner.options import PRECISIONS, Training
 from palme_xt.config import PalmEConfig
+from palme_xt.storage.files import explained
 
 
 class TrainingError(ValueError):
@@ -51,12 +52,9 @@ def make_accelerator(training: Training, logs: Path, config: PalmEConfig) -> Acc
         TrainingError: If the tracker is not installed, or training would fail later or go wrong silently.
     """
     precision, log_with = training.mixed_precision, training.log_with
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`log_with=")  # raised as an error below
-            accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=logs)
-    except ValueError as error:
-        raise TrainingError(f"accelerate rejects the options: {error}") from error
+    with explained("accelerate rejects the options", TrainingError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`log_with=")  # raised as an error below
+        accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=logs)
     if problem := next(_problems(accelerator, training, config), None):
         raise TrainingError(problem)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -95,8 +93,7 @@ def _problems(accelerator: Accelerator, training: Training, config: PalmEConfig)
 class Errors:
     """User errors that end all processes, because a process that ends alone would leave the others waiting."""
 
-    def __init__(self) -> None:
-        self.own: Exception | None = None
+    own: Exception | None = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

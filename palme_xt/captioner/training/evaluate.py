@@ -3,16 +3,13 @@
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from sacrebleu.metrics.chrf import CHRF
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from palme_xt.captioner.caption import caption
@@ -26,8 +23,7 @@ from palme_xt.model import PalmE
 LARGEST_BATCH = 128
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """The result of an evaluation on held-out images, as `evaluation.json` holds it for the saved weights.
 
     Attributes:
@@ -109,13 +105,3 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, step: int, batc
         raise DataError("no held-out row is usable any more: restore the data")
     skipped = Counter(chain(*defects))
     return Evaluation(step, sum(losses) / sum(targets), [*chain(*true)], [*chain(*generated)], dict(skipped))
-
-
-def unsharded(model: PalmE, weights: dict[str, Tensor]) -> PalmE:
-    """Return `model`, or, if it is sharded, a copy with these weights that each process can run on its own."""
-    if not isinstance(model, FSDPModule):
-        return model
-    with torch.random.fork_rng(devices=[]):
-        copy = PalmE.from_config(model.config)
-    copy.load_state_dict(weights, assign=True)
-    return copy.to(next(iter(weights.values())).device)

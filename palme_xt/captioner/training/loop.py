@@ -4,9 +4,9 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -21,20 +21,19 @@ from palme_xt.captioner.options import Data, Training
 from palme_xt.captioner.signals import stop_on_signal
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training import checkpoint, distributed
-from palme_xt.captioner.training.evaluate import Evaluation, evaluate, unsharded
-from palme_xt.captioner.training.run import EVALUATION, METRICS, WEIGHTS, Run, as_json
+from palme_xt.captioner.training.evaluate import Evaluation, evaluate
+from palme_xt.captioner.training.run import EVALUATION, METRICS, Run
 from palme_xt.captioner.training.task import Task, check_rows, open_run, open_task
 from palme_xt.config import PalmEConfig
 from palme_xt.storage.card import model_card
-from palme_xt.storage.folder import CARD
+from palme_xt.storage.folder import CARD, WEIGHTS, as_json, as_safetensors
 
 SAVED_IMAGES = 8
 UNUSABLE_ROWS = 1000
 NAMES_SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The result of a training run.
 
     Attributes:
@@ -71,7 +70,7 @@ def train(
         FolderError: If `training.start` does not hold weights of such a model.
         DataError: If the data cannot be loaded, differ from those that the run started with, or have an unusable row
             with `data.strict`.
-        RunError: If the run folder cannot be written, or another process is training the run. The last checkpoint is
+        FolderError: If the run folder cannot be written, or another process is training the run. The last checkpoint is
             unchanged.
         TrainingError: If the loss is not finite, in which case the last checkpoint is an earlier one, or if training
             cannot run in these processes.
@@ -158,8 +157,7 @@ class _Trainer:
             check_rows([defect for batch in micro_batches for defect in batch.defects], self.task.data.strict)
         own = [sum(batch.targets for batch in micro_batches), int(stop), int(self.errors.own is not None)]
         # Use one reduction for all three, because the processes wait for one another in each.
-        total = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device))
-        targets, stops, failures = total.tolist()
+        targets, stops, failures = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device)).tolist()
         if failures:
             self.errors.meet()
         return micro_batches, targets, stops > 0
@@ -226,8 +224,7 @@ class _Trainer:
             if self.main:
                 self.run.log(step=step, **metrics)
             self.accelerator.log(metrics | {"lr": self.state.schedule.get_last_lr()[-1]}, step=step)
-        self.shown |= {"loss": f"{loss:.3f}", "images/s": f"{images_per_second:.0f}"}
-        self.shown |= {"skipped": f"{skipped}"} if skipped else {}
+        self.shown |= {"loss": f"{loss:.3f}", "images/s": f"{images_per_second:.0f}", "skipped": f"{skipped}"}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
 
@@ -239,9 +236,9 @@ class _Trainer:
         """
         accelerator, task, step = self.accelerator, self.task, self.state.progress.step
         weights = checkpoint.full_weights(self.state.model)
-        model = unsharded(accelerator.unwrap_model(self.state.model), weights)
+        model = checkpoint.unsharded(accelerator.unwrap_model(self.state.model), weights)
         evaluation = evaluate(task, accelerator, model, step, 4 * len(self.share(0)))
-        evaluation = replace(evaluation, interrupted=interrupted)
+        evaluation = evaluation._replace(interrupted=interrupted)
         skipped, scores = checkpoint.total_progress(self.state.progress).skipped, evaluation.scores
         if not math.isfinite(evaluation.loss):
             found = f"led to a held-out loss of {evaluation.loss} after step {step}"
@@ -265,8 +262,8 @@ class _Trainer:
 
         The rows that were skipped are written first. A run that ends in between resumes from before them.
         """
-        skipped = gather_object(self.skipped)
-        distributed.in_first_process(self.accelerator, self.run.log_skipped, map(asdict, skipped))
+        skipped = gather_object([defect._asdict() for defect in self.skipped])
+        distributed.in_first_process(self.accelerator, self.run.log_skipped, skipped)
         self.skipped = []
         checkpoint.save(self.run, self.state)
         if self.best is None and self.state.progress.step:
@@ -278,10 +275,10 @@ class _Trainer:
         values: dict[str, Any] = {"step": self.state.progress.step}
         described = values | {"selected_by": "last checkpoint"}
         if (evaluation := self.best) is not None:
-            values, held_out = asdict(evaluation), {"held_out_images": len(evaluation.predicted)}
+            values, held_out = evaluation._asdict(), {"held_out_images": len(evaluation.predicted)}
             described |= {"selected_by": "lowest held-out loss"} | held_out | evaluation.scores
         card = model_card(self.task.config, self.task.options, described)
-        self.run.write_tensors(WEIGHTS, weights, others={EVALUATION: as_json(values), CARD: card.encode()})
+        self.run.write({WEIGHTS: as_safetensors(weights), EVALUATION: as_json(values), CARD: card.encode()})
 
     def draw(self, evaluation: Evaluation) -> None:
         """Draw held-out images with their captions, and the loss curve."""

@@ -21,35 +21,18 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from operator import methodcaller
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from palme_xt.config import PalmEConfig
-from palme_xt.storage.atomic import replace_files
-from palme_xt.storage.folder import CONFIG, TRAINING, WEIGHTS, read_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from palme_xt.storage.files import Content, explained, replace_files
+from palme_xt.storage.folder import CONFIG, TRAINING, FolderError, as_json, read_json
 
 EVALUATION = "evaluation.json"
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.jsonl"
 LOCK = "training.lock"
-
-__all__ = ["CONFIG", "METRICS", "WEIGHTS", "Run", "RunError"]
-
-
-class RunError(ValueError):
-    """Raised if a folder cannot be written or read as a run."""
 
 
 class Run:
@@ -63,39 +46,37 @@ class Run:
         """Create the folder and write `companions`, then `config.json`, which makes it a run.
 
         Raises:
-            RunError: If the folder is not empty, or cannot be created.
+            FolderError: If the folder is not empty, or cannot be created.
         """
-        try:
+        with explained(f"{self.folder} cannot be a run folder", FolderError):
             self.folder.mkdir(parents=True, exist_ok=True)
             empty = not any(self.folder.iterdir())
-        except OSError as error:
-            raise RunError(f"{self.folder} cannot be a run folder: {error.strerror}") from error
         if not empty:
-            raise RunError(f"{self.folder} is not empty: choose another folder, or resume its run with --resume")
-        for name, content in companions.items():
-            self.write(name, content)
-        self.write(CONFIG, as_json(config.to_dict() | {TRAINING: dict(training)}))
+            raise FolderError(f"{self.folder} is not empty: choose another folder, or resume its run with --resume")
+        self.write({**companions, CONFIG: as_json(config.to_dict() | {TRAINING: dict(training)})})
 
     def change(self, **training: Any) -> None:
         """Replace options in `config.json`, for a resumed run that has other ones."""
         values, before = read_json(self.folder), self.training()
         if before | training != before:
-            self.write(CONFIG, as_json(values | {TRAINING: before | training}))
+            self.write({CONFIG: as_json(values | {TRAINING: before | training})})
 
     def lock(self) -> None:
         """Keep other processes from training this run until `unlock`, or until this process ends in any way.
 
         Raises:
-            RunError: If another process is training it, or the folder cannot be written.
+            FolderError: If another process is training it, or the folder cannot be written.
         """
-        with self._writing(LOCK) as path:
+        path = self.folder / LOCK
+        with self._writing(LOCK):
             file = self._lock.enter_context(open(path, "wb"))  # noqa: SIM115  # until `unlock`
         try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked readers would keep
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked readers would keep
         except (BlockingIOError, PermissionError) as error:
-            raise RunError(f"{self.folder} is being trained by another process: wait until it ends") from error
-        except OSError:  # a file system without locks
+            raise FolderError(f"{self.folder} is being trained by another process: wait until it ends") from error
+        except (ImportError, OSError):  # Windows, or a file system without locks
             pass
         self._lock.callback(path.unlink)
 
@@ -108,10 +89,10 @@ class Run:
         """Append a line to `metrics.jsonl`, beginning with `step`. Numbers that are not finite are written as strings.
 
         Raises:
-            RunError: If the line cannot be written.
+            FolderError: If the line cannot be written.
         """
         line = json.dumps({name: _finite_or_string(value) for name, value in metrics.items()}) + "\n"
-        with self._writing(METRICS) as path, open(path, "a") as file:
+        with self._writing(METRICS), open(self.folder / METRICS, "a") as file:
             file.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -134,13 +115,13 @@ class Run:
         """Add rows that were skipped to `skipped.jsonl`, except those that are in it: a resumed run repeats some.
 
         Raises:
-            RunError: If the file cannot be written.
+            FolderError: If the file cannot be written.
         """
         path = self.folder / SKIPPED
         before = path.read_text().splitlines() if path.exists() else []
         lines = dict.fromkeys([*before, *(json.dumps(row) for row in rows)])
         if len(lines) > len(before):
-            self.write(SKIPPED, "".join(f"{line}\n" for line in lines).encode())
+            self.write({SKIPPED: "".join(f"{line}\n" for line in lines).encode()})
 
     def training(self) -> dict[str, Any]:
         """Return how the model was trained, as passed to `create`.
@@ -150,40 +131,17 @@ class Run:
         """
         return dict(read_json(self.folder).get(TRAINING, {}))
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file atomically: a reader sees the previous file or the new one, never a part.
+    def write(self, contents: Mapping[str, Content]) -> None:
+        """Write files atomically: a reader sees the previous file or the new one, never a part.
 
         Raises:
-            RunError: If the file cannot be written. Saved files are unchanged.
+            FolderError: If a file cannot be written. It names the first of them. Saved files are unchanged.
         """
-        with self._writing(name):
-            replace_files(self.folder, {name: methodcaller("write_bytes", content)})
+        with self._writing(next(iter(contents))):
+            replace_files(self.folder, contents)
 
-    def write_tensors(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        metadata: dict[str, str] | None = None,
-        others: Mapping[str, bytes] = MappingProxyType({}),
-    ) -> None:
-        """Write a safetensors file and the contents of `others`, in the same way as `write`."""
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        described = {other: methodcaller("write_bytes", content) for other, content in others.items()}
-        with self._writing(name):
-            replace_files(self.folder, {name: lambda path: save_file(contiguous, path, metadata)} | described)
-
-    @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[Path]:
-        try:
-            yield self.folder / name
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RunError(f"{self.folder / name} cannot be written: {reason}; saved files are unchanged") from error
-
-
-def as_json(values: Mapping[str, Any]) -> bytes:
-    """Return the content of a JSON file."""
-    return json.dumps(values, indent=2).encode() + b"\n"
+    def _writing(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return explained(f"{self.folder / name} cannot be written", FolderError, "; saved files are unchanged")
 
 
 def _finite_or_string(value: Any) -> Any:

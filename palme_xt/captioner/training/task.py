@@ -1,11 +1,10 @@
 """The task of a training run: what stays the same from its first step to its last, such as options and data."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from palme_xt.captioner.data.augment import Augmented
 from palme_xt.captioner.data.batches import DataError, Defect, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
@@ -17,8 +16,7 @@ from palme_xt.config import PalmEConfig
 from palme_xt.tokens import NUM_TOKENS
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """The model, the data and the options of a training run.
 
     Attributes:
@@ -81,8 +79,8 @@ def open_task(
         before = read_preprocessing(resumed.folder if resumed else Path(training.start or ""), config)
         preprocessing = replace(preprocessing, mean=before.mean, std=before.std)
     rows, held_out = load_data(data, config, preprocessing, tokenizer, seed=training.seed, max_held_out=count)
-    rows = Augmented(rows, training.seed) if training.augment else rows
-    return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out), count))
+    rows.augment_seed = training.seed if training.augment else None
+    return Task(config, training, data, tokenizer, preprocessing, rows, held_out, min(len(held_out.rows), count))
 
 
 def open_run(run: Run, task: Task, resume: bool) -> None:
@@ -92,7 +90,7 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
 
     Raises:
         DataError: If the data differ from those that the run started with, or no held-out row can be used.
-        RunError: If the folder cannot be written, or another process is training the run.
+        FolderError: If the folder cannot be written, or another process is training the run.
     """
     defects = _check_held_out_rows(task)
     before = run.training() if resume else {}
@@ -105,7 +103,7 @@ def open_run(run: Run, task: Task, resume: bool) -> None:
         files = task.tokenizer.files() | {PREPROCESSING: task.preprocessing.to_json().encode()}
         run.create(task.config, task.options | now, files)
     run.lock()
-    run.log_skipped(map(asdict, defects))
+    run.log_skipped([defect._asdict() for defect in defects])
 
 
 def _check_held_out_rows(task: Task) -> list[Defect]:
@@ -117,8 +115,7 @@ def _check_held_out_rows(task: Task) -> list[Defect]:
         DataError: If no row can be used, or, with `strict`, if any row cannot.
     """
     defects, captions = list[Defect](), list[str]()
-    for number in range(task.held_out_images):  # one by one, because images may be many and large
-        (row,) = task.held_out_rows.read(range(number, number + 1))
+    for row in map(task.held_out_rows.row, range(task.held_out_images)):  # not at once: images may be many and large
         if isinstance(row, Defect):
             defects.append(row)
         else:

@@ -23,7 +23,7 @@ from palme_xt.captioner.training import loop as training  # noqa: F401  # import
 from palme_xt.captioner.training.checkpoint import CHECKPOINT
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
-from palme_xt.storage.atomic import UNFINISHED
+from palme_xt.storage.files import UNFINISHED
 from tests.captioner.captioned import TINY
 
 STEPS = 12

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> dict[int, Weights]:
 
     def scripted(task: Any, accelerator: Any, model: torch.nn.Module, step: int, batch_size: int) -> Any:
         weights[step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        return replace(evaluate(task, accelerator, model, step, batch_size), loss=1 + abs(step - 3) / 10)  # type: ignore[arg-type]
+        evaluation = evaluate(task, accelerator, model, step, batch_size)  # type: ignore[arg-type]
+        return evaluation._replace(loss=1 + abs(step - 3) / 10)
 
     monkeypatch.setattr(loop, "evaluate", scripted)
     return weights

@@ -13,12 +13,10 @@ import torch
 from torch import nn
 
 from palme_xt import PalmE
-from palme_xt.captioner import Captioner
+from palme_xt.captioner import Captioner, parts
 from palme_xt.captioner.options import Training
-from palme_xt.captioner.parts import freeze, groups
-from palme_xt.captioner.training import features
+from palme_xt.captioner.parts import Features, freeze, groups
 from palme_xt.captioner.training.checkpoint import CHECKPOINT
-from palme_xt.captioner.training.features import Features
 from palme_xt.cli import main
 from palme_xt.pretrained import load_decoder, load_encoder
 from palme_xt.storage.folder import load, read_config
@@ -168,7 +166,7 @@ def test_features_are_those_of_encode_and_computed_once(monkeypatch: pytest.Monk
     assert not torch.equal(found(changed)[1], found(IMG)[1])
     assert len(counted) == 5
 
-    monkeypatch.setattr(features, "MOST_BYTES", 0)
+    monkeypatch.setattr(parts, "MOST_BYTES", 0)
     counted.clear()
     forgetful = Features(model)
     assert torch.equal(forgetful(IMG), forgetful(IMG))
@@ -233,7 +231,7 @@ def test_nothing_to_train_is_an_error() -> None:
             ["--encoder={encoder}", "--freeze=encoder", "--lr_encoder=1e-4"],
             "lr_encoder=0.0001 has no effect on a frozen encoder: leave it out",
         ),
-        (["--encoder={raw}", "--data={data}"], "encoder=\\S+ must have .*: do_normalize=False must be 1"),
+        (["--encoder={raw}", "--data={data}"], "encoder=\\S+ must have .*: do_normalize=False must be True"),
         (["--encoder={zero}", "--data={data}"], "encoder=\\S+ must have .* must have 3 numbers, none of image_std 0"),
         (["--decoder={bare}", "--data={data}"], "\\S+ cannot be loaded: model_type='vit' is not supported"),
         (["--decoder={silent}", "--data={data}"], "\\S+ has no tokenizer.json: use a folder of save_pretrained"),

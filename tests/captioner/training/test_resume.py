@@ -23,7 +23,7 @@ from palme_xt.captioner.training import loop as training
 from palme_xt.captioner.training.checkpoint import CHECKPOINT, random_state, set_random_state
 from palme_xt.captioner.training.run import LOCK, Run
 from palme_xt.cli import main
-from palme_xt.storage.atomic import UNFINISHED
+from palme_xt.storage.files import UNFINISHED
 from tests.captioner.captioned import TINY, write_folder
 from tests.captioner.training.killing import end_of
 from tests.test_cli import fails

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from palme_xt.captioner.training.run import METRICS, WEIGHTS, Run, RunError
+from palme_xt.captioner.training.run import METRICS, Run
+from palme_xt.storage.folder import WEIGHTS, FolderError, as_safetensors
 from tests.models import small
 
 
@@ -65,10 +66,10 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     run = Run(tmp_path / "nowhere")
     message = r"nowhere/{} cannot be written: No such file or directory; saved files are unchanged"
     for name, write in {
-        "README.md": lambda: run.write("README.md", b""),
-        "model.safetensors": lambda: run.write_tensors(WEIGHTS, small().state_dict()),
+        "README.md": lambda: run.write({"README.md": b""}),
+        "model.safetensors": lambda: run.write({WEIGHTS: as_safetensors(small().state_dict())}),
         "metrics.jsonl": lambda: run.log(step=1),
         "training.lock": run.lock,
     }.items():
-        with pytest.raises(RunError, match=message.format(name)):
+        with pytest.raises(FolderError, match=message.format(name)):
             write()
