@@ -15,7 +15,7 @@ SHOWN = 10
 
 
 def kept(model: nn.Module, step: Callable[[], object]) -> Counter[str]:
-    """Return the MB that each line of a library keeps, weights aside. Memory that several lines keep counts once."""
+    """Return the bytes that each line of a library keeps, weights aside. Memory that several lines keep counts once."""
     counted = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     alive: list[Tensor] = []  # otherwise, the memory of one tensor could become that of another
     lines: Counter[str] = Counter()
@@ -25,7 +25,7 @@ def kept(model: nn.Module, step: Callable[[], object]) -> Counter[str]:
         if storage.data_ptr() not in counted:
             counted.add(storage.data_ptr())
             alive.append(tensor)
-            lines[_line()] += storage.nbytes() / 1e6
+            lines[_line()] += storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -35,8 +35,8 @@ def kept(model: nn.Module, step: Callable[[], object]) -> Counter[str]:
 
 def describe(lines: Counter[str]) -> str:
     """Return the lines that keep the most, and the sum of all."""
-    rows = [f"{size:8.1f} MB  {line}" for line, size in lines.most_common(SHOWN)]
-    return "\n".join([*rows, f"{lines.total():8.1f} MB  in all"])
+    rows = [f"{size / 1e6:8.1f} MB  {line}" for line, size in lines.most_common(SHOWN)]
+    return "\n".join([*rows, f"{lines.total() / 1e6:8.1f} MB  in all"])
 
 
 def _line() -> str:
