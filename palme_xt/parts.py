@@ -55,7 +55,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def exactly() -> Iterator[None]:
     """Inside, let all models of this process compute as upstream does, bit for bit, which is slower.
 
-    Otherwise, the loss alone, and causal flash attention with ALiBi, differ from upstream's by rounding.
+    Otherwise, the loss alone, layer norms, and causal flash attention with ALiBi, differ from upstream's by rounding.
     """
     Exact.exact += 1  # a count, because threads may overlap
     try:

@@ -413,9 +413,7 @@ def test_what_needs_the_vit_of_the_config_says_so() -> None:
     with pytest.raises(ValueError, match=re.escape(f"external_encoder='{HERE}.Cnn' cannot be printed")):
         to_source(model.config)
     assert "ViTransformerWrapper(" in to_source(replace(model.config, external_encoder=None))
-    with pytest.raises(
-        ValueError, match=re.escape("embeddings, must be 2x2, one per patch: remove the hook that adds")
-    ):
+    with pytest.raises(ValueError, match=re.escape("embeddings, must be 2x2, one per patch: pass one image per text")):
         cross_attention_maps(model, images(8, 8), TEXT)
     with pytest.raises(TypeError, match=re.escape("no inputs can be drawn for PalmE")):
         compare(model, model)

@@ -85,8 +85,8 @@ def compare(
     random numbers. Afterwards, both modules have their own weights, buffers and modes again, and no gradients are kept.
 
     If the names of the parameters differ, but each module holds one ViT and one decoder, these are compared under the
-    names that they have in `PalmE`. A `PalmE` is run inside `exactly()`: otherwise, its loss and its causal attention
-    with ALiBi differ from upstream's by rounding.
+    names that they have in `PalmE`. A `PalmE` is run inside `exactly()`: otherwise, its loss, its layer norms and its
+    causal attention with ALiBi differ from upstream's by rounding.
 
     The checks are these:
 

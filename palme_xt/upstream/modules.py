@@ -11,6 +11,7 @@ from palme_xt.upstream.alibi import AlibiPositionalBias
 from palme_xt.upstream.attend import Attend
 from palme_xt.upstream.cached_decoder import Decoder as CachedDecoder
 from palme_xt.upstream.exact import Exact
+from palme_xt.upstream.norm import LayerNorm
 from palme_xt.upstream.rotary import RotaryEmbedding
 
 MASKS = ("mask", "attn_mask", "self_attn_kv_mask", "mem_masks", "seq_start_pos", "additional_kv_mask")
@@ -93,9 +94,12 @@ class Decoder(Exact, CachedDecoder):
 
 def _replace_modules(layers: Any, kwargs: dict[str, Any]) -> None:
     """Replace the modules of an encoder or a decoder, which was built with `kwargs`, by those with the workarounds."""
-    for module in layers.modules():
+    for module in [*layers.modules()]:
         if isinstance(module, upstream.Attention):
             module.attend = Attend(module.attend)
+        for name, child in module.named_children():
+            if type(child) is upstream.LayerNorm:
+                setattr(module, name, LayerNorm(child))
     if layers.rotary_pos_emb is not None:
         layers.rotary_pos_emb = RotaryEmbedding(layers.rotary_pos_emb)
     if isinstance(layers.rel_pos, upstream.AlibiPositionalBias):
