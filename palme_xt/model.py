@@ -58,7 +58,11 @@ class PalmE(nn.Module):
         adopted = vars(self).pop("_adopted", None)  # what `from_modules` left here
         super().__init__()
         self.config, self.encoder, self.decoder = adopted or _build(**vars(arguments))
-        if not (self.config.cross_attend or self.config.external_encoder or adopted):
+        self.projection: Any = None
+        if self.config.image_token is not None:
+            weight = self.decoder.net.token_emb.emb.weight
+            self.projection = nn.Linear(self.config.encoder_dim, weight.shape[1]).to(weight)
+        elif not (self.config.cross_attend or self.config.external_encoder or adopted):
             # DistributedDataParallel would wait for the gradients of these parameters, which never come.
             self.encoder.requires_grad_(False)
 
@@ -159,8 +163,7 @@ class PalmE(nn.Module):
             ValueError: If `img`, or what the encoder returns, has the wrong shape, or the model has no encoder.
         """
         if self.encoder is None:
-            given = "img is given, but the model has no encoder (encoder=None)"
-            raise ValueError(f"{given}: pass context=embeddings instead")
+            raise ValueError("img is given, but the model has no encoder (encoder=None): pass context or image_embeds")
         check_img(img, self.config)
         images = img.flatten(0, -4).to(dtype=_dtype(self.encoder))  # (b m) c h w
         if self.config.external_encoder is None or isinstance(self.encoder, ViTransformerWrapper):
@@ -191,6 +194,9 @@ class PalmE(nn.Module):
         lens: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        prompt_lens: Tensor | None = None,
+        image_embeds: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Return the loss of predicting each token of `text` from the tokens before it and the image.
@@ -218,6 +224,9 @@ class PalmE(nn.Module):
         """
         check_text(text, self.config, lens)
         kwargs = self._with_context(img, text, kwargs | {"context": context, "context_mask": context_mask})
+        given = {"target_mask": target_mask, "prompt_lens": prompt_lens, "image_embeds": image_embeds}
+        if self.projection is not None or any(value is not None for value in given.values()):
+            text, lens, kwargs = _in_sentence().learn(self, img, text, lens, kwargs, **given)
         return self.decoder(text.long(), return_outputs=return_outputs, lens=lens, **kwargs)
 
     @requests.takes_arguments_of(requests.GenerationRequest)
@@ -296,8 +305,7 @@ class PalmE(nn.Module):
             TypeError, ValueError: As in `generate`, immediately rather than at the first step.
         """
         tokens = loop.sample(self._start(request, kwargs), request, self.config.pad_value)
-        advance = loop.evaluating(self)(lambda: next(tokens, None))
-        return iter(advance, None)
+        return iter(loop.evaluating(self)(lambda: next(tokens, None)), None)
 
     @requests.takes_arguments_of(requests.SearchRequest)
     def beam_search(self, request: requests.SearchRequest, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -353,9 +361,11 @@ class PalmE(nn.Module):
         lens = torch.full_like(tokens[:, 0], prompts.shape[1]) if lens is None else lens
         # Tokens follow their prompts at once. What follows them has no effect, because the network is causal.
         places = lens[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        text = F.pad(prompts, (0, tokens.shape[1])).scatter(1, places, tokens)
-        check_text(text, self.config)
+        text = F.pad(prompts, (0, tokens.shape[1]), value=self.config.pad_value).scatter(1, places, tokens)
         kwargs = self._with_context(img, text, kwargs)
+        if self.projection is not None:
+            text, places, kwargs = _in_sentence().score(self, img, text, places, kwargs)
+        check_text(text, self.config)
         logits = self.decoder.net(text[:, :-1], **kwargs).take_along_dim(places[..., None] - 1, dim=1)
         log_probs = logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
         loop.refuse_nan(log_probs)
@@ -372,6 +382,7 @@ class PalmE(nn.Module):
         requests.check_network_inputs(kwargs)
         with loop.evaluating(self):
             context = self._context(request.img, request.context, request.context_mask)
+            texts_of = loop.Texts if self.projection is None else _in_sentence().prepare(self, request)
         net = self.decoder.net
         batch, device = None if context is None else len(context), next(net.parameters()).device
         can_cache = request.cache_kv and net.can_cache_kv and is_right(net, self.config, cached=True, padded=False)
@@ -379,7 +390,7 @@ class PalmE(nn.Module):
         network = self.decoder if isinstance(self.decoder, AutoregressiveWrapper) else net
 
         def start() -> loop.Texts:
-            texts = loop.Texts(network, request, {"context": context, **kwargs}, self.config)
+            texts = texts_of(network, request, {"context": context, **kwargs}, self.config)
             ragged = request.prompt_lens is not None
             together = not ragged or is_right(net, self.config, cached=request.cache_kv, padded=True)
             return texts if together else loop.SeparateTexts(texts)
@@ -411,6 +422,12 @@ def _build(encoder: Encoder, **arguments: Any) -> tuple[PalmEConfig, Any, Any]:
     if config.external_encoder is None:
         encoder = build(ENCODER, config)
     return config, None if encoder == "config" else encoder, build(DECODER, config)
+
+
+def _in_sentence() -> Any:
+    from palme_xt import in_sentence  # imported here, because few models need it
+
+    return in_sentence
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:

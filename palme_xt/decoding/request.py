@@ -78,6 +78,7 @@ class Request:
     compile: bool = False
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    image_embeds: Any = None
     logits_processor: LogitsProcessor | None = None
     eos_tokens: Tensor = field(init=False)
 
