@@ -17,7 +17,6 @@ from palme_xt.decoding.loop import Texts
 from palme_xt.decoding.request import Request
 from palme_xt.inputs import check_prompts, check_text, first_tokens, require
 
-Inputs = dict[str, Any]  # keywords of the network
 # x-transformers 2.26.0 to 2.30.1 has no function that replaces the embeddings of tokens. There, the difference is added
 # to them, which is the same up to rounding.
 HOOK = "transform_token_embeds" in inspect.signature(TransformerWrapper.forward).parameters
@@ -43,16 +42,13 @@ class Sentences:
     def __init__(self, model: Any, text: Tensor, found: Any) -> None:
         found = encode_images(model, [()] * len(text)) if found is None else found
         if isinstance(found, Tensor):
-            images, (most, size) = found.flatten(1, 2), found.shape[1:3]
-            counts = torch.full_like(text[:, 0], most)
+            images, (m, p), counts = found.flatten(1, 2), found.shape[1:3], torch.full_like(text[:, 0], found.shape[1])
         else:
             images = pad_sequence([each.flatten(0, 1) for each in found], batch_first=True)
-            most, size = (max(each.shape[dim] for each in found) for dim in (0, 1))
+            m, p = (max(each.shape[dim] for each in found) for dim in (0, 1))
             counts = torch.tensor([len(each) for each in found], device=text.device)
         if images.shape[0] != text.shape[0]:
-            raise ValueError(
-                f"img has {images.shape[0]} samples, and text has {text.shape[0]}: pass images for each text"
-            )
+            raise ValueError(f"img has {images.shape[0]} samples, and text has {text.shape[0]}: pass images for each")
         # The last embedding is never read: it makes sure that there is one, so that each parameter gets a gradient.
         self.images: Tensor = F.pad(model.projection(images.to(model.projection.weight)), (0, 0, 0, 1))
         places = text == model.config.image_token
@@ -64,8 +60,8 @@ class Sentences:
 
         rule = f"text must have one placeholder, image_token={model.config.image_token}, for each image of its sample"
         require((placeholders == counts).all(), describe, rule)
-        self.ends = torch.where(places, size, 1).cumsum(dim=1)
-        positions = torch.arange(text.shape[1] + most * (size - 1), device=text.device)
+        self.ends = torch.where(places, p, 1).cumsum(dim=1)
+        positions = torch.arange(text.shape[1] + m * (p - 1), device=text.device)
         self._tokens = torch.searchsorted(self.ends, positions.repeat(text.shape[0], 1), right=True)
 
     def spread(self, values: Tensor, fill: int) -> Tensor:
@@ -104,9 +100,7 @@ def _encode_list(model: Any, img: Any) -> tuple[Tensor, ...]:
     images = [image for sample in img for image in sample]
     kinds = {tuple(image.shape) if isinstance(image, Tensor) else (type(image).__name__,) for image in images}
     if len(kinds) > 1 or any(len(kind) != 3 for kind in kinds):
-        raise ValueError(
-            f"img holds {kinds}, must hold (m, c, h, w), or a list of (c, h, w), for each sample, of one size"
-        )
+        raise ValueError(f"img holds {kinds}, must hold (m, c, h, w) or a list of (c, h, w) for each sample, all alike")
     if images:
         found = model.encode(torch.stack(images))
     elif model.config.external_encoder is None:
@@ -118,7 +112,7 @@ def _encode_list(model: Any, img: Any) -> tuple[Tensor, ...]:
     return found.split([len(sample) for sample in img])  # type: ignore[no-any-return]
 
 
-def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Inputs, **given: Any) -> tuple[Tensor, None, Inputs]:
+def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Any, **given: Any) -> tuple[Tensor, None, Any]:
     """Return the targets `(b, N)`, no lengths, and `inputs` with the keyword with which the network reads sentences.
 
     Args:
@@ -134,6 +128,8 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Inputs, **given
     """
     config, text, mask, images = model.config, text.long(), given["target_mask"], None
     ignored = config.ignore_index
+    if getattr(model.decoder.net, "ff_deep_embed", None) is not None:
+        raise ValueError("transformer_kwargs['ff_deep_embed'] reads token ids, which images do not have: leave it out")
     learned = first_tokens(text, lens, "lens") & (text != ignored)
     read = text.masked_fill(~learned, config.pad_value)
     if given["prompt_lens"] is not None:
@@ -154,14 +150,13 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Inputs, **given
     return targets, None, reading(model, inputs, read, images, targets.where(targets != ignored, config.pad_value))
 
 
-def score(model: Any, img: Any, text: Tensor, places: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Inputs]:
+def score(model: Any, img: Any, text: Tensor, places: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
     """Return sentences `(b, N)` of texts `(b, n)`, and the places there of some of their tokens, for `PalmE.score`.
 
     The third item is `inputs` with the keyword with which the network reads all positions but the last.
     """
     sentences = Sentences(model, text, encode_images(model, img, inputs.pop("image_embeds", None)))
-    text = sentences.spread(text, model.config.pad_value)
-    places = sentences.ends.take_along_dim(places, dim=1) - 1
+    text, places = sentences.spread(text, model.config.pad_value), sentences.ends.take_along_dim(places, dim=1) - 1
     return text, places, reading(model, inputs, text[:, :-1], sentences.images)
 
 
@@ -217,7 +212,7 @@ class ImageTexts(Texts):
         self.images = self.images[rows]
 
 
-def reading(model: Any, inputs: Inputs, ids: Tensor, images: Any, fed: Any = None, window: int = 0) -> Inputs:
+def reading(model: Any, inputs: Any, ids: Tensor, images: Any, fed: Any = None, window: int = 0) -> Any:
     """Return `inputs` with the keyword with which the network reads sentences.
 
     Args:

@@ -40,6 +40,10 @@ class PalmE(nn.Module):
     `config.external_encoder` is the name of its class. With `encoder=None`, there is none, and the model is fed by
     `context=` alone. A subclass may override `encode`, and all other methods use it.
 
+    `PalmE(..., image_token=ID)` reads images inside the sentence instead of cross-attending to them: each ID in a text
+    stands for one image, and the network reads the p embeddings of the image, projected by `projection`, in its place.
+    They count as p positions of the text.
+
     Letters in shapes: b batch, m images per sample, c channels, h and w pixels, n tokens, t tokens of a prompt,
     p embeddings (patches) of an image, d encoder_dim, v num_tokens.
 
@@ -49,6 +53,8 @@ class PalmE(nn.Module):
         decoder: An `x_transformers.AutoregressiveWrapper` around the `TransformerWrapper` at `decoder.net`, whose
             layers at `decoder.net.attn_layers` are an `x_transformers.Decoder`. State dicts of the same modules wired
             by hand load below `encoder.` and `decoder.` as they are.
+        projection: A `torch.nn.Linear` from the width of the encoder to that of the token embeddings with an
+            `image_token`, otherwise None.
     """
 
     config: PalmEConfig
@@ -204,18 +210,25 @@ class PalmE(nn.Module):
         Text may be longer than `max_seq_len` unless `use_abs_pos_emb` is on: ALiBi and xPos can extrapolate.
 
         Args:
-            img: As in `encode`. May be None with `context=`, and for a model that does not cross-attend.
+            img: As in `encode`. May be None with `context=`, and for a model that does not cross-attend. With an
+                `image_token`, it may also be a list with the images of each sample, `(m_i, c, h, w)` or a list of
+                `(c, h, w)`, which may be empty, and None if there are no images.
             text: Token ids `(b, n)` of an integer dtype, n >= 2. Positions that hold `ignore_index` (-100) are not
-                targets; as inputs they are read as `pad_value`.
+                targets; as inputs they are read as `pad_value`. With an `image_token`, each text has one for each of
+                its images; it is no target.
             return_outputs: Return the logits and upstream's cache too.
             lens: `(b,)`, int, the number of tokens in each text. The tokens after them are neither checked nor targets.
             context: `(b, p, d)`, the embeddings that `encode` returned, instead of `img`.
             context_mask: `(b, p)`, bool, False where the context does not count.
+            target_mask: `(b, n)`, bool, False where a token is read, but not a target.
+            prompt_lens: `(b,)`, int, how many tokens at the beginning of each text are read, but are not targets.
+            image_embeds: What `encode` returned for images `(b, c, h, w)`, or a list with what it returned for the
+                images `(m_i, c, h, w)` of each sample, or `(b, m, p, d)`. Only with an `image_token`, instead of `img`.
             **kwargs: Any other keyword of upstream's wrapper and its network, such as `prepend_embeds`.
 
         Returns:
             The scalar loss, in nats per token, or `(loss, (logits, cache))` with `return_outputs=True`, logits
-            `(b, n - 1, num_tokens)`, as in upstream. The loss alone takes less time and memory, and may differ from the
+            `(b, n - 1, num_tokens)`, as in upstream, where n counts the positions of images too. The loss alone takes less time and memory, and may differ from the
             loss with outputs by rounding. Second derivatives need `return_outputs=True`.
 
         Raises:
@@ -238,7 +251,7 @@ class PalmE(nn.Module):
         tokens for the same batch, but not for a sample in another batch.
 
         Args:
-            img: As in `encode`. None with `context=`, and for a model that does not cross-attend.
+            img: As in `forward`. None with `context=`, and for a model that does not cross-attend.
             prompts: Token ids `(b, t)`, a list of b tensors `(t_i,)`, or `(t,)`, shared by all images. None starts from
                 the config's `bos_token`.
             seq_len: Maximum number of new tokens to decode. None decodes up to `max_seq_len`, prompt included.
@@ -254,7 +267,7 @@ class PalmE(nn.Module):
             logits_processor: A function of the texts so far, ids `(b, t)`, and the next tokens' logits `(b, v)` that
                 returns the logits to decode from, such as a `LogitsProcessorList` of transformers. It is called before
                 the temperature and the filter, also in greedy decoding. Ids begin with the prompt; shorter prompts are
-                padded on the left. A beam search calls it with log probabilities, as transformers does.
+                padded on the left, and an `image_token` is repeated at each position of its image. A beam search calls it with log probabilities, as transformers does.
             prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left.
             restrict_to_max_seq_len: Raise an error if the texts would become longer than `max_seq_len`. False allows
                 it: with `use_abs_pos_emb`, each step then reads the last `max_seq_len` tokens, without the cache;
@@ -266,6 +279,7 @@ class PalmE(nn.Module):
                 lengths and later calls. Compiling takes about a minute, so it is worth it only for many tokens.
             context: The embeddings that `encode` returned, instead of `img`, to encode once for several calls.
             context_mask: `(b, p)`, bool, False where the context does not count.
+            image_embeds: The same for a model with an `image_token`, as in `forward`.
             generator: Source of the randomness, on the model's device.
             beams: Width of a beam search if greater than 1. A beam search never samples. Only the best texts are
                 returned; `beam_search` returns all of them.
@@ -323,7 +337,7 @@ class PalmE(nn.Module):
                 none would be better if it ended at its present length, which misses longer texts if `length_penalty` is
                 positive, and is the same as "never" if not.
             img, prompts, seq_len, eos_token, logits_processor, prompt_lens, restrict_to_max_seq_len, cache_kv, compile,
-                context, context_mask, **kwargs: As in `generate`.
+                context, context_mask, image_embeds, **kwargs: As in `generate`.
 
         Returns:
             The new tokens `(beams, b, seq_len)`, best first, with the wrapper's `pad_value` after EOS, and the scores
@@ -346,7 +360,7 @@ class PalmE(nn.Module):
         Args:
             img, prompts, eos_token: As in `generate`.
             tokens: `(b, n)`, of an integer dtype.
-            **kwargs: `prompt_lens`, `context` and `context_mask`, as in `generate`, and any keyword of
+            **kwargs: `prompt_lens`, `context`, `context_mask` and `image_embeds`, as in `generate`, and any keyword of
                 `x_transformers.TransformerWrapper.forward`.
 
         Returns:
