@@ -256,7 +256,7 @@ class PalmEConfig:
         tokens = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
         for token in tokens:
             check_token_id("eos_token", token, self.num_tokens, "or pass None")
-        return torch.tensor(tokens, dtype=torch.long)
+        return torch.tensor(tokens, dtype=torch.long, device="cpu")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all arguments, in order, as plain JSON types.

@@ -201,7 +201,7 @@ class ImageTexts(Texts):
         """Return the logits `(b, v)` of the next token of each text."""
         inputs = self.inputs
         if self.cache is None or self.ids.shape[1] > self.window:
-            self.inputs = reading(self.model, inputs, self.ids, self.images, window=self.window)
+            self.inputs = reading(self.model, inputs, self.ids, self.images, window=min(self.window, self.ids.shape[1]))
         logits = super().next_logits()
         self.inputs = inputs
         return logits

@@ -228,12 +228,14 @@ class PalmE(nn.Module):
 
         Returns:
             The scalar loss, in nats per token, or `(loss, (logits, cache))` with `return_outputs=True`, logits
-            `(b, n - 1, num_tokens)`, as in upstream, where n counts the positions of images too. The loss alone takes less time and memory, and may differ from the
-            loss with outputs by rounding. Second derivatives need `return_outputs=True`.
+            `(b, n - 1, num_tokens)`, as in upstream, where n counts the positions of images too. The loss alone takes
+            less time and memory, and may differ from the loss with outputs by rounding. Second derivatives need
+            `return_outputs=True`.
 
         Raises:
             TypeError: If `img` or `text` is not a tensor of the right dtype.
-            ValueError: If `img` or `text` has the wrong shape or values, or their batch sizes differ.
+            ValueError: If `img` or `text` has the wrong shape or values, or their batch sizes differ, or a text has
+                not as many placeholders as images.
         """
         check_text(text, self.config, lens)
         kwargs = self._with_context(img, text, kwargs | {"context": context, "context_mask": context_mask})
@@ -267,7 +269,8 @@ class PalmE(nn.Module):
             logits_processor: A function of the texts so far, ids `(b, t)`, and the next tokens' logits `(b, v)` that
                 returns the logits to decode from, such as a `LogitsProcessorList` of transformers. It is called before
                 the temperature and the filter, also in greedy decoding. Ids begin with the prompt; shorter prompts are
-                padded on the left, and an `image_token` is repeated at each position of its image. A beam search calls it with log probabilities, as transformers does.
+                padded on the left, and an `image_token` is repeated at each position of its image. A beam search calls
+                it with log probabilities, as transformers does.
             prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left.
             restrict_to_max_seq_len: Raise an error if the texts would become longer than `max_seq_len`. False allows
                 it: with `use_abs_pos_emb`, each step then reads the last `max_seq_len` tokens, without the cache;

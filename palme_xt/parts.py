@@ -95,8 +95,8 @@ def image_shape(vit: Any) -> tuple[int, int, int]:
 def draw_inputs(model: nn.Module, b: int = 2, n: int = 12) -> Inputs:
     """Return random inputs of a model's forward, positional and keyword. They are the same in every call.
 
-    A text for an `AutoregressiveWrapper` has one `ignore_index`, so that it depends on `pad_value`. One for a `PalmE` with
-    an `image_token` begins with it.
+    A text for an `AutoregressiveWrapper` has one `ignore_index`, so that it depends on `pad_value`. One for a `PalmE`
+    with an `image_token` begins with it.
 
     Args:
         model: A `ViTransformerWrapper`, `TransformerWrapper`, `AutoregressiveWrapper` or `XTransformer`, or a module
