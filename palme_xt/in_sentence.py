@@ -60,9 +60,10 @@ class Sentences:
 
         rule = f"text must have one placeholder, image_token={model.config.image_token}, for each image of its sample"
         require((placeholders == counts).all(), describe, rule)
-        self.ends = torch.where(places, p, 1).cumsum(dim=1)
-        positions = torch.arange(text.shape[1] + m * (p - 1), device=text.device)
-        self._tokens = torch.searchsorted(self.ends, positions.repeat(text.shape[0], 1), right=True)
+        self.ends = ends = torch.where(places, p, 1).cumsum(dim=1)
+        # For each position, the number of tokens that ended before it: the index of its own.
+        size = text.shape[1] + m * (p - 1)
+        self._tokens = ends.new_zeros(text.shape[0], size + 1).scatter(1, ends.clamp(max=size), 1).cumsum(dim=1)[:, :-1]
 
     def spread(self, values: Tensor, fill: int) -> Tensor:
         """Return what `values (b, n)` hold for tokens, at all positions `(b, N)`, with `fill` after the last token."""
@@ -236,7 +237,8 @@ def reading(model: Any, inputs: Any, ids: Tensor, images: Any, fed: Any = None, 
             return found
         places = ids == model.config.image_token
         order = (places.cumsum(dim=1) - 1).clamp(0, images.shape[1] - 1)
-        own = images.take_along_dim(order[..., None], dim=1)
+        # Not `take_along_dim`, which fixes the sizes of a graph (torch 2.15).
+        own = images.gather(1, order[..., None].expand(-1, -1, images.shape[-1]))
         return torch.where(places[:, -window:, None], own[:, -window:], found)
 
     if HOOK:

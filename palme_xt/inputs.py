@@ -213,17 +213,18 @@ def first_tokens(text: Tensor, lens: Tensor | None, name: str) -> Tensor:
     """Return `(b, n)`, bool, True for the first `lens (b,)` tokens of `text (b, n)`, or everywhere without `lens`."""
     if lens is None:
         return torch.ones_like(text, dtype=torch.bool)
-    count, longest = text.shape
+    count, n = text.shape
     if not _is_int_tensor(lens):
         raise TypeError(f"{name}={lens!r} must be a tensor of ints (b,), the number of tokens in each text")
     if tuple(lens.shape) != (count,):
         raise ValueError(f"{name} has shape {tuple(lens.shape)}, must be ({count},), one length for each text")
+    # A graph whose message has the number of tokens would be a graph for this number.
     require(
-        ((lens >= 1) & (lens <= longest)).all(),
+        ((lens >= 1) & (lens <= n)).all(),
         lambda: f"{name}={lens.tolist()}; ",
-        f"{name} must be within 1..{longest}, the number of tokens in each text",
+        f"{name} must be within 1..{'n' if torch.compiler.is_compiling() else n}, the number of tokens in each text",
     )
-    return torch.arange(longest, device=text.device) < lens[:, None]
+    return torch.arange(n, device=text.device) < lens[:, None]
 
 
 def _check_range(text: Tensor, within: Tensor, config: PalmEConfig, name: str, others: str = "") -> None:

@@ -19,6 +19,7 @@ from palme_xt.upstream.loss import AutoregressiveWrapper
 from palme_xt.wiring import DECODER, ENCODER, build
 
 Outputs = tuple[Tensor, tuple[Tensor, Any]]  # (loss, (logits, cache))
+Images = requests.Images
 Encoder = nn.Module | Literal["config"] | None
 
 
@@ -181,19 +182,17 @@ class PalmE(nn.Module):
         return rearrange(embeddings, "(b m) p d -> b (m p) d", b=img.shape[0])
 
     @overload
-    def forward(
-        self, img: Tensor | None, text: Tensor, *, return_outputs: Literal[False] = ..., **kwargs: Any
-    ) -> Tensor: ...
+    def forward(self, img: Images, text: Tensor, *, return_outputs: Literal[False] = ..., **kwargs: Any) -> Tensor: ...
 
     @overload
-    def forward(self, img: Tensor | None, text: Tensor, *, return_outputs: Literal[True], **kwargs: Any) -> Outputs: ...
+    def forward(self, img: Images, text: Tensor, *, return_outputs: Literal[True], **kwargs: Any) -> Outputs: ...
 
     @overload
-    def forward(self, img: Tensor | None, text: Tensor, *, return_outputs: bool, **kwargs: Any) -> Any: ...
+    def forward(self, img: Images, text: Tensor, *, return_outputs: bool, **kwargs: Any) -> Any: ...
 
     def forward(
         self,
-        img: Tensor | None,
+        img: Images,
         text: Tensor,
         *,
         return_outputs: bool = False,
@@ -354,7 +353,7 @@ class PalmE(nn.Module):
         with loop.evaluating(self):
             return loop.beam_search(start(), request, self.config.pad_value)
 
-    def score(self, img: Tensor | None, prompts: Any, tokens: Tensor, eos_token: Any = None, **kwargs: Any) -> Tensor:
+    def score(self, img: Images, prompts: Any, tokens: Tensor, eos_token: Any = None, **kwargs: Any) -> Tensor:
         """Return the log probability of each new token of texts, such as those that `generate` returned.
 
         The probabilities are the model's own: before `temperature`, `filter_logits_fn` and `logits_processor`. As in
@@ -414,7 +413,7 @@ class PalmE(nn.Module):
 
         return start
 
-    def _with_context(self, img: Tensor | None, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _with_context(self, img: Images, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return keywords for the decoder with the context of `text (b, n)`, if the model cross-attends."""
         context = self._context(img, kwargs.pop("context", None), kwargs.get("context_mask"))
         if context is not None:

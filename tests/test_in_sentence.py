@@ -171,10 +171,10 @@ def test_the_forms_of_images_are_equal() -> None:
     img = images(2, 2)
     expected = model(img, text)
     embeds = [model.encode(own) for own in img]
-    for same in (list(img), [[*img[0]], [*img[1]]]):
+    for same in list(img), [[*img[0]], [*img[1]]]:
         assert close(model(same, text), expected)
-    for same in (embeds, torch.stack(embeds)):
-        assert close(model(None, text, image_embeds=same), expected)
+    for encoded in embeds, torch.stack(embeds):
+        assert close(model(None, text, image_embeds=encoded), expected)
     one = texts([1, 7, 3, 4], [1, 2, 7, 4])
     assert close(model(img[:, 0], one), model(img[:, :1], one))
     assert torch.equal(model(None, one, image_embeds=model.encode(img[:, 0])), model(img[:, 0], one))
@@ -238,7 +238,8 @@ def test_beam_search_and_score() -> None:
 
 
 def test_a_placeholder_is_never_decoded() -> None:
-    model, seen = of(), []
+    model = of()
+    seen: list[Tensor] = []
 
     def prefer(ids: Tensor, logits: Tensor) -> Tensor:
         seen.append(ids)
@@ -301,7 +302,8 @@ def test_without_upstreams_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_images_every_parameter_gets_a_gradient() -> None:
     model, text = of(), texts([1, 3, 4], [1, 5, 6])
-    for img in None, [[], []], [images(0), images(0)]:
+    none: list[Any] = [None, [[], []], [images(0), images(0)]]
+    for img in none:
         loss = model(img, text)
         expected = network(model, model.decoder.net.token_emb(text))[:, :-1]
         assert close(loss, F.cross_entropy(expected.mT, text[:, 1:]))
@@ -398,11 +400,11 @@ def test_the_config() -> None:
     assert again == model.config != replace(again, image_token=8)
     assert {*small().state_dict()} & {*model.projection.state_dict(prefix="projection.")} == set()
     assert of(transformer_kwargs={"emb_dim": 20}).projection.weight.shape == (20, 24)
-    for wrong in {"image_token": 32}, {"image_token": -1}:
+    for token in 32, -1:
         with pytest.raises(
-            ValueError, match=r"image_token=.* must be a token id within 0..num_tokens-1=31: or pass None"
+            ValueError, match=f"image_token={token} must be a token id within 0..num_tokens-1=31: or pas"
         ):
-            PalmEConfig(**SMALL, **wrong)
+            PalmEConfig(**SMALL, image_token=token)
     for others in {"bos_token": 3}, {"eos_token": [2, 3]}, {"autoregressive_kwargs": {"pad_value": 3}}:
         with pytest.raises(ValueError, match="image_token=3 is pad_value, bos_token or eos_token: use another id"):
             PalmEConfig(**SMALL, image_token=3, **others)
