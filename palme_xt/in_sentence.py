@@ -76,6 +76,8 @@ def encode_images(model: Any, img: Any, image_embeds: Any = None) -> Any:
     Raises:
         TypeError, ValueError: If both are given, or one has the wrong type or shape (see `PalmE.forward`).
     """
+    if model.projection is None:
+        raise ValueError("image_embeds is only for models with an image_token: pass context=model.encode(img)")
     if img is not None and image_embeds is not None:
         raise ValueError("both img and image_embeds are given: pass one of them")
     found, d = image_embeds, model.config.encoder_dim
@@ -141,12 +143,10 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Any, **given: A
             raise ValueError(f"target_mask is {found}, must be bool {tuple(text.shape)}, True at what is to be learned")
         learned = learned & mask
     targets = text.masked_fill(~learned, ignored)
-    if model.projection is not None:
+    if model.projection is not None or given["image_embeds"] is not None:
         sentences = Sentences(model, read, encode_images(model, img, given["image_embeds"]))
         targets = sentences.spread(targets.masked_fill(read == config.image_token, ignored), ignored)
         read, images = sentences.spread(read, config.pad_value), sentences.images
-    elif given["image_embeds"] is not None:
-        raise ValueError("image_embeds is only for models with an image_token: pass context=model.encode(img)")
     check_text(targets, config)
     return targets, None, reading(model, inputs, read, images, targets.where(targets != ignored, config.pad_value))
 

@@ -240,7 +240,7 @@ class PalmE(nn.Module):
         kwargs = self._with_context(img, text, kwargs | {"context": context, "context_mask": context_mask})
         given = {"target_mask": target_mask, "prompt_lens": prompt_lens, "image_embeds": image_embeds}
         if self.projection is not None or any(value is not None for value in given.values()):
-            text, lens, kwargs = _in_sentence().learn(self, img, text, lens, kwargs, **given)
+            text, lens, kwargs = _inside().learn(self, img, text, lens, kwargs, **given)
         return self.decoder(text.long(), return_outputs=return_outputs, lens=lens, **kwargs)
 
     @requests.takes_arguments_of(requests.GenerationRequest)
@@ -380,7 +380,7 @@ class PalmE(nn.Module):
         text = F.pad(prompts, (0, tokens.shape[1]), value=self.config.pad_value).scatter(1, places, tokens)
         kwargs = self._with_context(img, text, kwargs)
         if self.projection is not None:
-            text, places, kwargs = _in_sentence().score(self, img, text, places, kwargs)
+            text, places, kwargs = _inside().score(self, img, text, places, kwargs)
         check_text(text, self.config)
         logits = self.decoder.net(text[:, :-1], **kwargs).take_along_dim(places[..., None] - 1, dim=1)
         log_probs = logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
@@ -398,7 +398,7 @@ class PalmE(nn.Module):
         requests.check_network_inputs(kwargs)
         with loop.evaluating(self):
             context = self._context(request.img, request.context, request.context_mask)
-            texts_of = loop.Texts if self.projection is None else _in_sentence().prepare(self, request)
+            kind = loop.Texts if self.projection is request.image_embeds is None else _inside().prepare(self, request)
         net = self.decoder.net
         batch, device = None if context is None else len(context), next(net.parameters()).device
         can_cache = request.cache_kv and net.can_cache_kv and is_right(net, self.config, cached=True, padded=False)
@@ -406,7 +406,7 @@ class PalmE(nn.Module):
         network = self.decoder if isinstance(self.decoder, AutoregressiveWrapper) else net
 
         def start() -> loop.Texts:
-            texts = texts_of(network, request, {"context": context, **kwargs}, self.config)
+            texts = kind(network, request, {"context": context, **kwargs}, self.config)
             ragged = request.prompt_lens is not None
             together = not ragged or is_right(net, self.config, cached=request.cache_kv, padded=True)
             return texts if together else loop.SeparateTexts(texts)
@@ -440,7 +440,7 @@ def _build(encoder: Encoder, **arguments: Any) -> tuple[PalmEConfig, Any, Any]:
     return config, None if encoder == "config" else encoder, build(DECODER, config)
 
 
-def _in_sentence() -> Any:
+def _inside() -> Any:
     from palme_xt import in_sentence  # imported here, because few models need it
 
     return in_sentence

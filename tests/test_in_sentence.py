@@ -380,6 +380,8 @@ def test_errors_of_decoding_and_of_other_models() -> None:
         ValueError, match=r"image_embeds is only for models with an image_token: pass context=model\.enc"
     ):
         small()(images(2), TEXT, image_embeds=torch.randn(2, 4, 24))
+    with pytest.raises(ValueError, match="image_embeds is only for models with an image_token: pass context=model"):
+        small().generate(images(2), TEXT, image_embeds=torch.randn(2, 4, 24))
     deep = of(transformer_kwargs={"ff_deep_embed": True})
     with pytest.raises(
         ValueError, match=re.escape("transformer_kwargs['ff_deep_embed'] reads token ids, which images")
