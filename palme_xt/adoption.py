@@ -42,6 +42,12 @@ def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:
     """
     given = merge_arguments(getattr(encoder, ARGUMENTS, {}), getattr(decoder, ARGUMENTS, {}), given)
     layers = getattr(getattr(decoder, "net", None), "attn_layers", None)
+    if given.get("image_token") is not None:
+        given["cross_attend"] = False
+        if getattr(layers, "cross_attend", False):
+            raise ValueError(
+                f"image_token={given['image_token']} is for a decoder without cross-attention: leave it out"
+            )
     wanted = given.get("cross_attend") and isinstance(layers, Decoder) and not layers.cross_attend
     config = describe(encoder, decoder, **given | ({"cross_attend": False} if wanted else {}))
     difference = find_difference(config, encoder, decoder)

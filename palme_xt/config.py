@@ -68,6 +68,9 @@ class PalmEConfig:
         external_encoder: What `PalmE(encoder=...)` was given, which sets it: the class of a module, such as
             "timm.models.resnet.ResNet", or "none" for no encoder. None is the ViT that the arguments describe; the
             other two have no use for `patch_size`, `encoder_depth`, `encoder_heads`, `vit_kwargs` and `encoder_kwargs`.
+        image_token: The id that stands for an image in a text, whose embeddings are read in its place, between those of
+            the words (Driess et al. 2023, arXiv:2303.03378), after a linear `projection` to the width of the token
+            embeddings. `cross_attend` becomes False. The id is no target, and is never decoded.
 
     Raises:
         ValueError: If a number is out of range, or an override repeats an argument or is unknown to upstream.
@@ -102,6 +105,7 @@ class PalmEConfig:
     torch_layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     external_encoder: str | None = None
+    image_token: int | None = None
 
     def __post_init__(self) -> None:
         for argument in fields(self):
@@ -111,6 +115,8 @@ class PalmEConfig:
                 check_positive_int(argument.name, value)
             elif argument.type == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{argument.name}={value!r} must be True or False, not {type(value).__name__}")
+        if self.image_token is not None:
+            object.__setattr__(self, "cross_attend", False)
         if self.torch_layers != {}:
             from palme_xt.upstream.torch_layers import check_torch_layers  # imported here, because few models need it
 
@@ -134,9 +140,8 @@ class PalmEConfig:
                 raise ValueError(f"{given} {repeated}, and leave {key!r} out of {where}")
             if key in SET_BY_COMPOSITION:
                 raise ValueError(f"{given} is set by PalmE itself: leave {key!r} out of {where}")
-            if key not in (known := upstream_keywords(part)):
-                unknown = "is not a keyword of the installed x-transformers"
-                raise ValueError(f"{given} {unknown}: {did_you_mean(key, known)}")
+            if key not in (keys := upstream_keywords(part)):
+                raise ValueError(f"{given} is not a keyword of the installed x-transformers: {did_you_mean(key, keys)}")
 
     def _check_sizes(self) -> None:
         if not isinstance(self.external_encoder, str | None):
@@ -164,9 +169,12 @@ class PalmEConfig:
             raise TypeError(f"autoregressive_kwargs['ignore_index']={self.ignore_index!r} must be an int")
         name = "autoregressive_kwargs['pad_value']"
         check_token_id(name, self.pad_value, self.num_tokens, "it is fed to the decoder")
-        if self.bos_token is not None:
-            check_token_id("bos_token", self.bos_token, self.num_tokens, "or pass None")
-        self.check_eos_token(self.eos_token)
+        for name in "bos_token", "image_token":
+            if getattr(self, name) is not None:
+                check_token_id(name, getattr(self, name), self.num_tokens, "or pass None")
+        others = [self.pad_value, self.bos_token, *self.check_eos_token(self.eos_token).tolist()]
+        if self.image_token is not None and self.image_token in others:
+            raise ValueError(f"image_token={self.image_token} is pad_value, bos_token or eos_token: use another id")
 
     def _check_combinations(self) -> None:
         """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with."""
@@ -248,7 +256,7 @@ class PalmEConfig:
         tokens = list(found) if isinstance(found, list | tuple) else [] if found is None else [found]
         for token in tokens:
             check_token_id("eos_token", token, self.num_tokens, "or pass None")
-        return torch.tensor(tokens, dtype=torch.long)
+        return torch.tensor(tokens, dtype=torch.long, device="cpu")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all arguments, in order, as plain JSON types.

@@ -110,9 +110,9 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
     shape = tuple(text.shape)
     if shape[1] < 2:
         raise ValueError(f"text has shape {shape}, must have at least 2 tokens: each is predicted from those before it")
-    target = _within(text, lens, "lens") & (text != config.ignore_index)
+    target = first_tokens(text, lens, "lens") & (text != config.ignore_index)
     _check_range(text, target, config, "text", f", or ignore_index={config.ignore_index}")
-    _require(
+    require(
         target[:, 1:].any(),
         lambda: f"text has shape {shape} and only ignore_index={config.ignore_index} after its first token; ",
         "text must have at least one target, or the loss is nan: drop such batches",
@@ -151,7 +151,7 @@ def check_prompts(
     if batch is not None and len(prompts) != batch:
         remedy = "pass one prompt (t,) for all images, or one for each image"
         raise ValueError(f"prompts has batch size {len(prompts)}, must have {batch}, the number of images: {remedy}")
-    within = _within(prompts, prompt_lens, "prompt_lens")
+    within = first_tokens(prompts, prompt_lens, "prompt_lens")
     _check_range(prompts, within, config, name)
     return prompts.masked_fill(~within, config.pad_value), None if bool(within.all()) else prompt_lens
 
@@ -209,26 +209,27 @@ def _token_ids(text: Any, config: PalmEConfig, name: str) -> Tensor:
     return text.long()
 
 
-def _within(text: Tensor, lens: Tensor | None, name: str) -> Tensor:
+def first_tokens(text: Tensor, lens: Tensor | None, name: str) -> Tensor:
     """Return `(b, n)`, bool, True for the first `lens (b,)` tokens of `text (b, n)`, or everywhere without `lens`."""
     if lens is None:
         return torch.ones_like(text, dtype=torch.bool)
-    count, longest = text.shape
+    count, n = text.shape
     if not _is_int_tensor(lens):
         raise TypeError(f"{name}={lens!r} must be a tensor of ints (b,), the number of tokens in each text")
     if tuple(lens.shape) != (count,):
         raise ValueError(f"{name} has shape {tuple(lens.shape)}, must be ({count},), one length for each text")
-    _require(
-        ((lens >= 1) & (lens <= longest)).all(),
+    # A graph whose message has the number of tokens would be a graph for this number.
+    require(
+        ((lens >= 1) & (lens <= n)).all(),
         lambda: f"{name}={lens.tolist()}; ",
-        f"{name} must be within 1..{longest}, the number of tokens in each text",
+        f"{name} must be within 1..{'n' if torch.compiler.is_compiling() else n}, the number of tokens in each text",
     )
-    return torch.arange(longest, device=text.device) < lens[:, None]
+    return torch.arange(n, device=text.device) < lens[:, None]
 
 
 def _check_range(text: Tensor, within: Tensor, config: PalmEConfig, name: str, others: str = "") -> None:
     last = config.num_tokens - 1
-    _require(
+    require(
         ~(within & ((text < 0) | (text > last))).any(),
         lambda: f"{name} has ids from {int(text[within].min())} to {int(text[within].max())}; ",
         f"{name} must have ids within 0..num_tokens-1={last}{others}: check the tokenizer, or raise num_tokens",
@@ -239,7 +240,8 @@ def _is_int_tensor(ids: Any) -> bool:
     return isinstance(ids, Tensor) and not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
 
 
-def _require(condition: Tensor, found: Callable[[], str], rule: str) -> None:
+def require(condition: Tensor, found: Callable[[], str], rule: str) -> None:
+    """Raise a ValueError with `found()` and `rule`, or do as `check_text` says, unless `condition` holds."""
     compiling = torch.compiler.is_compiling()
     # A trace would record a check as a constant, and `torch._assert_async` cannot be vmapped.
     if condition.is_meta or torch.jit.is_tracing() or (compiling and torch._C._are_functorch_transforms_active()):  # type: ignore[attr-defined]

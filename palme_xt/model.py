@@ -19,6 +19,7 @@ from palme_xt.upstream.loss import AutoregressiveWrapper
 from palme_xt.wiring import DECODER, ENCODER, build
 
 Outputs = tuple[Tensor, tuple[Tensor, Any]]  # (loss, (logits, cache))
+Images = requests.Images
 Encoder = nn.Module | Literal["config"] | None
 
 
@@ -40,6 +41,10 @@ class PalmE(nn.Module):
     `config.external_encoder` is the name of its class. With `encoder=None`, there is none, and the model is fed by
     `context=` alone. A subclass may override `encode`, and all other methods use it.
 
+    `PalmE(..., image_token=ID)` reads images inside the sentence instead of cross-attending to them: each ID in a text
+    stands for one image, and the network reads the p embeddings of the image, projected by `projection`, in its place.
+    They count as p positions of the text.
+
     Letters in shapes: b batch, m images per sample, c channels, h and w pixels, n tokens, t tokens of a prompt,
     p embeddings (patches) of an image, d encoder_dim, v num_tokens.
 
@@ -49,6 +54,8 @@ class PalmE(nn.Module):
         decoder: An `x_transformers.AutoregressiveWrapper` around the `TransformerWrapper` at `decoder.net`, whose
             layers at `decoder.net.attn_layers` are an `x_transformers.Decoder`. State dicts of the same modules wired
             by hand load below `encoder.` and `decoder.` as they are.
+        projection: A `torch.nn.Linear` from the width of the encoder to that of the token embeddings with an
+            `image_token`, otherwise None.
     """
 
     config: PalmEConfig
@@ -58,7 +65,11 @@ class PalmE(nn.Module):
         adopted = vars(self).pop("_adopted", None)  # what `from_modules` left here
         super().__init__()
         self.config, self.encoder, self.decoder = adopted or _build(**vars(arguments))
-        if not (self.config.cross_attend or self.config.external_encoder or adopted):
+        self.projection: Any = None
+        if self.config.image_token is not None:
+            weight = self.decoder.net.token_emb.emb.weight
+            self.projection = nn.Linear(self.config.encoder_dim, weight.shape[1]).to(weight)
+        elif not (self.config.cross_attend or self.config.external_encoder or adopted):
             # DistributedDataParallel would wait for the gradients of these parameters, which never come.
             self.encoder.requires_grad_(False)
 
@@ -159,8 +170,7 @@ class PalmE(nn.Module):
             ValueError: If `img`, or what the encoder returns, has the wrong shape, or the model has no encoder.
         """
         if self.encoder is None:
-            given = "img is given, but the model has no encoder (encoder=None)"
-            raise ValueError(f"{given}: pass context=embeddings instead")
+            raise ValueError("img is given, but the model has no encoder (encoder=None): pass context or image_embeds")
         check_img(img, self.config)
         images = img.flatten(0, -4).to(dtype=_dtype(self.encoder))  # (b m) c h w
         if self.config.external_encoder is None or isinstance(self.encoder, ViTransformerWrapper):
@@ -172,25 +182,26 @@ class PalmE(nn.Module):
         return rearrange(embeddings, "(b m) p d -> b (m p) d", b=img.shape[0])
 
     @overload
-    def forward(
-        self, img: Tensor | None, text: Tensor, *, return_outputs: Literal[False] = ..., **kwargs: Any
-    ) -> Tensor: ...
+    def forward(self, img: Images, text: Tensor, *, return_outputs: Literal[False] = ..., **kwargs: Any) -> Tensor: ...
 
     @overload
-    def forward(self, img: Tensor | None, text: Tensor, *, return_outputs: Literal[True], **kwargs: Any) -> Outputs: ...
+    def forward(self, img: Images, text: Tensor, *, return_outputs: Literal[True], **kwargs: Any) -> Outputs: ...
 
     @overload
-    def forward(self, img: Tensor | None, text: Tensor, *, return_outputs: bool, **kwargs: Any) -> Any: ...
+    def forward(self, img: Images, text: Tensor, *, return_outputs: bool, **kwargs: Any) -> Any: ...
 
     def forward(
         self,
-        img: Tensor | None,
+        img: Images,
         text: Tensor,
         *,
         return_outputs: bool = False,
         lens: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+        prompt_lens: Tensor | None = None,
+        image_embeds: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Return the loss of predicting each token of `text` from the tokens before it and the image.
@@ -198,26 +209,38 @@ class PalmE(nn.Module):
         Text may be longer than `max_seq_len` unless `use_abs_pos_emb` is on: ALiBi and xPos can extrapolate.
 
         Args:
-            img: As in `encode`. May be None with `context=`, and for a model that does not cross-attend.
+            img: As in `encode`. May be None with `context=`, and for a model that does not cross-attend. With an
+                `image_token`, it may also be a list with the images of each sample, `(m_i, c, h, w)` or a list of
+                `(c, h, w)`, which may be empty, and None if there are no images.
             text: Token ids `(b, n)` of an integer dtype, n >= 2. Positions that hold `ignore_index` (-100) are not
-                targets; as inputs they are read as `pad_value`.
+                targets; as inputs they are read as `pad_value`. With an `image_token`, each text has one for each of
+                its images; it is no target.
             return_outputs: Return the logits and upstream's cache too.
             lens: `(b,)`, int, the number of tokens in each text. The tokens after them are neither checked nor targets.
             context: `(b, p, d)`, the embeddings that `encode` returned, instead of `img`.
             context_mask: `(b, p)`, bool, False where the context does not count.
+            target_mask: `(b, n)`, bool, False where a token is read, but not a target.
+            prompt_lens: `(b,)`, int, how many tokens at the beginning of each text are read, but are not targets.
+            image_embeds: What `encode` returned for images `(b, c, h, w)`, or a list with what it returned for the
+                images `(m_i, c, h, w)` of each sample, or `(b, m, p, d)`. Only with an `image_token`, instead of `img`.
             **kwargs: Any other keyword of upstream's wrapper and its network, such as `prepend_embeds`.
 
         Returns:
             The scalar loss, in nats per token, or `(loss, (logits, cache))` with `return_outputs=True`, logits
-            `(b, n - 1, num_tokens)`, as in upstream. The loss alone takes less time and memory, and may differ from the
-            loss with outputs by rounding. Second derivatives need `return_outputs=True`.
+            `(b, n - 1, num_tokens)`, as in upstream, where n counts the positions of images too. The loss alone takes
+            less time and memory, and may differ from the loss with outputs by rounding. Second derivatives need
+            `return_outputs=True`.
 
         Raises:
             TypeError: If `img` or `text` is not a tensor of the right dtype.
-            ValueError: If `img` or `text` has the wrong shape or values, or their batch sizes differ.
+            ValueError: If `img` or `text` has the wrong shape or values, or their batch sizes differ, or a text has
+                not as many placeholders as images.
         """
         check_text(text, self.config, lens)
         kwargs = self._with_context(img, text, kwargs | {"context": context, "context_mask": context_mask})
+        given = {"target_mask": target_mask, "prompt_lens": prompt_lens, "image_embeds": image_embeds}
+        if self.projection is not None or any(value is not None for value in given.values()):
+            text, lens, kwargs = _inside().learn(self, img, text, lens, kwargs, **given)
         return self.decoder(text.long(), return_outputs=return_outputs, lens=lens, **kwargs)
 
     @requests.takes_arguments_of(requests.GenerationRequest)
@@ -229,7 +252,7 @@ class PalmE(nn.Module):
         tokens for the same batch, but not for a sample in another batch.
 
         Args:
-            img: As in `encode`. None with `context=`, and for a model that does not cross-attend.
+            img: As in `forward`. None with `context=`, and for a model that does not cross-attend.
             prompts: Token ids `(b, t)`, a list of b tensors `(t_i,)`, or `(t,)`, shared by all images. None starts from
                 the config's `bos_token`.
             seq_len: Maximum number of new tokens to decode. None decodes up to `max_seq_len`, prompt included.
@@ -245,7 +268,8 @@ class PalmE(nn.Module):
             logits_processor: A function of the texts so far, ids `(b, t)`, and the next tokens' logits `(b, v)` that
                 returns the logits to decode from, such as a `LogitsProcessorList` of transformers. It is called before
                 the temperature and the filter, also in greedy decoding. Ids begin with the prompt; shorter prompts are
-                padded on the left. A beam search calls it with log probabilities, as transformers does.
+                padded on the left, and an `image_token` is repeated at each position of its image. A beam search calls
+                it with log probabilities, as transformers does.
             prompt_lens: `(b,)`, how many tokens of each row of `prompts (b, t)` count, from the left.
             restrict_to_max_seq_len: Raise an error if the texts would become longer than `max_seq_len`. False allows
                 it: with `use_abs_pos_emb`, each step then reads the last `max_seq_len` tokens, without the cache;
@@ -257,6 +281,7 @@ class PalmE(nn.Module):
                 lengths and later calls. Compiling takes about a minute, so it is worth it only for many tokens.
             context: The embeddings that `encode` returned, instead of `img`, to encode once for several calls.
             context_mask: `(b, p)`, bool, False where the context does not count.
+            image_embeds: The same for a model with an `image_token`, as in `forward`.
             generator: Source of the randomness, on the model's device.
             beams: Width of a beam search if greater than 1. A beam search never samples. Only the best texts are
                 returned; `beam_search` returns all of them.
@@ -296,8 +321,7 @@ class PalmE(nn.Module):
             TypeError, ValueError: As in `generate`, immediately rather than at the first step.
         """
         tokens = loop.sample(self._start(request, kwargs), request, self.config.pad_value)
-        advance = loop.evaluating(self)(lambda: next(tokens, None))
-        return iter(advance, None)
+        return iter(loop.evaluating(self)(lambda: next(tokens, None)), None)
 
     @requests.takes_arguments_of(requests.SearchRequest)
     def beam_search(self, request: requests.SearchRequest, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -315,7 +339,7 @@ class PalmE(nn.Module):
                 none would be better if it ended at its present length, which misses longer texts if `length_penalty` is
                 positive, and is the same as "never" if not.
             img, prompts, seq_len, eos_token, logits_processor, prompt_lens, restrict_to_max_seq_len, cache_kv, compile,
-                context, context_mask, **kwargs: As in `generate`.
+                context, context_mask, image_embeds, **kwargs: As in `generate`.
 
         Returns:
             The new tokens `(beams, b, seq_len)`, best first, with the wrapper's `pad_value` after EOS, and the scores
@@ -329,7 +353,7 @@ class PalmE(nn.Module):
         with loop.evaluating(self):
             return loop.beam_search(start(), request, self.config.pad_value)
 
-    def score(self, img: Tensor | None, prompts: Any, tokens: Tensor, eos_token: Any = None, **kwargs: Any) -> Tensor:
+    def score(self, img: Images, prompts: Any, tokens: Tensor, eos_token: Any = None, **kwargs: Any) -> Tensor:
         """Return the log probability of each new token of texts, such as those that `generate` returned.
 
         The probabilities are the model's own: before `temperature`, `filter_logits_fn` and `logits_processor`. As in
@@ -338,7 +362,7 @@ class PalmE(nn.Module):
         Args:
             img, prompts, eos_token: As in `generate`.
             tokens: `(b, n)`, of an integer dtype.
-            **kwargs: `prompt_lens`, `context` and `context_mask`, as in `generate`, and any keyword of
+            **kwargs: `prompt_lens`, `context`, `context_mask` and `image_embeds`, as in `generate`, and any keyword of
                 `x_transformers.TransformerWrapper.forward`.
 
         Returns:
@@ -353,9 +377,11 @@ class PalmE(nn.Module):
         lens = torch.full_like(tokens[:, 0], prompts.shape[1]) if lens is None else lens
         # Tokens follow their prompts at once. What follows them has no effect, because the network is causal.
         places = lens[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        text = F.pad(prompts, (0, tokens.shape[1])).scatter(1, places, tokens)
-        check_text(text, self.config)
+        text = F.pad(prompts, (0, tokens.shape[1]), value=self.config.pad_value).scatter(1, places, tokens)
         kwargs = self._with_context(img, text, kwargs)
+        if self.projection is not None:
+            text, places, kwargs = _inside().score(self, img, text, places, kwargs)
+        check_text(text, self.config)
         logits = self.decoder.net(text[:, :-1], **kwargs).take_along_dim(places[..., None] - 1, dim=1)
         log_probs = logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
         loop.refuse_nan(log_probs)
@@ -372,6 +398,7 @@ class PalmE(nn.Module):
         requests.check_network_inputs(kwargs)
         with loop.evaluating(self):
             context = self._context(request.img, request.context, request.context_mask)
+            kind = loop.Texts if self.projection is request.image_embeds is None else _inside().prepare(self, request)
         net = self.decoder.net
         batch, device = None if context is None else len(context), next(net.parameters()).device
         can_cache = request.cache_kv and net.can_cache_kv and is_right(net, self.config, cached=True, padded=False)
@@ -379,14 +406,14 @@ class PalmE(nn.Module):
         network = self.decoder if isinstance(self.decoder, AutoregressiveWrapper) else net
 
         def start() -> loop.Texts:
-            texts = loop.Texts(network, request, {"context": context, **kwargs}, self.config)
+            texts = kind(network, request, {"context": context, **kwargs}, self.config)
             ragged = request.prompt_lens is not None
             together = not ragged or is_right(net, self.config, cached=request.cache_kv, padded=True)
             return texts if together else loop.SeparateTexts(texts)
 
         return start
 
-    def _with_context(self, img: Tensor | None, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _with_context(self, img: Images, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return keywords for the decoder with the context of `text (b, n)`, if the model cross-attends."""
         context = self._context(img, kwargs.pop("context", None), kwargs.get("context_mask"))
         if context is not None:
@@ -411,6 +438,12 @@ def _build(encoder: Encoder, **arguments: Any) -> tuple[PalmEConfig, Any, Any]:
     if config.external_encoder is None:
         encoder = build(ENCODER, config)
     return config, None if encoder == "config" else encoder, build(DECODER, config)
+
+
+def _inside() -> Any:
+    from palme_xt import in_sentence  # imported here, because few models need it
+
+    return in_sentence
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:

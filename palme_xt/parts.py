@@ -95,7 +95,8 @@ def image_shape(vit: Any) -> tuple[int, int, int]:
 def draw_inputs(model: nn.Module, b: int = 2, n: int = 12) -> Inputs:
     """Return random inputs of a model's forward, positional and keyword. They are the same in every call.
 
-    A text for an `AutoregressiveWrapper` has one `ignore_index`, so that it depends on `pad_value`.
+    A text for an `AutoregressiveWrapper` has one `ignore_index`, so that it depends on `pad_value`. One for a `PalmE`
+    with an `image_token` begins with it.
 
     Args:
         model: A `ViTransformerWrapper`, `TransformerWrapper`, `AutoregressiveWrapper` or `XTransformer`, or a module
@@ -108,12 +109,16 @@ def draw_inputs(model: nn.Module, b: int = 2, n: int = 12) -> Inputs:
     """
     generator = torch.Generator().manual_seed(0)
     parts = {name: module for name, (_, module) in find_parts(model).items()}
+    image_token = getattr(getattr(model, "config", None), "image_token", None)
 
     def images(vit: Any) -> Tensor:
         return torch.randn(b, *image_shape(vit), generator=generator)
 
     def texts(net: Any, wrapper: Any = None) -> Tensor:
         text = torch.randint(net.num_tokens, (b, max(2, min(n, net.max_seq_len))), generator=generator)
+        if image_token is not None:
+            text[text == image_token] = (image_token + 1) % net.num_tokens
+            text[:, 0] = image_token
         if wrapper is not None:
             text[0, 3:4] = wrapper.ignore_index  # shorter texts would have no other target
         return text

@@ -20,10 +20,36 @@ def forward(img, text, **kwargs):
     return decoder(text, context=context, **kwargs)
 '''
 
+_FORWARD_IN_SENTENCE = '''
+def forward(img, text, **kwargs):
+    """Return the loss of text `(b, n)`, where {token} stands for an image `(c, h, w)`.
+
+    Images are `(b, c, h, w)` or `(b, m, c, h, w)`. x-transformers must be 2.30.2 or later.
+    """
+    images = projection(encoder(img.flatten(0, -4), return_embeddings=True))
+    ids = text.where(text != decoder.ignore_index, decoder.pad_value).flatten()
+    counts = torch.where(ids == {token}, images.shape[1], 1)
+    places = (ids == {token}).repeat_interleave(counts)
+    embeds = decoder.net.token_emb(ids).repeat_interleave(counts, dim=0)
+    embeds[places] = images.flatten(0, 1)
+    embeds = embeds.unflatten(0, (len(text), -1))
+    targets = text.flatten().repeat_interleave(counts)
+    targets = targets.masked_fill(places, decoder.ignore_index).view(len(text), -1)
+    return decoder(targets, transform_token_embeds=lambda _: embeds, **kwargs)
+'''
+
 _LOAD = """weights = load_file({weights})
-for prefix, module in {{"encoder.": encoder, "decoder.": decoder}}.items():
+for prefix, module in {{{modules}}}.items():
     names = [name for name in weights if name.startswith(prefix)]
     module.load_state_dict({{name.removeprefix(prefix): weights[name] for name in names}})
+"""
+
+
+_PARTS = '"encoder.": encoder, "decoder.": decoder'
+_PARTS_IN_SENTENCE = """
+    "encoder.": encoder,
+    "decoder.": decoder,
+    "projection.": projection,
 """
 
 
@@ -78,15 +104,22 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     used += [torch_layers.QuickGELU] if "quick_gelu" in activations else []
     used += [torch_layers.use_torch_layers] if config.torch_layers else []
     definitions = "\n\n".join(map(inspect.getsource, used))
+    projection, forward = [], _FORWARD if config.cross_attend else ""
+    if config.image_token is not None:
+        width = config.transformer_kwargs.get("emb_dim") or config.decoder_dim
+        projection = [f"projection = nn.Linear({config.encoder_dim}, {width})\n"]
+        forward = _FORWARD_IN_SENTENCE.format(token=config.image_token)
+    modules = _PARTS_IN_SENTENCE if projection else _PARTS
     sections = [
         f'"""PalmE as an x-transformers program, printed by palme_xt {palme_xt.__version__}."""\n',
-        _imports(definitions + (_LOAD if weights else "")),
+        _imports("".join([definitions, *projection, forward, _LOAD if weights else ""])),
         *([f"\n{definitions}\n"] if definitions else []),
         _assign("encoder", _call(ENCODER, config)),
         _assign("decoder", _call(DECODER, config)),
         *(f"{_render(_use_torch_layers(part, config), 0, 0, 0)}\n" for part in config.torch_layers),
-        *([_LOAD.format(weights=json.dumps(weights))] if weights else []),
-        *([_FORWARD] if config.cross_attend else []),
+        *projection,
+        *([_LOAD.format(weights=json.dumps(weights), modules=modules)] if weights else []),
+        *([forward] if forward else []),
     ]
     return "\n".join(sections)
 

@@ -161,3 +161,28 @@ def batches(draw: st.DrawFn, config: PalmEConfig) -> tuple[Tensor, Tensor]:
     ignored = torch.rand(b, n, generator=generator) < 0.2
     ignored[0, 1] = False
     return img, text.masked_fill(ignored, config.ignore_index)
+
+
+@st.composite
+def sentences(draw: st.DrawFn, config: PalmEConfig) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Draw images inside texts, for a `config` with an `image_token`.
+
+    Returns:
+        The images of each sample `(m_i, c, h, w)`, 0 to 3 of them, texts `(b, n)` that have as many placeholders
+        anywhere, and the lengths of the texts and of the prompts that they begin with, `(b,)`. At least the last token
+        of each text is a target.
+    """
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    counts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
+    lens = [draw(st.integers(count + 2, count + 6)) for count in counts]
+    token: Any = config.image_token
+    text = torch.randint(config.num_tokens - 1, (len(counts), max(lens)), generator=generator)
+    text += text >= token  # no placeholder
+    for row, (count, length) in enumerate(zip(counts, lens, strict=True)):
+        text[row, draw(st.permutations(range(length - 1)))[:count]] = token
+    images = [
+        torch.randn(count, config.channels, config.image_size, config.image_size, generator=generator)
+        for count in counts
+    ]
+    prompts = [draw(st.integers(1, length - 1)) for length in lens]
+    return images, text, torch.tensor(lens), torch.tensor(prompts)

@@ -225,11 +225,11 @@ def test_on_a_gpu_ids_are_checked_without_waiting_for_it() -> None:
         def __bool__(self) -> bool:
             raise AssertionError("read: on a GPU that waits for the device")
 
-    from palme_xt.inputs import _require
+    from palme_xt.inputs import require
 
     with mock.patch("torch._assert_async") as assert_async:
         condition = torch.tensor(False).as_subclass(OnGpu)
-        _require(condition, lambda: "", "the rule")
+        require(condition, lambda: "", "the rule")
     assert_async.assert_called_once_with(condition, "the rule")
 
 

@@ -161,5 +161,6 @@ def test_help_documents_the_arguments() -> None:
 
 def test_forward_names_its_common_keywords() -> None:
     parameters = inspect.signature(PalmE.forward).parameters
-    assert list(parameters) == ["self", "img", "text", "return_outputs", "lens", "context", "context_mask", "kwargs"]
+    masks = ["lens", "context", "context_mask", "target_mask", "prompt_lens", "image_embeds"]
+    assert list(parameters) == ["self", "img", "text", "return_outputs", *masks, "kwargs"]
     assert {parameters[name].kind for name in ("return_outputs", "lens")} == {inspect.Parameter.KEYWORD_ONLY}

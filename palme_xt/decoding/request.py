@@ -16,6 +16,7 @@ from palme_xt.config import PalmEConfig, check_positive_int, did_you_mean
 from palme_xt.inputs import check_prompts
 
 FilterLogits = Callable[..., Tensor]
+Images = Tensor | Sequence[Any] | None
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 # Inputs with an entry for each token of a text, and their number of dimensions in that case.
@@ -67,7 +68,7 @@ class Request:
     PASSED_ON += ("looped_steps", "max_looped_steps", "recycle_steps", "sum_embeds", "to_logits_kwargs")
     PASSED_ON += ("token_emb_kwargs", "transform_token_embeds")
 
-    img: Tensor | None
+    img: Images
     prompts: Tensor | Sequence[Tensor] | None = None
     seq_len: int = None  # type: ignore[assignment]  # an int from `check` on
     _: KW_ONLY
@@ -78,6 +79,7 @@ class Request:
     compile: bool = False
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    image_embeds: Any = None
     logits_processor: LogitsProcessor | None = None
     eos_tokens: Tensor = field(init=False)
 

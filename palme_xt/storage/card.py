@@ -35,7 +35,7 @@ def model_card(
     Raises:
         TypeError: If an override in `config` has no JSON form.
     """
-    task = "image-to-text" if config.cross_attend else "text-generation"
+    task = "image-to-text" if config.cross_attend or config.image_token is not None else "text-generation"
     results = _results(task, (training or {}).get("data"), metrics or {})
     metadata = ModelCardData(
         library_name="palme_xt",
