@@ -302,7 +302,7 @@ class PalmE(nn.Module):
         start = self._start(request, kwargs)
         with loop.evaluating(self):
             if request.beams > 1:
-                best, _ = loop.beam_search(start(), request, self.config.pad_value)
+                best, _ = _beam_search(start(), request, self.config.pad_value)
                 return rearrange(best[: request.num_return_sequences], "k b n -> (b k) n")
             steps = list(loop.sample(start, request, self.config.pad_value))
         return F.pad(torch.stack(steps, dim=1), (0, request.seq_len - len(steps)), value=self.config.pad_value)
@@ -351,7 +351,7 @@ class PalmE(nn.Module):
         """
         start = self._start(request, kwargs)
         with loop.evaluating(self):
-            return loop.beam_search(start(), request, self.config.pad_value)
+            return _beam_search(start(), request, self.config.pad_value)
 
     def score(self, img: Images, prompts: Any, tokens: Tensor, eos_token: Any = None, **kwargs: Any) -> Tensor:
         """Return the log probability of each new token of texts, such as those that `generate` returned.
@@ -438,6 +438,12 @@ def _build(encoder: Encoder, **arguments: Any) -> tuple[PalmEConfig, Any, Any]:
     if config.external_encoder is None:
         encoder = build(ENCODER, config)
     return config, None if encoder == "config" else encoder, build(DECODER, config)
+
+
+def _beam_search(*args: Any) -> tuple[Tensor, Tensor]:
+    from palme_xt.decoding.search import beam_search  # imported here, because few calls need it
+
+    return beam_search(*args)
 
 
 def _inside() -> Any:
