@@ -100,6 +100,7 @@ def encode_images(model: Any, img: Any, image_embeds: Any = None) -> Any:
 
 def _encode_list(model: Any, img: Any) -> tuple[Tensor, ...]:
     """Return the embeddings `(m_i, p, d)` of the images of each sample."""
+    img = [() if sample is None else sample for sample in img]
     images = [image for sample in img for image in sample]
     kinds = {tuple(image.shape) if isinstance(image, Tensor) else (type(image).__name__,) for image in images}
     if len(kinds) > 1 or any(len(kind) != 3 for kind in kinds):
@@ -147,6 +148,9 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Any, **given: A
         sentences = Sentences(model, read, encode_images(model, img, given["image_embeds"]))
         targets = sentences.spread(targets.masked_fill(read == config.image_token, ignored), ignored)
         read, images = sentences.spread(read, config.pad_value), sentences.images
+    rule = "text must have a target after its first token, which is no image_token and which neither prompt_lens nor "
+    rule += "target_mask leaves out, or the loss is nan: drop such batches"
+    require((targets[:, 1:] != ignored).any(), lambda: "", rule)
     check_text(targets, config)
     return targets, None, reading(model, inputs, read, images, targets.where(targets != ignored, config.pad_value))
 

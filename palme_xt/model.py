@@ -211,7 +211,7 @@ class PalmE(nn.Module):
         Args:
             img: As in `encode`. May be None with `context=`, and for a model that does not cross-attend. With an
                 `image_token`, it may also be a list with the images of each sample, `(m_i, c, h, w)` or a list of
-                `(c, h, w)`, which may be empty, and None if there are no images.
+                `(c, h, w)`, which may be empty or None, and None if there are no images.
             text: Token ids `(b, n)` of an integer dtype, n >= 2. Positions that hold `ignore_index` (-100) are not
                 targets; as inputs they are read as `pad_value`. With an `image_token`, each text has one for each of
                 its images; it is no target.

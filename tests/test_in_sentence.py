@@ -348,7 +348,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no target": (
         {"img": images(2), "target_mask": torch.zeros(2, 4, dtype=torch.bool)},
-        "and only ignore_index=-100 after its first token; text must have at least one target",
+        "text must have a target after its first token, which is no image_token and which neither prompt_lens nor",
     ),
     "prompts": (
         {"img": images(2), "prompt_lens": torch.tensor([1, 5])},
@@ -366,6 +366,15 @@ def test_errors(case: str) -> None:
     kwargs, message = WRONG[case]
     with pytest.raises(ValueError, match=re.escape(message)):
         of()(text=TEXT, **kwargs)
+
+
+def test_a_sample_without_images_may_be_none_or_empty() -> None:
+    model = of()
+    text = torch.tensor([[1, IMAGE, 4], [1, 3, 4]])
+    expected = model([images(1), images(1)[:0]], text)
+    assert torch.equal(model([images(1), None], text), expected)
+    assert torch.equal(model([images(1), []], text), expected)
+    assert not torch.equal(model([images(1) + 1, None], text), expected)
 
 
 def test_errors_of_decoding_and_of_other_models() -> None:
