@@ -39,7 +39,7 @@ def cross_attention_maps(model: PalmE, img: Tensor, text: Tensor, layer: int = -
     """
     config = model.config
     if not config.cross_attend:
-        raise ValueError("model has cross_attend=False, must cross-attend: it never looks at an image")
+        raise ValueError("model has cross_attend=False, must be True: there are no maps without cross-attention")
     check_text(text, config)
     if (text == config.ignore_index).any():
         rule = "must hold only token ids: group texts by length"

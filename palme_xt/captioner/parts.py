@@ -55,7 +55,7 @@ def load(model: PalmE, training: Training) -> None:
 
 
 def freeze(model: PalmE, training: Training) -> None:
-    """Freeze the parts that are not trained, but not the cross-attention.
+    """Freeze the parts that are not trained, but not the cross-attention or the projection between them.
 
     Raises:
         ValueError: If nothing is left to train.
@@ -106,9 +106,10 @@ def groups(model: PalmE, training: Training) -> list[Any]:
 
 
 def _parameters(model: PalmE) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of the encoder, of the decoder without its cross-attention, and of the cross-attention."""
+    """Return the parameters of the encoder, of the decoder, and of what joins them: cross-attention or projection."""
     layers = model.decoder.net.attn_layers
     inserted = [layer for layer, kind in zip(layers.layers, layers.layer_types, strict=True) if kind == "c"]
-    cross = {id(parameter): parameter for layer in inserted for parameter in layer.parameters()}
-    decoder = [parameter for parameter in model.decoder.parameters() if id(parameter) not in cross]
-    return {"encoder": [*model.encoder.parameters()], "decoder": decoder, "cross-attention": [*cross.values()]}
+    inserted += [] if model.projection is None else [model.projection]
+    joining = {id(parameter): parameter for layer in inserted for parameter in layer.parameters()}
+    decoder = [parameter for parameter in model.decoder.parameters() if id(parameter) not in joining]
+    return {"encoder": [*model.encoder.parameters()], "decoder": decoder, "joining": [*joining.values()]}

@@ -109,7 +109,7 @@ def run(options: dict[str, Any]) -> int:
     except KeyError as error:
         message = f"{folder.folder} does not say how it was trained: {error} is missing in config.json"
         raise ValueError(message) from error
-    if not config.cross_attend and PartialState().is_main_process:
+    if not config.cross_attend and config.image_token is None and PartialState().is_main_process:
         complain("note: with cross_attend=False, the model learns the captions without looking at the images")
     outcome = train(config, training, data, tokenizer, folder, resume=options["resume"] is not None)
     if PartialState().is_main_process:

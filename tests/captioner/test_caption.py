@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from palme_xt import tokens
 from palme_xt.captioner import Captioner
 from palme_xt.captioner.images import ImageError, Preprocessing
 from palme_xt.cli import main
@@ -50,6 +51,26 @@ def test_a_run_captions_in_two_lines(folder: Path, capsys: pytest.CaptureFixture
     assert torch.equal(found, torch.stack([captioner.preprocessing.read(path) for path in paths]))
     assert torch.equal(captioner.inputs(arrays), found)
     assert not torch.equal(captioner.inputs(arrays[::-1]), found)
+
+
+def test_images_inside_the_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--steps=12", "--batch_size=4", *TINY, "--image_token=258", f"--run={tmp_path / 'run'}"]
+    data = f"--data={folder / 'data'}"
+    assert main(["train", data, *options]) == 2
+    assert "image_token=258 must be a token id within 0..num_tokens-1=257" in capsys.readouterr().err
+    assert main(["train", data, *options, "--num_tokens=259", "--max_seq_len=8"]) == 2
+    assert re.search(r"has \d+ tokens, more than max_seq_len=8; 99% of the captions need", capsys.readouterr().err)
+    assert main(["train", data, *options, "--num_tokens=259"]) == 0
+    captioner = Captioner.from_pretrained(tmp_path / "run")
+    paths = sorted((folder / "data").glob("*.png"))[:4]
+    captions = captioner(paths)
+    assert ["".join(captioner.stream(path)) for path in paths] == captions == [captioner(path) for path in paths]
+
+    img, start = captioner.inputs(paths), torch.tensor([tokens.BOS, 258])
+    ids = captioner.model.generate(img, start, eos_token=tokens.EOS, temperature=0.0)
+    assert [tokens.decode(row) for row in ids.tolist()] == captions
+    first = captioner.model.score(img, start, ids[:, :1])
+    assert not torch.allclose(captioner.model.score(img.flip(0), start, ids[:, :1]), first)  # it looks at the image
 
 
 def test_many_images_are_captioned_in_several_batches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,11 @@ class Source(Protocol):
         return ""
 
 
+def image_positions(config: PalmEConfig) -> int:
+    """Return how many positions of a text the image takes: those of the ViT's patches if it stands inside."""
+    return 0 if config.image_token is None else (config.image_size // config.patch_size) ** 2
+
+
 @dataclass(frozen=True)
 class Batch:
     """The rows that one process computes at once.
@@ -92,7 +97,8 @@ class Batch:
     Attributes:
         img: Images `(b, c, h, w)`, uint8 or float32 in 0..1, not normalised. A batch without usable rows has one blank
             image, which does not count.
-        text: Token ids `(b, n)`, int64, with `ignore_index` after EOS.
+        text: Token ids `(b, n)`, int64, with `ignore_index` after EOS, and with the `image_token` of the model, if it
+            has one, after BOS.
         targets: Number of tokens to predict; 0 without usable rows.
         references: All captions of each image.
         names: The names of the images.
@@ -133,7 +139,8 @@ class _Batches(Dataset["Batch | DataError"]):
         examples = [row for row in rows if isinstance(row, Example)]
         size, channels = self.config.image_size, self.config.channels
         shown = examples or [Example(torch.zeros(channels, size, size), "blank", [""], [[0, 0]])]
-        ids = [torch.tensor(example.ids) for example in shown]
+        inside = [] if self.config.image_token is None else [self.config.image_token]
+        ids = [torch.tensor([example.ids[0], *inside, *example.ids[1:]]) for example in shown]
         return Batch(
             img=torch.stack([example.img for example in shown]),
             text=pad_sequence(ids, batch_first=True, padding_value=self.config.ignore_index),

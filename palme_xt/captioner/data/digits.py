@@ -15,7 +15,7 @@ from einops import rearrange
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from palme_xt.captioner.data.batches import Example, Source
+from palme_xt.captioner.data.batches import Example, Source, image_positions
 from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.config import PalmEConfig
 
@@ -100,7 +100,7 @@ class Scenes(Source):
     def __init__(
         self, scans: Scans, config: PalmEConfig, tokenizer: Tokenizer, *, block: int, seed: int, jitter: float = 0.0
     ) -> None:
-        longest = len(tokenizer.encode(LONGEST_CAPTION))
+        longest = len(tokenizer.encode(LONGEST_CAPTION)) + image_positions(config)
         if config.max_seq_len < longest:
             raise ValueError(f"max_seq_len={config.max_seq_len} must be at least {longest} for the longest caption")
         if config.image_size < 8:

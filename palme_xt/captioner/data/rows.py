@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from palme_xt.captioner.data.batches import DataError, Defect, Example, Source
+from palme_xt.captioner.data.batches import DataError, Defect, Example, Source, image_positions
 from palme_xt.captioner.data.sources import SHARD_IMAGES, checked, columns_of, open_splits, reading
 from palme_xt.captioner.images import ImageError, Preprocessing, image_errors
 from palme_xt.captioner.options import Data
@@ -38,8 +38,9 @@ class Reader:
         text_column: The caption, or a list of captions, is in this column.
         preprocessing: How images are resized and cropped.
         tokenizer: The tokenizer of the captions.
-        max_seq_len: Maximum number of tokens in a caption, including BOS and EOS.
+        max_seq_len: Maximum number of tokens in a text: a caption, BOS and EOS, and the positions of the image.
         folder: The resolved folder of the data, which links must not leave, or None if the data are not in a folder.
+        positions: Number of positions that the image takes in a text, which count as tokens.
     """
 
     image_columns: tuple[str, ...]
@@ -48,6 +49,7 @@ class Reader:
     tokenizer: Tokenizer
     max_seq_len: int
     folder: Path | None = None
+    positions: int = 0
 
     def __call__(self, row: Mapping[str, Any], number: int, turn: int = 0) -> Example | Defect:
         """Return a row as an example, or its defect.
@@ -66,9 +68,9 @@ class Reader:
         if not captions:
             return Defect("empty caption", f"{name} has no caption", name)
         encoded = [self.tokenizer.encode(caption) for caption in captions]
-        usable = [ids for ids in encoded if len(ids) <= self.max_seq_len]
+        usable = [ids for ids in encoded if self.positions + len(ids) <= self.max_seq_len]
         if not usable:
-            shortest = min(map(len, encoded))
+            shortest = self.positions + min(map(len, encoded))
             detail = f"the caption of {name} has {shortest} tokens, more than max_seq_len={self.max_seq_len}"
             return Defect("caption longer than the model", detail, name)
         try:
@@ -224,7 +226,8 @@ def load_data(
     wanted = data.held_out or next((split for split in ("validation", "test") if split in others), None)
     other = wanted if wanted in others else None
     folder = Path(data.data).resolve() if Path(data.data).is_dir() else None
-    reader = Reader(*_columns(data, splits[name]), preprocessing, tokenizer, config.max_seq_len, folder)
+    columns, positions = _columns(data, splits[name]), image_positions(config)
+    reader = Reader(*columns, preprocessing, tokenizer, config.max_seq_len, folder, positions)
     train, whole = (_undecoded(splits[split], reader, data) for split in (name, other or name))
     identities: Collection[object] = ()
     with reading(f"data={data.data} cannot be read"):
@@ -278,7 +281,7 @@ def _check_usable(rows: Iterable[Any], reader: Reader, data: Data) -> None:
         if isinstance(found, Example):
             return
         defects.append(found)
-        lengths += [len(reader.tokenizer.encode(caption)) for caption in reader.captions(row)]
+        lengths += [reader.positions + len(reader.tokenizer.encode(caption)) for caption in reader.captions(row)]
     if defects:
         reasons = [defect.reason for defect in defects]
         detail = max(defects, key=lambda defect: reasons.count(defect.reason)).detail

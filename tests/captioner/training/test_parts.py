@@ -79,6 +79,23 @@ def test_frozen_parts_keep_their_pretrained_weights(sources: dict[str, str], fol
     assert (tmp_path / "a" / "tokenizer.json").is_file()
 
 
+def test_between_frozen_parts_the_projection_of_images_inside_the_sentence_is_trained(
+    sources: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    options = ["--image_token=309", "--freeze=encoder,decoder"]
+    train(tmp_path / "a", folder, sources, *options)
+    train(tmp_path / "b", folder, sources, *options, "--lr=1e-2")
+    first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert {name for name, tensor in first.items() if not torch.equal(tensor, second[name])} == {
+        "projection.weight",
+        "projection.bias",
+    }
+    model = load(tmp_path / "a")
+    assert not model.config.cross_attend
+    text = torch.randint(300, (3, 7))
+    assert torch.equal(model.decoder.net(text), load_decoder(sources["decoder"], max_seq_len=128).net(text))
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_the_other_part_is_new(part: str, sources: dict[str, str], folder: Path, tmp_path: Path) -> None:
     others = ["--decoder_dim=16", "--decoder_depth=2"] if part == "encoder" else ["--image_size=32", "--encoder_dim=16"]
@@ -183,9 +200,13 @@ def test_augmented_images_are_encoded_each_time(
     assert not made
 
 
-def test_parts_are_frozen_and_have_their_own_learning_rates() -> None:
-    model = small(decoder_depth=2)
-    crossing = [f"net.attn_layers.layers.{place}." for place in (1, 4)]
+@pytest.mark.parametrize(
+    ("image_token", "joining"),
+    [(None, [f"decoder.net.attn_layers.layers.{place}." for place in (1, 4)]), (31, ["projection."])],
+    ids=["cross-attention", "projection"],
+)
+def test_parts_are_frozen_and_have_their_own_learning_rates(image_token: int | None, joining: list[str]) -> None:
+    model = small(decoder_depth=2, image_token=image_token)
 
     def rates(**options: Any) -> dict[str, float]:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -194,8 +215,8 @@ def test_parts_are_frozen_and_have_their_own_learning_rates() -> None:
 
     expected = {}
     for name, _ in model.named_parameters():
-        cross = any(name.startswith(f"decoder.{prefix}") for prefix in crossing)
-        expected[name] = 1.0 if cross else 2.0 if name.startswith("encoder.") else 3.0
+        joins = any(name.startswith(prefix) for prefix in joining)
+        expected[name] = 1.0 if joins else 2.0 if name.startswith("encoder.") else 3.0
     assert set(expected.values()) == {1.0, 2.0, 3.0}
     assert rates(lr_encoder=2.0, lr_decoder=3.0) == expected
     assert set(rates(lr_encoder=2.0).values()) == {1.0, 2.0}
