@@ -101,7 +101,7 @@ def stream_caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **ho
     """Yield the caption of one image `(c, h, w)`, the same as from `caption`, piece by piece as it is decoded."""
     piece = tokenizer.pieces()
     how = {"temperature": 0.0} | how
-    for (token,) in model.stream(img[None], _start(model, img, tokenizer), eos_token=tokenizer.eos, **how):
+    for (token,) in model.stream(img[None], _start(model, img[None], tokenizer), eos_token=tokenizer.eos, **how):
         if text := piece(int(token)):
             yield text
     if text := piece(tokenizer.eos):
@@ -120,6 +120,7 @@ def caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any)
 
 
 def _start(model: PalmE, img: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Return the ids `(t,)` that each caption begins with, on the device of the images."""
+    """Return the ids `(b, t)` that captions of images `(b, c, h, w)` begin with."""
     inside = model.config.image_token
-    return torch.tensor([tokenizer.bos] if inside is None else [tokenizer.bos, inside], device=img.device)
+    ids = [tokenizer.bos] if inside is None else [tokenizer.bos, inside]
+    return torch.tensor(ids, device=img.device).expand(len(img), -1)

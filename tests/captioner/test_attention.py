@@ -183,7 +183,7 @@ IMG, TEXT = batch(small())
 @pytest.mark.parametrize(
     ("model", "arguments", "error", "message"),
     [
-        (small(cross_attend=False), (IMG, TEXT), ValueError, "model has cross_attend=False, must cross-attend: it ne"),
+        (small(cross_attend=False), (IMG, TEXT), ValueError, "model has cross_attend=False, must be True: there are"),
         (small(), (IMG, TEXT, 2), ValueError, "layer=2 must be an int within -2..1, one per cross-attention"),
         (small(), (IMG, TEXT, -3), ValueError, "layer=-3 must be an int within -2..1, one per cross-attention"),
         (
