@@ -68,7 +68,7 @@ PalmE(8, 4, 32, 2, 2, 99, 16, 32, 2, 4, 4, False, True, True, True, True, True, 
 PalmEConfig(use_abs_pos_emb="yes")  # error: arg-type
 config.image_size = 9  # error: misc
 model(img)  # error: call-overload
-model([1], text)  # error: call-overload
+model("x.png", text)  # error: call-overload
 model.generate(img, text, 3, beam=2)  # error: call-arg
 model.stream(img, text, 3, beams=2)  # error: call-arg
 model.beam_search(img, text, "3")  # error: arg-type

@@ -16,7 +16,7 @@ from palme_xt.config import PalmEConfig, check_positive_int, did_you_mean
 from palme_xt.inputs import check_prompts
 
 FilterLogits = Callable[..., Tensor]
-Images = Tensor | Sequence[Any] | None
+Images = Tensor | list[Any] | tuple[Any, ...] | None
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 # Inputs with an entry for each token of a text, and their number of dimensions in that case.

@@ -49,7 +49,7 @@ def test_decoding_compiles_at_most_thrice_for_ten_lengths() -> None:
     counters.clear()
     model = small()
     step = torch._dynamo.config.patch(specialize_float=True)(
-        torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="eager")
+        torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
     )
     with mock.patch.object(compiled_step, "_compiled", return_value=step):
         for b in 3, 1:
@@ -69,7 +69,7 @@ def test_torch_still_traces_twice_unless_floats_are_constants() -> None:
     for constant in True, False:
         torch._dynamo.reset()
         counters.clear()
-        step = torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="eager")
+        step = torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
         step = torch._dynamo.config.patch(specialize_float=constant)(step)
         with mock.patch.object(compiled_step, "_compiled", return_value=step):
             model.generate(img, prompts, 3, compile=True)
