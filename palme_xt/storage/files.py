@@ -54,9 +54,14 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def explained(what: str, kind: type[ValueError] = ValueError, remedy: str = "") -> Iterator[None]:
-    """Turn any error inside into one of the given kind, on one line that begins with `what` and ends with `remedy`."""
+    """Turn any error inside into one of the given kind, on one line that begins with `what` and ends with `remedy`.
+
+    A package that is not installed is an error of its own, which says how to install it.
+    """
     try:
         yield
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # some libraries raise errors of many types, or bare ones
         raise kind(f"{what}: {one_line(error)}{remedy}") from error
 
