@@ -11,12 +11,13 @@ commands:
 `palme-xt COMMAND --help` lists the options of a command.
 """
 
+import difflib
 import importlib
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import palme_xt
@@ -69,13 +70,19 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         print(f"palme-xt {palme_xt.__version__}" if command == "--version" else __doc__)
         sys.exit(0)
     if command not in COMMANDS:
-        raise ValueError(f"{command!r} must be one of the commands {', '.join(COMMANDS)}")
+        hint = did_you_mean(command, COMMANDS)
+        raise ValueError(f"{command!r} must be one of the commands {', '.join(COMMANDS)}{hint}")
     return command, _module(command).parse([_with_underscores(argument) for argument in argv[1:]])
 
 
 def _with_underscores(argument: str) -> str:
     option, equals, value = argument.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else argument
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the known word closest to this one, or nothing if none is close."""
+    return "".join(f": did you mean {closest}?" for closest in difflib.get_close_matches(word, known, n=1))
 
 
 def complain(message: str, *, met: bool = False) -> None:

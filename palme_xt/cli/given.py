@@ -1,6 +1,5 @@
 """Parse options, and tell those that the user gave from those that have their defaults."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -9,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import ArgumentParser
 
+from palme_xt.cli import did_you_mean
 from palme_xt.storage.files import explained
 
 
@@ -23,8 +23,7 @@ class Parser(ArgumentParser):
         """
         known = [name for action in self._actions for name in (*action.option_strings, action.dest)]
         unknown = [name for name in re.findall(r"--[\w.]+|(?<=Option ')\w+", message) if name not in known]
-        close = difflib.get_close_matches(unknown[0], known, n=1) if unknown else []
-        hint = "".join(f": did you mean {option}?" for option in close)
+        hint = did_you_mean(unknown[0], known) if unknown else ""
         raise ValueError(f"{' '.join(message.split())}{hint}; `{self.prog} --help` lists the options") from ex
 
 

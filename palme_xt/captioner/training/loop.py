@@ -224,7 +224,8 @@ class _Trainer:
             if self.main:
                 self.run.log(step=step, **metrics)
             self.accelerator.log(metrics | {"lr": self.state.schedule.get_last_lr()[-1]}, step=step)
-        self.shown |= {"loss": f"{loss:.3f}", "images/s": f"{images_per_second:.0f}", "skipped": f"{skipped}"}
+        self.shown |= {"loss": f"{loss:.3f}", "images/s": f"{images_per_second:.0f}"}
+        self.shown |= {"skipped": f"{skipped}"} if skipped else {}
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
 
