@@ -15,7 +15,7 @@ from x_transformers import TransformerWrapper
 
 from palme_xt.decoding.loop import Texts
 from palme_xt.decoding.request import Request
-from palme_xt.inputs import check_prompts, check_text, first_tokens, require
+from palme_xt.inputs import check_prompts, first_tokens, require, token_ids
 
 # x-transformers 2.26.0 to 2.30.1 has no function that replaces the embeddings of tokens. There, the difference is added
 # to them, which is the same up to rounding.
@@ -151,8 +151,11 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Any, **given: A
     rule = "text must have a target after its first token, which is no image_token and which neither prompt_lens nor "
     rule += "target_mask leaves out, or the loss is nan: drop such batches"
     require((targets[:, 1:] != ignored).any(), lambda: "", rule)
-    check_text(targets, config)
-    return targets, None, reading(model, inputs, read, images, targets.where(targets != ignored, config.pad_value))
+    return (
+        token_ids(targets, config, "text"),
+        None,
+        reading(model, inputs, read, images, targets.where(targets != ignored, config.pad_value)),
+    )
 
 
 def score(model: Any, img: Any, text: Tensor, places: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:

@@ -106,7 +106,7 @@ def check_text(text: Any, config: PalmEConfig, lens: Tensor | None = None) -> No
         ValueError: If `text` is not 2-d, is empty, is shorter than 2 tokens or too long for absolute positions, or has
             an id out of range or no target at all.
     """
-    text = _token_ids(text, config, "text")
+    text = token_ids(text, config, "text")
     shape = tuple(text.shape)
     if shape[1] < 2:
         raise ValueError(f"text has shape {shape}, must have at least 2 tokens: each is predicted from those before it")
@@ -147,7 +147,7 @@ def check_prompts(
         prompts, prompt_lens = _stack_prompts(prompts, config)
     elif isinstance(prompts, Tensor) and prompts.ndim == 1:
         prompts = prompts.expand(batch or 1, -1)
-    prompts = _token_ids(prompts, config, name)
+    prompts = token_ids(prompts, config, name)
     if batch is not None and len(prompts) != batch:
         remedy = "pass one prompt (t,) for all images, or one for each image"
         raise ValueError(f"prompts has batch size {len(prompts)}, must have {batch}, the number of images: {remedy}")
@@ -163,7 +163,7 @@ def _stack_prompts(prompts: Any, config: PalmEConfig) -> tuple[Tensor, Tensor]:
         if not isinstance(prompt, Tensor) or prompt.ndim != 1:
             found = tuple(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
             raise ValueError(f"prompts[{number}] is {found}, must be a 1-d tensor (t,) of token ids")
-        _token_ids(prompt[None], config, f"prompts[{number}]")
+        token_ids(prompt[None], config, f"prompts[{number}]")
     if len(devices := sorted({str(prompt.device) for prompt in prompts})) > 1:
         raise ValueError(f"prompts are on {', '.join(devices)}, must be on one device: move them first")
     lens = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
@@ -190,7 +190,7 @@ def check_batches(context: Tensor, text: Tensor, img: Any = None) -> None:
         raise ValueError(f"{found}, must have the same batch size, not {texts} and {images}: {remedy}")
 
 
-def _token_ids(text: Any, config: PalmEConfig, name: str) -> Tensor:
+def token_ids(text: Any, config: PalmEConfig, name: str) -> Tensor:
     """Return token ids `(b, n)` as int64, whose values are not checked yet."""
     if not isinstance(text, Tensor):
         raise TypeError(f"{name} is a {type(text).__name__}, must be a torch.Tensor (b, n) of token ids: convert it")

@@ -398,7 +398,8 @@ class PalmE(nn.Module):
         requests.check_network_inputs(kwargs)
         with loop.evaluating(self):
             context = self._context(request.img, request.context, request.context_mask)
-            kind = loop.Texts if self.projection is request.image_embeds is None else _inside().prepare(self, request)
+            in_sentence = self.projection is not None or request.image_embeds is not None
+            kind = _inside().prepare(self, request) if in_sentence else loop.Texts
         net = self.decoder.net
         batch, device = None if context is None else len(context), next(net.parameters()).device
         can_cache = request.cache_kv and net.can_cache_kv and is_right(net, self.config, cached=True, padded=False)
