@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -25,12 +24,12 @@ from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, V
 from x_transformers import Encoder as UpstreamEncoder
 
 from palme_xt import PalmE, PalmEConfig, in_sentence
-from palme_xt.decoding import compiled as compiled_step
 from palme_xt.parity import drift
 from palme_xt.source import to_source
 from palme_xt.storage.card import model_card
 from palme_xt.storage.folder import CONFIG, load, save
 from palme_xt.strategies import sentences
+from tests.decoding.test_compile import traced_steps
 from tests.models import SMALL, small
 
 IMAGE = 7
@@ -537,14 +536,9 @@ def test_training_compiles_at_most_thrice_for_ten_lengths(form: str) -> None:
 
 @pytest.mark.slow
 def test_decoding_compiles_at_most_thrice() -> None:
-    torch._dynamo.reset()
-    counters.clear()
     model = of()
-    step = torch._dynamo.config.patch(specialize_float=True)(
-        torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
-    )
     how: dict[str, Any] = {"temperature": 0.0, "eos_token": []}
-    with mock.patch.object(compiled_step, "_compiled", return_value=step):
+    with traced_steps():
         for img, prompts in (IMAGES, PROMPTS), (IMAGES[:2], PROMPTS[:2]), (IMAGES[:1], PROMPTS[:1]):
             eager = model.generate(img, prompts, 6, **how)
             assert torch.equal(model.generate(img, prompts, 6, compile=True, **how), eager)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +29,17 @@ def loss_and_gradients(model: Any, module: PalmE, img: Tensor, text: Tensor) -> 
     return [loss.detach()] + [p.grad for p in module.parameters() if p.grad is not None]
 
 
+@contextlib.contextmanager
+def traced_steps(*, constant_floats: bool = True) -> Iterator[None]:
+    """Trace the steps of decoding as they are for the compiler, without generating code, and count from zero."""
+    torch._dynamo.reset()
+    counters.clear()
+    step = torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
+    step = torch._dynamo.config.patch(specialize_float=constant_floats)(step)
+    with mock.patch.object(compiled_step, "_compiled", return_value=step):
+        yield
+
+
 @pytest.mark.slow
 def test_training_compiles_at_most_thrice_for_ten_lengths() -> None:
     torch._dynamo.reset()
@@ -45,13 +58,8 @@ def test_training_compiles_at_most_thrice_for_ten_lengths() -> None:
 
 @pytest.mark.slow
 def test_decoding_compiles_at_most_thrice_for_ten_lengths() -> None:
-    torch._dynamo.reset()
-    counters.clear()
     model = small()
-    step = torch._dynamo.config.patch(specialize_float=True)(
-        torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
-    )
-    with mock.patch.object(compiled_step, "_compiled", return_value=step):
+    with traced_steps():
         for b in 3, 1:
             for n in LENGTHS:
                 img, prompts = batch(model, b=b, n=n)
@@ -67,11 +75,7 @@ def test_torch_still_traces_twice_unless_floats_are_constants() -> None:
     img, prompts = batch(model, b=2, n=4)
     captured = {}
     for constant in True, False:
-        torch._dynamo.reset()
-        counters.clear()
-        step = torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
-        step = torch._dynamo.config.patch(specialize_float=constant)(step)
-        with mock.patch.object(compiled_step, "_compiled", return_value=step):
+        with traced_steps(constant_floats=constant):
             model.generate(img, prompts, 3, compile=True)
         captured[constant] = counters["stats"]["calls_captured"]
     assert 0 < 1.9 * captured[True] < captured[False]
