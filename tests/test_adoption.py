@@ -61,15 +61,23 @@ def numbers(model: Any, img: Tensor, text: Tensor) -> list[Tensor]:
     return found
 
 
-def equal(model: nn.Module, other: nn.Module, img: Tensor, text: Tensor) -> bool:
-    """Return whether both compute the same with the same random weights, which the first one keeps."""
+def scatter(model: nn.Module) -> None:
+    """Add random numbers to all weights, because initial zeros would hide something."""
     torch.manual_seed(2)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape) * (0.3 if weight.ndim < 2 else weight.shape[-1] ** -0.5))
+
+
+def equal(model: nn.Module, other: nn.Module, img: Tensor, text: Tensor) -> bool:
+    """Return whether both compute the same with the same random weights, which the first one keeps."""
+    scatter(model)
     other.load_state_dict(model.state_dict())
-    pairs = zip(numbers(model, img, text), numbers(other, img, text), strict=True)
-    return all(torch.equal(here, there) for here, there in pairs)
+    return same(numbers(model, img, text), numbers(other, img, text))
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.equal(here, there) for here, there in zip(ours, theirs, strict=True))
 
 
 def refuses(model: PalmE, message: str, folder: Path) -> None:
@@ -217,34 +225,36 @@ BASES: list[dict[str, Any]] = [
 ]
 
 
-def wired_with(part: str, added: dict[str, Any]) -> HandWired | None:
-    """Return a model with these overrides of a part that can run, if there is one."""
+def wired_with(part: str, added: dict[str, Any]) -> tuple[HandWired, tuple[Tensor, Tensor], list[Tensor]] | None:
+    """Return a model with these overrides of a part that can run, inputs and its `numbers`, if there is one."""
     for base in BASES:
         arguments = {**SMALL, **base, f"{part}_kwargs": SMALL.get(f"{part}_kwargs", {}) | added}
         try:
             torch.manual_seed(0)
             hand_wired = HandWired(PalmEConfig(**arguments))
-            numbers(hand_wired, torch.randn(2, added.get("channels", 3), 8, 8), torch.randint(32, (2, 12)))
+            scatter(hand_wired)
+            inputs = torch.randn(2, added.get("channels", 3), 8, 8), torch.randint(32, (2, 12))
+            return hand_wired, inputs, numbers(hand_wired, *inputs)
         except Exception:  # upstream's errors are of any type
             continue
-        return hand_wired
     return None
 
 
 def outcome(part: str, keyword: str, value: Any, needs: dict[str, Any], folder: Path) -> str | None:
     """Adopt a model with one override, and return whether it was read, refused, or made no difference."""
-    hand_wired = wired_with(part, needs | {keyword: value})
-    if hand_wired is None:
+    found = wired_with(part, needs | {keyword: value})
+    if found is None:
         return None
+    hand_wired, inputs, expected = found
     kwargs = f"{part}_kwargs"
     stated = adopt(hand_wired, **{kwargs: needs | {keyword: value}})
     assert not isinstance(stated.config, UnprovenConfig), stated.config.difference
-    inputs = batch(stated)
-    assert equal(hand_wired, PalmE.from_config(stated.config), *inputs)
+    rebuilt = PalmE.from_config(stated.config)
+    rebuilt.load_state_dict(hand_wired.state_dict())
+    assert same(numbers(rebuilt, *inputs), expected)
     if not callable(value):
         save(stated, folder / keyword)
-        pairs = zip(numbers(load(folder / keyword), *inputs), numbers(hand_wired, *inputs), strict=True)
-        assert all(torch.equal(here, there) for here, there in pairs)
+        assert same(numbers(load(folder / keyword), *inputs), expected)
     try:
         model = adopt(hand_wired, **{kwargs: needs})
     except ValueError as error:
@@ -254,7 +264,10 @@ def outcome(part: str, keyword: str, value: Any, needs: dict[str, Any], folder: 
     if isinstance(model.config, UnprovenConfig):
         refuses(model, re.escape(model.config.difference), folder / "refused")
         return "refused"
-    assert equal(hand_wired, PalmE.from_config(model.config), *inputs)
+    if model.config != stated.config:  # that one has been rebuilt
+        rebuilt = PalmE.from_config(model.config)
+        rebuilt.load_state_dict(hand_wired.state_dict())
+        assert same(numbers(rebuilt, *inputs), expected)
     return "read" if keyword in getattr(model.config, kwargs) else "equal"
 
 
@@ -267,12 +280,12 @@ def test_an_override_is_read_or_refused_or_makes_no_difference(case: str, tmp_pa
 
 
 @pytest.mark.slow
-def test_every_override_is_read_or_refused_or_makes_no_difference(tmp_path: Path) -> None:
-    outcomes = {case: outcome(*override, tmp_path / case) for case, override in OVERRIDES.items()}
-    counts = Counter(outcomes.values())
-    assert sum(counts[found] for found in ("read", "refused", "equal")) > 400, counts
-    assert counts["read"] > 80, counts
-    assert counts["refused"] > 150, counts
+@pytest.mark.parametrize("quarter", range(4))
+def test_every_override_is_read_or_refused_or_makes_no_difference(quarter: int, tmp_path: Path) -> None:
+    counts = Counter(outcome(*OVERRIDES[case], tmp_path / case) for case in list(OVERRIDES)[quarter::4])
+    assert sum(counts[found] for found in ("read", "refused", "equal")) > 95, counts
+    assert counts["read"] > 20, counts
+    assert counts["refused"] > 30, counts
 
 
 def test_an_adopted_model_also_decodes_where_upstreams_cache_crashes() -> None:

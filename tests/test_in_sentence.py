@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.export import Dim
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper, ViTransformerWrapper
@@ -30,6 +30,7 @@ from palme_xt.storage.card import model_card
 from palme_xt.storage.folder import CONFIG, load, save
 from palme_xt.strategies import sentences
 from tests.decoding.test_compile import traced_steps
+from tests.forks import FORKS
 from tests.models import SMALL, small
 
 IMAGE = 7
@@ -583,4 +584,4 @@ def train_with_ddp(rank: int, store: str) -> None:
 
 @pytest.mark.slow
 def test_data_parallel_with_text_only_samples_and_batches(tmp_path: Path) -> None:
-    spawn(train_with_ddp, args=(str(tmp_path / "store"),), nprocs=2)
+    start_processes(train_with_ddp, args=(str(tmp_path / "store"),), nprocs=2, start_method=FORKS.get_start_method())

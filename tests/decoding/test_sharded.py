@@ -13,9 +13,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from palme_xt import PalmE
+from tests.forks import FORKS
 from tests.models import batch, small
 
 
@@ -63,4 +64,4 @@ def check(rank: int, store: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_decode_what_one_decodes(tmp_path: Path) -> None:
-    spawn(check, args=(str(tmp_path / "store"),), nprocs=2)
+    start_processes(check, args=(str(tmp_path / "store"),), nprocs=2, start_method=FORKS.get_start_method())

@@ -104,13 +104,13 @@ def test_decoder_agrees(family: str) -> None:
 @pytest.mark.slow
 @each_encoder
 def test_many_encoders_agree(family: str) -> None:
-    with_models(check_encoder, encoders(family), 100)
+    with_models(check_encoder, encoders(family), 50)
 
 
 @pytest.mark.slow
 @each_decoder
 def test_many_decoders_agree(family: str) -> None:
-    with_models(check_decoder, decoders(family), 100)
+    with_models(check_decoder, decoders(family), 50)
 
 
 @pytest.mark.slow

@@ -25,20 +25,26 @@ from tests.upstream.storages import Storages
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 
-def errors(n: int, dtype: torch.dtype, *, qk_norm: bool = False, device: str = "cpu") -> tuple[float, float]:
-    """Return the relative errors of attention against float64, with the bias in the keys and with upstream's bias."""
+def errors(
+    n: int, dtype: torch.dtype, *, qk_norm: bool = False, device: str = "cpu", every: int = 1
+) -> tuple[float, float]:
+    """Return the relative errors of attention against float64, with the bias in the keys and with upstream's bias.
+
+    Attention is computed for each `every`-th of 16 heads.
+    """
     torch.manual_seed(0)
-    h, d = 16, 16  # the slopes of 16 heads are 0.004 to 0.7, half of them not powers of two
+    h, d = len(range(0, 16, every)), 16  # the slopes of 16 heads are 0.004 to 0.7, half of them not powers of two
     rows = torch.arange(n - 1, -1, -(n // 128), device=device)
     q, k, v = (torch.randn(1, h, n, d).to(device) for _ in range(3))
     q, k = (normalize(t, dim=-1) for t in (q, k)) if qk_norm else (2 * q, 2 * k)
     q, k, v = (t.to(dtype) for t in (q, k, v))
-    alibi = AlibiPositionalBias(h, h).to(device, dtype)
+    alibi = AlibiPositionalBias(16, 16).to(device, dtype)
+    row, slopes = alibi.row(n)[::every], alibi.slopes[::every]
     layer = attend.Attend(UpstreamAttend(causal=True, flash=True, heads=h, scale=10.0 if qk_norm else None))
     layer.bias_in_keys = True
-    keys, _ = layer(q, k, v, attn_bias=alibi.row(n), causal=True)
+    keys, _ = layer(q, k, v, attn_bias=row, causal=True)
     distance = rows[:, None] - torch.arange(n, device=device)
-    bias = (-distance * alibi.slopes).masked_fill(distance < 0, -(2.0**14))
+    bias = (-distance * slopes).masked_fill(distance < 0, -(2.0**14))
     upstreams, _ = layer(q[:, :, rows], k, v, attn_bias=bias.to(dtype), causal=False)
     exact, _ = layer(q[:, :, rows].double(), k.double(), v.double(), attn_bias=bias.double(), causal=False)
     ours, theirs = ((found - exact).norm() / exact.norm() for found in (keys[:, :, rows], upstreams))
@@ -60,10 +66,10 @@ def test_the_error_against_float64_is_that_of_upstreams_bias(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [4096, 16384, 32768])
+@pytest.mark.parametrize("n", [4096, 32768])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_error_against_float64_does_not_grow_with_the_length(dtype: torch.dtype, n: int) -> None:
-    ours, theirs = errors(n, dtype)
+    ours, theirs = errors(n, dtype, every=5)  # slopes of 0.7 to 0.004, two of the four not powers of two
     assert ours <= 1.2 * theirs
 
 

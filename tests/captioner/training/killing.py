@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from palme_xt.captioner.training import loop as training  # noqa: F401  # imported before the forks
+import palme_xt.cli.train  # noqa: F401  # imported before the forks
 from palme_xt.captioner.training.checkpoint import CHECKPOINT
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
@@ -28,7 +28,7 @@ from tests.captioner.captioned import TINY
 
 STEPS = 12
 OPTIONS = [
-    *(f"--steps={STEPS}", "--batch_size=4", "--save_every=2", "--eval_every=5", "--held_out=6"),
+    *(f"--steps={STEPS}", "--batch_size=4", "--save_every=2", "--eval_every=6", "--held_out=6", "--eval_images=2"),
     # The results depend on Python's generator and on torch's.
     *("--decoder_kwargs.layer_dropout=0.2", "--decoder_kwargs.attn_dropout=0.1"),
 ]

@@ -1,10 +1,15 @@
-"""Train on CPUs: `python -m tests.captioner.training.process {ddp|fsdp2} train ...`, as torchrun starts it."""
+"""Train on CPUs: `python -m tests.captioner.training.process {ddp|fsdp2} train ...`, as torchrun starts it.
+
+`forked` is the same in a process that is forked after the imports, which take longer than the training.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-import palme_xt.captioner.training.loop  # noqa: F401  # as in a real process, before there is a group of processes
+import palme_xt.cli.train  # noqa: F401  # as in a real process, before there is a group of processes
 from palme_xt.cli import main
 
 
@@ -54,17 +59,31 @@ def threads_of_gloo() -> list[str]:
     return [name for name in names if "gloo" in name]
 
 
-if __name__ == "__main__":
+def run(how: str, *arguments: str) -> int | str:
+    """Run the command line, and return the exit code, or an error."""
     torch.set_num_threads(1)
-    how, *arguments = sys.argv[1:]
-    state = Accelerator(cpu=True).state
+    Accelerator(cpu=True)
     if how == "fsdp2":
         shard()
     if arguments[0] == "interrupted":
         interrupt_the_second_at_step_3()
         arguments = arguments[1:]
-    code = main(arguments)
+    code = main(list(arguments))
     # After sharding, the threads stay: torch 2.13 has caches that hold the group, and no public way to clear them.
     if how == "ddp" and (left := threads_of_gloo()):
-        sys.exit(f"threads of gloo are left: {left}")
-    sys.exit(code)
+        return f"threads of gloo are left: {left}"
+    return code
+
+
+def forked(environment: Mapping[str, str], out: Path, err: Path, how: str, *arguments: str) -> None:
+    """Run the command line in this process, and end it, with what is printed in files."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, path in (1, out), (2, err):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    warnings.simplefilter("ignore")
+    sys.exit(run(how, *arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(run(*sys.argv[1:]))

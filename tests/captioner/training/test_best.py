@@ -251,7 +251,7 @@ def test_augmentation_changes_what_is_trained(folder: Path, tmp_path: Path) -> N
         ("augmented", ["--augment"]),
         ("with a reader", ["--augment", "--num_workers=1"]),
     ):
-        assert main(["train", f"--data={folder}", *SHORT, *option, f"--run={tmp_path / name}"]) == 0
+        assert main(["train", f"--data={folder}", *SHORT, "--eval_every=9", *option, f"--run={tmp_path / name}"]) == 0
         weights.append(last(tmp_path / name))
     assert not same(weights[0], weights[1])
     assert same(weights[1], weights[2])

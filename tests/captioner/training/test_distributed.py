@@ -8,6 +8,8 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,8 @@ from palme_xt.captioner.training.loop import _share
 from palme_xt.captioner.training.run import Run
 from palme_xt.cli import main
 from tests.captioner.captioned import TINY, spoil, write_folder
+from tests.captioner.training.process import forked
+from tests.forks import FORKS
 from tests.test_cli import fails
 
 TOLERANCE = 1e-5
@@ -38,30 +42,52 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(how: str, *arguments: str) -> tuple[list[int], str, str]:
-    """Start two processes as torchrun does, and return their exit codes, what they printed, and their errors."""
+def environments() -> list[dict[str, str]]:
+    """Return the environments of two processes that torchrun starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "ACCELERATE_USE_CPU": "true"}
+    return [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+Ended = tuple[list[int | None], str, str]
+
+
+def launch(how: str, *arguments: str) -> Ended:
+    """Start two processes as torchrun does, and return their exit codes, what they printed, and their errors."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.captioner.training.process", how, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment,
         )
-        for rank in range(2)
+        for environment in environments()
     ]
     with ThreadPoolExecutor() as readers:
         printed = list(readers.map(subprocess.Popen.communicate, processes))
     return [process.returncode for process in processes], printed[0][0] + printed[1][0], printed[0][1] + printed[1][1]
 
 
-def train(how: str, *arguments: str) -> str:
-    codes, out, err = launch(how, "train", *arguments)
+def fork(how: str, *arguments: str) -> Ended:
+    """Do what `launch` does with forks of a process that has imported everything. They do not exit as others do."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [(Path(folder, f"out{rank}"), Path(folder, f"err{rank}")) for rank in range(2)]
+        pairs = zip(environments(), files, strict=True)
+        forks = [FORKS.Process(target=forked, args=(env, *each, how, *arguments)) for env, each in pairs]
+        for each in forks:
+            each.start()
+        for each in forks:
+            each.join()
+        out, err = ("".join(path.read_text() for path in paths) for paths in zip(*files, strict=True))
+    return [each.exitcode for each in forks], out, err
+
+
+def train(how: str, *arguments: str, start: Callable[..., Ended] = fork) -> str:
+    codes, out, err = start(how, "train", *arguments)
     assert codes == [0, 0], err[-3000:]
     return out
 
@@ -92,17 +118,17 @@ def alone(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("how", "options"),
+    ("how", "options", "start"),
     [
-        ("ddp", []),
-        pytest.param("ddp", ["--gradient_accumulation_steps=2"], marks=pytest.mark.slow),
-        pytest.param("fsdp2", ["--gradient_accumulation_steps=2"], marks=pytest.mark.slow),
+        ("ddp", [], launch),
+        pytest.param("ddp", ["--gradient_accumulation_steps=2"], fork, marks=pytest.mark.slow),
+        pytest.param("fsdp2", ["--gradient_accumulation_steps=2"], launch, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_what_one_trains(
-    how: str, options: list[str], folder: Path, alone: Path, tmp_path: Path
+    how: str, options: list[str], start: Callable[..., Ended], folder: Path, alone: Path, tmp_path: Path
 ) -> None:
-    out = train(how, f"--data={folder}", *TRAIN, *options, f"--run={tmp_path / 'run'}")
+    out = train(how, f"--data={folder}", *TRAIN, *options, f"--run={tmp_path / 'run'}", start=start)
     assert (losses(tmp_path / "run") - losses(alone)).abs().max() < TOLERANCE
     assert differ(tmp_path / "run", alone) < TOLERANCE
     assert progress(tmp_path / "run") == progress(alone)
@@ -122,7 +148,7 @@ def test_many_processes_resume_bitwise(how: str, folder: Path, tmp_path: Path) -
     options = [f"--data={folder}", *TRAIN, "--streaming", "--decoder_kwargs.attn_dropout=0.2"]
     train(how, *options, f"--run={tmp_path / 'whole'}")
     # After a signal to one of them, both stop after the same step.
-    codes, _, err = launch(how, "interrupted", "train", *options, f"--run={tmp_path / 'told'}")
+    codes, _, err = fork(how, "interrupted", "train", *options, f"--run={tmp_path / 'told'}")
     assert codes == [130, 130], err[-3000:]
     assert progress(tmp_path / "told")["step"] == 3
     train(how, f"--resume={tmp_path / 'told'}")
