@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Image, List
 
 from palme_xt import PalmEConfig
 from palme_xt.captioner.data.batches import Batch, DataError, Defect, Example, Source, load_batches
@@ -27,16 +27,13 @@ CROSS = replace(CONFIG, image_token=None, cross_attend=True)
 TOKENIZER = ByteTokenizer()
 
 
-def load(rows: Sequence[Mapping[str, Any]], to: Path, config: PalmEConfig = CONFIG, **options: Any) -> list[Source]:
-    """Return the sources of rows with the numbers of their images, of which one group is held out by default."""
-    columns = {name: Value("string") for name in rows[0] if isinstance(rows[0][name], str)}
-    images: Any = List(Image()) if any(isinstance(row["image"], list) for row in rows) else Image()
-    encoded = [row | {"image": embedded(row["image"])} for row in rows]
-    typed = Features({**columns, "image": images}) if len(columns) + 1 == len(rows[0]) else None
-    data = Dataset.from_list([dict(row) for row in encoded], features=typed)
-    data.to_parquet(to / "rows.parquet") if typed is None else data.save_to_disk(to / "rows")
-    path = str(to / ("rows.parquet" if typed is None else "rows"))
-    return [*load_data(Data(path, **{"held_out": "1"} | options), config, preprocessing(), TOKENIZER, **HOW)]
+def load(rows: Sequence[dict[str, Any]], to: Path, config: PalmEConfig = CONFIG, **options: Any) -> list[Source]:
+    """Return the sources of rows, whose images are numbers of pictures. By default, one group of rows is held out."""
+    several = any(isinstance(row["image"], list) for row in rows)
+    data = Dataset.from_list([row | {"image": embedded(row["image"])} for row in rows])
+    data.cast_column("image", List(Image()) if several else Image()).save_to_disk(to / "rows")
+    named = Data(str(to / "rows"), **{"held_out": "1"} | options)
+    return [*load_data(named, config, preprocessing(), TOKENIZER, **HOW)]
 
 
 HOW: dict[str, int] = {"seed": 0, "max_held_out": 100}
@@ -137,9 +134,9 @@ def test_messages_are_turns(tmp_path: Path) -> None:
 
 
 def test_messages_may_be_strings(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "<image> or <image>?"}, {"role": "assistant", "content": "the first"}]
-    rows = [{"image": [number, 9], "messages": messages} for number in range(2)]
-    rows += [{"image": [8, 8], "messages": [messages[1], *messages]}]  # begins with the assistant
+    messages: Any = [{"role": "user", "content": "<image> or <image>?"}, {"role": "assistant", "content": "the first"}]
+    rows: list[dict[str, Any]] = [{"image": [number, 9], "messages": messages} for number in range(2)]
+    rows.append({"image": [8, 8], "messages": [messages[1], *messages]})  # begins with the assistant
     *_, third = read(load(rows, tmp_path), 3)
     assert isinstance(third, Example)
     assert read_text(third.text)[0] == "^the first$# or #?\nthe first$"
@@ -154,7 +151,7 @@ def test_without_an_image_token_questions_are_their_text(tmp_path: Path) -> None
 
 
 def test_defects_of_questions(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": [0, 1], "question": "<image>?", "answer": "yes"},
         {"image": [2], "question": "?", "answer": " "},
         {"image": [3], "question": "?", "answer": "much too long " * 9},
@@ -234,19 +231,19 @@ def test_captions_of_several_images(tmp_path: Path) -> None:
             assert torch.equal(row.imgs, pixels(*images))
 
 
-def test_a_folder_may_have_questions_about_several_files(tmp_path: Path) -> None:
-    for number in range(4):
-        (tmp_path / f"{number}.png").write_bytes(content(number))
-    lines = [
-        {"images_file_names": [f"{n}.png", f"{n + 1}.png"], "question": "<image>or <image>?", "answer": f"{n}"}
-        for n in (0, 2)
-    ]
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_folder_may_have_questions_about_several_files(chat: bool, tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = []
+    for number in (0, 2):
+        for each in (number, number + 1):
+            (tmp_path / f"{each}.png").write_bytes(content(each))
+        names, question, answer = [f"{number}.png", f"{number + 1}.png"], "<image>or <image>?", f"{number}"
+        turn = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        texts = {"messages": turn} if chat else {"question": question, "answer": answer}
+        lines.append({"images_file_names": names} | texts)
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = Data(str(tmp_path), held_out="1")
-    sources = load_data(data, CONFIG, preprocessing(), TOKENIZER, **HOW)
-    for source in sources:
-        (row,) = source.read(range(1))
-        assert isinstance(row, Example)
+    for source in load_data(Data(str(tmp_path), held_out="1"), CONFIG, preprocessing(), TOKENIZER, **HOW):
+        row = example(source, 0)
         number = int(row.answers[0])
         assert torch.equal(row.imgs, pixels(number, number + 1))
         assert read_text(row.text)[0] == f"^#or #?\n{number}$"
@@ -266,6 +263,12 @@ class Rows(Source):
         text = written(turns, TOKENIZER, self.config.image_token)
         img = torch.rand(images, 3, 16, 16, generator=torch.Generator().manual_seed(number))
         return Example(img, f"{number}", [turns[-1].answer], [text])
+
+
+def example(source: Source, number: int) -> Example:
+    row = source.row(number)
+    assert isinstance(row, Example)
+    return row
 
 
 def batch(source: Source, config: PalmEConfig = CONFIG) -> Batch:

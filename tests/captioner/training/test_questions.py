@@ -24,9 +24,11 @@ from palme_xt.captioner.training.task import Task
 from palme_xt.captioner.turns import Turn, written
 from palme_xt.cli import main
 from tests.captioner.captioned import TINY, content
-from tests.captioner.data.test_questions import CONFIG, CROSS, Rows
+from tests.captioner.data.test_questions import CONFIG, CROSS, Rows, example
+from tests.captioner.training.test_distributed import TOLERANCE, differ, losses, train
 
 TOKENIZER = ByteTokenizer()
+CONFIG, CROSS = (replace(config, max_seq_len=40) for config in (CONFIG, CROSS))
 CONFIGS = [CONFIG, CROSS, replace(CONFIG, use_abs_pos_emb=True, rotary_xpos=False, alibi_pos_bias=False)]
 CPU = torch.device("cpu")
 
@@ -54,7 +56,7 @@ def batch_of(task: Task) -> Batch:
 
 def alone(task: Task, number: int) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the images of a row as a model reads them, and its prompt, text and target mask, `(1, n)`."""
-    row = task.rows.row(number)
+    row = example(task.rows, number)
     ids, learned = map(torch.tensor, row.text)
     images = row.imgs[None]
     if task.config.image_token is not None:
@@ -103,7 +105,7 @@ def test_predicted_answers_are_what_each_row_alone_gives(config: PalmEConfig) ->
 
 def test_a_long_prompt_takes_no_room_from_others() -> None:
     model = model_of(task_of(CONFIG))
-    long, short = (torch.tensor(written([Turn("?" * n, "")], TOKENIZER, None).ids[:-1]) for n in (70, 2))
+    long, short = (torch.tensor(written([Turn("?" * n, "")], TOKENIZER, None).ids[:-1]) for n in (30, 2))
     together = answers(model, [long, short], TOKENIZER, {"img": [None, None]})
     separately = [answers(model, [prompt], TOKENIZER, {"img": [None]})[0] for prompt in (long, short)]
     assert together == separately
@@ -121,7 +123,7 @@ def test_several_images_are_one_longer_context(counts: list[int]) -> None:
     shown, learned = task.inputs(batch, CPU)
     assert shown["img"].shape == ((3, 3, 16, 16) if max(counts) == 1 else (3, 2, 3, 16, 16))
     assert ("context_mask" in shown) == (max(counts) > 1)  # rows of one image cost nothing more
-    contexts = [model.encode(task.rows.row(number).imgs).flatten(0, 1) for number in range(3)]
+    contexts = [model.encode(example(task.rows, number).imgs).flatten(0, 1) for number in range(3)]
     mask = torch.arange(4 * max(counts)) < 4 * torch.tensor(counts)[:, None]
     padded = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True)
     expected = model(None, context=padded, context_mask=mask, **learned)
@@ -176,16 +178,19 @@ def write_data(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False])
-def test_questions_are_trained_on_and_resumed(inside: bool, tmp_path: Path) -> None:
-    data, run = write_data(tmp_path / "data"), tmp_path / "run"
-    options = ["--image_token=258", "--num_tokens=259"] if inside else []
-    train = ["train", f"--data={data}", "--batch_size=4", "--held_out=4", *TINY, *options]
-    assert main([*train, "--steps=4", "--save_every=2", f"--run={run}"]) == 0
-    found = json.loads((run / EVALUATION).read_text())
+def test_two_processes_learn_the_questions_that_one_learns(inside: bool, tmp_path: Path) -> None:
+    options = [f"--data={write_data(tmp_path / 'data')}", "--batch_size=2", "--held_out=4", "--steps=6", *TINY]
+    options += ["--image_token=258", "--num_tokens=259"] if inside else []  # some batches are text alone
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert main(["train", *options, f"--run={alone}"]) == 0
+    train("ddp", *options, f"--run={together}")
+    assert (losses(together) - losses(alone)).abs().max() < TOLERANCE
+    assert differ(together, alone) < TOLERANCE
+    found, other = (json.loads((run / EVALUATION).read_text()) for run in (alone, together))
+    assert found["predicted"] == other["predicted"]
     assert len(found["predicted"]) == len(found["references"]) == 4
     assert {reference for (reference,) in found["references"]} <= {"0", "1", "2"}
-    assert (run / "samples.png").is_file()
-    assert main(["train", f"--resume={run}", "--steps=6"]) == 0
-    weights = (run / "checkpoint.safetensors").read_bytes()
-    assert main([*train, "--steps=6", "--save_every=2", f"--run={tmp_path / 'whole'}"]) == 0
-    assert len(weights) == len((tmp_path / "whole" / "checkpoint.safetensors").read_bytes())
+    assert (alone / "samples.png").is_file()
+    if inside:
+        assert main(["train", f"--resume={alone}", "--steps=7"]) == 0
+        assert len(losses(alone)) == len(losses(together)) + 2
