@@ -15,8 +15,9 @@ from einops import rearrange
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from palme_xt.captioner.data.batches import Example, Source, image_positions
+from palme_xt.captioner.data.batches import Example, Source, positions
 from palme_xt.captioner.tokenizer import Tokenizer
+from palme_xt.captioner.turns import IMAGE, Turn, written
 from palme_xt.config import PalmEConfig
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -100,12 +101,13 @@ class Scenes(Source):
     def __init__(
         self, scans: Scans, config: PalmEConfig, tokenizer: Tokenizer, *, block: int, seed: int, jitter: float = 0.0
     ) -> None:
-        longest = len(tokenizer.encode(LONGEST_CAPTION)) + image_positions(config)
+        self._write = partial(written, tokenizer=tokenizer, image_token=config.image_token)
+        longest = positions(self._write([Turn(IMAGE, LONGEST_CAPTION)]).ids, config)
         if config.max_seq_len < longest:
             raise ValueError(f"max_seq_len={config.max_seq_len} must be at least {longest} for the longest caption")
         if config.image_size < 8:
             raise ValueError(f"image_size={config.image_size} must be at least 8 pixels to show digits")
-        self.tokenizer, self.block, self.seed = tokenizer, block, seed
+        self.block, self.seed = block, seed
         size, channels = config.image_size, config.channels
         self._draw = partial(compose, scans, block, image_size=size, channels=channels, jitter=jitter)
         self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
@@ -119,4 +121,4 @@ class Scenes(Source):
             self._drawn = block, *self._draw(generator=torch.Generator().manual_seed(mixed % 2**63))
         _, img, captions = self._drawn
         caption = captions[place]
-        return Example(img[place], f"scene {number}", [caption], [self.tokenizer.encode(caption)])
+        return Example(img[place, None], f"scene {number}", [caption], [self._write([Turn(IMAGE, caption)])])
