@@ -1,7 +1,7 @@
 """Write captions, and questions with their answers, as token ids.
 
 A text is BOS and its turns. A turn is a question, a line break, the answer and EOS; a caption is an answer without a
-question. Only answers and their EOS are learned.
+question, and without the line break. Only answers and their EOS are learned.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ IMAGE = "<image>"  # stands for an image in questions, as in the data sets of LL
 
 
 class Turn(NamedTuple):
-    """A question, empty for captions, in which `<image>` stands for each image, and its answer."""
+    """A question, in which `<image>` stands for each image and which is that alone for captions, and its answer."""
 
     question: str
     answer: str
@@ -39,11 +39,11 @@ def written(turns: Sequence[Turn], tokenizer: Tokenizer, image_token: int | None
 
 def question_ids(question: str, tokenizer: Tokenizer, image_token: int | None) -> list[int]:
     """Return the token ids of a question and its line break, with the `image_token`, if any, for each `<image>`."""
-    ids = list[int]()
+    ids, asks = list[int](), question.replace(IMAGE, "") != ""
     *before, last = question.split(IMAGE)
     for piece in before:
         ids += [*tokenizer.encode(piece)[1:-1], *([] if image_token is None else [image_token])]
-    return ids + tokenizer.encode(f"{last}\n" if last else "")[1:-1]
+    return ids + tokenizer.encode(f"{last}\n" if asks else "")[1:-1]
 
 
 def with_images(questions: Sequence[str], images: int) -> list[str]:

@@ -125,7 +125,7 @@ def test_messages_are_turns(tmp_path: Path) -> None:
     first, second = read(load(rows, tmp_path), 2)
     assert isinstance(first, Example)
     assert isinstance(second, Example)
-    assert read_text(first.text) == ("^#one? \nyes$two? #no$", "........yes$......no$")
+    assert read_text(first.text) == ("^#one? \nyes$two? #\nno$", "........yes$.......no$")
     assert read_text(second.text) == ("^##be kind\nboth?\nboth$", "." * 17 + "both$")
     assert torch.equal(first.imgs, pixels(0, 1))
     assert not torch.equal(first.imgs, pixels(1, 0))
