@@ -207,9 +207,10 @@ class ImageTexts(Texts):
 
     def next_logits(self) -> Tensor:
         """Return the logits `(b, v)` of the next token of each text."""
-        inputs = self.inputs
-        if self.cache is None or self.ids.shape[1] > self.window:
-            self.inputs = reading(self.model, inputs, self.ids, self.images, window=min(self.window, self.ids.shape[1]))
+        inputs, n = self.inputs, self.ids.shape[1]
+        unread = min(n, self.window) if self.cache is None or n > self.window else n - self.cache.cache_length
+        if unread > 1 or self.cache is None:
+            self.inputs = reading(self.model, inputs, self.ids, self.images, window=unread)
         logits = super().next_logits()
         self.inputs = inputs
         return logits
