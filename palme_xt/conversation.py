@@ -90,7 +90,8 @@ class Conversation:
         """
         model, net, texts = self.model, self.model.decoder.net, list[loop.Texts]()
         embeds = [torch.cat(self._images)] if self._images else None
-        request = SamplingRequest(None, self.ids, seq_len, **self._context, image_embeds=embeds, **how)
+        how |= {"seq_len": seq_len}
+        request = SamplingRequest(None, self.ids, **self._context, image_embeds=embeds, **how)
         if request.num_return_sequences != 1:
             raise ValueError(f"num_return_sequences={request.num_return_sequences} must be 1 in a conversation")
         start = model._start(request, {})

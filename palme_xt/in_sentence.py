@@ -34,6 +34,7 @@ class Sentences:
     Attributes:
         ends: `(b, n)`, the number of positions up to each token, itself included.
         images: `(b, m * p + 1, e)`, the projected embeddings of the images of each sample, one after another.
+        p: The number of embeddings of an image.
 
     Raises:
         ValueError: If the batch sizes differ, or a sample has not as many placeholders as images.
@@ -60,6 +61,7 @@ class Sentences:
 
         rule = f"text must have one placeholder, image_token={model.config.image_token}, for each image of its sample"
         require((placeholders == counts).all(), describe, rule)
+        self.p: int = p
         self.ends = ends = torch.where(places, p, 1).cumsum(dim=1)
         # For each position, the number of tokens that ended before it: the index of its own.
         size = text.shape[1] + m * (p - 1)
@@ -130,7 +132,7 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Any, **given: A
     Raises:
         TypeError, ValueError: As in `PalmE.forward`.
     """
-    config, text, mask, images = model.config, text.long(), given["target_mask"], None
+    config, text, mask, sentences = model.config, text.long(), given["target_mask"], None
     ignored = config.ignore_index
     if getattr(model.decoder.net, "ff_deep_embed", None) is not None:
         raise ValueError("transformer_kwargs['ff_deep_embed'] reads token ids, which images do not have: leave it out")
@@ -147,14 +149,14 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Any, **given: A
     if model.projection is not None or given["image_embeds"] is not None:
         sentences = Sentences(model, read, encode_images(model, img, given["image_embeds"]))
         targets = sentences.spread(targets.masked_fill(read == config.image_token, ignored), ignored)
-        read, images = sentences.spread(read, config.pad_value), sentences.images
+        read = sentences.spread(read, config.pad_value)
     rule = "text must have a target after its first token, which is no image_token and which neither prompt_lens nor "
     rule += "target_mask leaves out, or the loss is nan: drop such batches"
     require((targets[:, 1:] != ignored).any(), lambda: "", rule)
     return (
         token_ids(targets, config, "text"),
         None,
-        reading(model, inputs, read, images, targets.where(targets != ignored, config.pad_value)),
+        reading(model, inputs, read, sentences, targets.where(targets != ignored, config.pad_value)),
     )
 
 
@@ -165,7 +167,7 @@ def score(model: Any, img: Any, text: Tensor, places: Tensor, inputs: dict[str, 
     """
     sentences = Sentences(model, text, encode_images(model, img, inputs.pop("image_embeds", None)))
     text, places = sentences.spread(text, model.config.pad_value), sentences.ends.take_along_dim(places, dim=1) - 1
-    return text, places, reading(model, inputs, text[:, :-1], sentences.images)
+    return text, places, reading(model, inputs, text[:, :-1], sentences)
 
 
 def prepare(model: Any, request: Request) -> Any:
@@ -189,7 +191,7 @@ def prepare(model: Any, request: Request) -> Any:
         return found.index_fill(-1, token, -torch.inf) if right else found
 
     request.logits_processor = allow
-    return lambda *args: ImageTexts(*args, model=model, images=sentences.images)
+    return lambda *args: ImageTexts(*args, model=model, sentences=sentences)
 
 
 class ImageTexts(Texts):
@@ -198,19 +200,23 @@ class ImageTexts(Texts):
     Args:
         *args: As in `Texts`.
         model: A `PalmE` with an `image_token`.
-        images: As in `Sentences`.
+        sentences: What the texts begin with.
     """
 
-    def __init__(self, *args: Any, model: Any, images: Tensor) -> None:
+    def __init__(self, *args: Any, model: Any, sentences: Sentences) -> None:
         super().__init__(*args)
-        self.model, self.images = model, images
+        self.model, self.images, self.p = model, sentences.images, sentences.p
 
     def next_logits(self) -> Tensor:
         """Return the logits `(b, v)` of the next token of each text."""
         inputs, n = self.inputs, self.ids.shape[1]
         unread = min(n, self.window) if self.cache is None or n > self.window else n - self.cache.cache_length
+        # x-transformers 2.26.0 to 2.31.10 takes no `attn_mask` with a cache.
+        masked = self.model.config.image_attention == "full" and unread > 1
+        if masked and (self.ids[:, -unread:] == self.model.config.image_token).any():
+            self.cache, unread = None, min(n, self.window)
         if unread > 1 or self.cache is None:
-            self.inputs = reading(self.model, inputs, self.ids, self.images, window=unread)
+            self.inputs = reading(self.model, inputs, self.ids, self, window=unread, cached=self.cache is not None)
         logits = super().next_logits()
         self.inputs = inputs
         return logits
@@ -221,29 +227,37 @@ class ImageTexts(Texts):
         self.images = self.images[rows]
 
 
-def reading(model: Any, inputs: Any, ids: Tensor, images: Any, fed: Any = None, window: int = 0) -> Any:
-    """Return `inputs` with the keyword with which the network reads sentences.
+def reading(
+    model: Any, inputs: Any, ids: Tensor, sentences: Any, fed: Any = None, window: int = 0, cached: bool = False
+) -> Any:
+    """Return `inputs` with the keywords with which the network reads sentences.
 
     Args:
         model: A `PalmE`.
         inputs: Other keywords of the network.
         ids: The sentences `(b, N)`, with the placeholder at each position of an image.
-        images: As in `Sentences`, or None without an `image_token`.
+        sentences: What has `images` and `p` as in `Sentences`, or None without an `image_token`.
         fed: Ids `(b, N)` that the network is called with instead of `ids`.
         window: How many of the last positions the network is called with. 0 is all.
+        cached: Whether a cache has the other positions. Then, no position of the window is in an image unless images
+            are causal.
 
     Raises:
-        ValueError: If `inputs` has the keyword.
+        ValueError: If `inputs` has one of the keywords.
     """
-    if inputs.get(KEYWORD) is not None:
-        raise ValueError(f"{KEYWORD} is given, but images and prompts are read by means of it: leave it out")
-    token_emb = model.decoder.net.token_emb
+    full = model.config.image_attention == "full" and not cached
+    for name in (KEYWORD, *(("attn_mask", "causal", "prepend_embeds", "mems") if full else ())):
+        if inputs.get(name) is not None:
+            raise ValueError(f"{name} is given, but images and prompts are read by means of it: leave it out")
+    token_emb, places = model.decoder.net.token_emb, ids == model.config.image_token
+    if full:
+        inputs = inputs | full_attention(places, sentences.p, window)
 
     def replace(embeddings: Tensor) -> Tensor:
         found: Tensor = embeddings if fed is None else token_emb(ids)
-        if images is None:
+        if sentences is None:
             return found
-        places = ids == model.config.image_token
+        images = sentences.images
         order = (places.cumsum(dim=1) - 1).clamp(0, images.shape[1] - 1)
         # Not `take_along_dim`, which fixes the sizes of a graph (torch 2.15).
         own = images.gather(1, order[..., None].expand(-1, -1, images.shape[-1]))
@@ -253,3 +267,17 @@ def reading(model: Any, inputs: Any, ids: Tensor, images: Any, fed: Any = None, 
         return inputs | {KEYWORD: replace}
     embeddings = token_emb((ids if fed is None else fed)[:, -window:])
     return inputs | {KEYWORD: replace(embeddings) - embeddings}
+
+
+def full_attention(places: Tensor, p: int, window: int) -> dict[str, Any]:
+    """Return the keywords with which the network is causal, except between the embeddings of one image.
+
+    Args:
+        places: `(b, N)`, True at the embeddings of images.
+        p: The number of embeddings of an image.
+        window: How many of the last positions the network is called with. 0 is all.
+    """
+    image = torch.where(places, (places.cumsum(dim=1) + p - 1) // p, 0)[:, -window:]  # its number in the text, or 0
+    same = (image[:, :, None] == image[:, None]) & places[:, None, -window:]
+    place = torch.arange(image.shape[1], device=places.device)
+    return {"attn_mask": (same | (place <= place[:, None]))[:, None], "causal": False}

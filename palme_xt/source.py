@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import palme_xt
@@ -34,9 +35,15 @@ def forward(img, text, **kwargs):
     embeds[places] = images.flatten(0, 1)
     embeds = embeds.unflatten(0, (len(text), -1))
     targets = text.flatten().repeat_interleave(counts)
-    targets = targets.masked_fill(places, decoder.ignore_index).view(len(text), -1)
+    targets = targets.masked_fill(places, decoder.ignore_index).view(len(text), -1){mask}
     return decoder(targets, transform_token_embeds=lambda _: embeds, **kwargs)
 '''
+
+_FULL_ATTENTION = """
+    places = places.view(len(text), -1)
+    image = (places.cumsum(dim=1) - 1) // images.shape[1]
+    same = places[:, None] & places[..., None] & (image[:, None] == image[..., None])
+    kwargs |= {"attn_mask": (same | torch.ones_like(same).tril())[:, None], "causal": False}"""
 
 _LOAD = """weights = load_file({weights})
 for prefix, module in {{{modules}}}.items():
@@ -95,6 +102,8 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     if config.external_encoder is not None:
         wrong = f"external_encoder={config.external_encoder!r} cannot be printed, because no argument describes it"
         raise ValueError(f"{wrong}: print dataclasses.replace(config, external_encoder=None), and replace the ViT")
+    if config.image_attention == "full":
+        config = replace(config, attn_flash=False)  # upstream's flash attention is always causal (2.26.0 to 2.31.10)
     for part in MAPPING:
         to_json_types(getattr(config, f"{part}_kwargs"), f"{part}_kwargs")
     # Upstream's own Decoder is enough if ALiBi and rotary positions are not both on.
@@ -108,7 +117,8 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     if config.image_token is not None:
         width = config.transformer_kwargs.get("emb_dim") or config.decoder_dim
         projection = [f"projection = nn.Linear({config.encoder_dim}, {width})\n"]
-        forward = _FORWARD_IN_SENTENCE.format(token=config.image_token)
+        mask = _FULL_ATTENTION if config.image_attention == "full" else ""
+        forward = _FORWARD_IN_SENTENCE.format(token=config.image_token, mask=mask)
     modules = _PARTS_IN_SENTENCE if projection else _PARTS
     sections = [
         f'"""PalmE as an x-transformers program, printed by palme_xt {palme_xt.__version__}."""\n',

@@ -61,7 +61,8 @@ def at_once(model: PalmE, turns: list[tuple[Tensor, Any]], text: Tensor, n: int 
     inside = [img for _, img in turns if img is not None]
     values = logits(model.eval(), [torch.cat(inside)] if inside else None, text)[0]  # type: ignore[arg-type]
     p = (model.config.image_size // model.config.patch_size) ** 2
-    ends = torch.where(text[0] == (model.config.image_token or -1), p, 1).cumsum(dim=0)
+    token = -1 if model.config.image_token is None else model.config.image_token
+    ends = torch.where(text[0] == token, p, 1).cumsum(dim=0)
     first = len(turns[0][0])
     places = [*range(first, first + n), *range(text.shape[1] - n, text.shape[1])]
     return values[ends[places] - 2].detach()
