@@ -45,12 +45,13 @@ def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:
     if given.get("image_token") is not None:
         given["cross_attend"] = False
         if getattr(layers, "cross_attend", False):
-            raise ValueError(
-                f"image_token={given['image_token']} is for a decoder without cross-attention: leave it out"
-            )
+            found = f"image_token={given['image_token']}"
+            raise ValueError(f"{found} is for a decoder without cross-attention: leave it out")
     if given.get("image_attention") == "full" and not hasattr(layers, "alibi"):
-        wrong = "image_attention='full' needs the decoder of palme_xt: upstream's flash attention is always causal"
-        raise ValueError(f"{wrong}; build PalmE from its arguments, and load the modules' state dicts")
+        remedy = "load the modules' state dicts into PalmE.from_config(config)"
+        raise ValueError(
+            f"image_attention='full' needs the decoder of palme_xt, whose masks replace causality: {remedy}"
+        )
     wanted = given.get("cross_attend") and isinstance(layers, Decoder) and not layers.cross_attend
     config = describe(encoder, decoder, **given | ({"cross_attend": False} if wanted else {}))
     difference = find_difference(config, encoder, decoder)

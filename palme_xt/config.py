@@ -184,8 +184,9 @@ class PalmEConfig:
         if self.image_token is not None and self.image_token in others:
             raise ValueError(f"image_token={self.image_token} is pad_value, bos_token or eos_token: use another id")
         if self.image_attention not in (["causal"] if self.image_token is None else ["causal", "full"]):
-            rule = "must be 'causal', or 'full' in a model with an image_token"
-            raise ValueError(f"image_attention={self.image_attention!r} {rule}")
+            raise ValueError(
+                f"image_attention={self.image_attention!r} must be 'causal', or 'full' with an image_token"
+            )
 
     def _check_combinations(self) -> None:
         """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with or ignores."""
@@ -196,11 +197,8 @@ class PalmEConfig:
             ("transformer", "logits_dim", "must be num_tokens", given.get("logits_dim") == self.num_tokens),
             ("transformer", "tie_embedding", "needs emb_dim=decoder_dim", same_dim),
             ("autoregressive", "add_attn_z_loss", "needs attn_flash=False", not flash),
-            *(
-                (part, name, "needs image_attention='causal'", self.image_attention != "full")
-                for part, name in _NO_MASK
-            ),
         ]
+        rules += [(*place, "needs image_attention='causal'", self.image_attention != "full") for place in _NO_MASK]
         for part in "encoder", "decoder":
             given = getattr(self, f"{part}_kwargs")
             several = given.get("num_residual_streams", 1) != 1 or any(given.get(name) for name in _RESIDUALS)

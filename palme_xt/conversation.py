@@ -65,49 +65,41 @@ class Conversation:
         with loop.evaluating(model):
             if img is not None or image_embeds is not None:
                 given = [None if value is None else [value] for value in (img, image_embeds)]
-                (own,) = encode_images(model, *given)
-                images = [*images, own] if len(own) else images
-                encode_images(model, None, images or None)  # checks that all images have the same p
+                # The second call checks that all images have the same p.
+                images = encode_images(model, None, [*images, *encode_images(model, *given)])
             if model.projection is not None:
                 Sentences(model, ids, images[len(self._images) :] or None)  # checks the placeholders
         self.ids, self._images = torch.cat([self.ids, ids], dim=1), images
 
-    def answer(self, seq_len: int | None = None, **how: Any) -> Tensor:
+    def answer(self, seq_len: Any = None, **how: Any) -> Tensor:
         """Return what `stream` yields for the same arguments, `(n,)`, int64."""
         return torch.tensor([*self.stream(seq_len, **how)], dtype=torch.long, device=self.ids.device)
 
-    def stream(self, seq_len: int | None = None, **how: Any) -> Iterator[int]:
+    def stream(self, seq_len: Any = None, **how: Any) -> Iterator[int]:
         """Append the answer of the model to the text, its EOS included, and yield its tokens as they are decoded.
 
         If the iterator is abandoned, the conversation goes on from the last token that it has yielded.
 
         Args:
-            seq_len: Maximum number of tokens. None decodes up to `max_seq_len`.
+            seq_len: Maximum number of tokens, an int. None decodes up to `max_seq_len`.
             **how: Other arguments of `PalmE.stream` for one text: `eos_token`, `temperature`, `filter_logits_fn`, ...
 
         Raises:
             TypeError, ValueError: As in `PalmE.stream`, immediately. The conversation is then unchanged.
         """
-        model, net, texts = self.model, self.model.decoder.net, list[loop.Texts]()
-        embeds = [torch.cat(self._images)] if self._images else None
-        how |= {"seq_len": seq_len}
-        request = SamplingRequest(None, self.ids, **self._context, image_embeds=embeds, **how)
+        model, embeds = self.model, [torch.cat(self._images)] if self._images else None
+        request = SamplingRequest(None, self.ids, seq_len, **self._context, image_embeds=embeds, **how)
         if request.num_return_sequences != 1:
             raise ValueError(f"num_return_sequences={request.num_return_sequences} must be 1 in a conversation")
-        start = model._start(request, {})
-
-        def begin() -> loop.Texts:
-            texts.append(start())
-            if request.cache_kv and is_right(net, model.config, cached=True, padded=False, at_once=2):
-                texts[0].cache = self._cache
-            return texts[0]
-
-        tokens = loop.sample(begin, request, model.config.pad_value)
+        texts = model._start(request, {})()
+        if request.cache_kv and is_right(model.decoder.net, model.config, cached=True, padded=False, at_once=2):
+            texts.cache = self._cache
+        tokens = loop.sample(lambda: texts, request, model.config.pad_value)
         step = loop.evaluating(model)(lambda: next(tokens, None))
 
         def decode() -> Iterator[int]:
             for token in iter(step, None):
-                self.ids, self._cache = torch.cat([self.ids, token[None]], dim=1), texts[0].cache
+                self.ids, self._cache = torch.cat([self.ids, token[None]], dim=1), texts.cache
                 yield int(token)
 
         return decode()

@@ -153,11 +153,8 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Any, **given: A
     rule = "text must have a target after its first token, which is no image_token and which neither prompt_lens nor "
     rule += "target_mask leaves out, or the loss is nan: drop such batches"
     require((targets[:, 1:] != ignored).any(), lambda: "", rule)
-    return (
-        token_ids(targets, config, "text"),
-        None,
-        reading(model, inputs, read, sentences, targets.where(targets != ignored, config.pad_value)),
-    )
+    fed = targets.where(targets != ignored, config.pad_value)
+    return token_ids(targets, config, "text"), None, reading(model, inputs, read, sentences, fed)
 
 
 def score(model: Any, img: Any, text: Tensor, places: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
@@ -209,11 +206,10 @@ class ImageTexts(Texts):
 
     def next_logits(self) -> Tensor:
         """Return the logits `(b, v)` of the next token of each text."""
-        inputs, n = self.inputs, self.ids.shape[1]
+        inputs, n, config = self.inputs, self.ids.shape[1], self.model.config
         unread = min(n, self.window) if self.cache is None or n > self.window else n - self.cache.cache_length
         # x-transformers 2.26.0 to 2.31.10 takes no `attn_mask` with a cache.
-        masked = self.model.config.image_attention == "full" and unread > 1
-        if masked and (self.ids[:, -unread:] == self.model.config.image_token).any():
+        if config.image_attention == "full" and unread > 1 and (self.ids[:, -unread:] == config.image_token).any():
             self.cache, unread = None, min(n, self.window)
         if unread > 1 or self.cache is None:
             self.inputs = reading(self.model, inputs, self.ids, self, window=unread, cached=self.cache is not None)

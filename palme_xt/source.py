@@ -3,7 +3,6 @@
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import palme_xt
@@ -102,8 +101,6 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     if config.external_encoder is not None:
         wrong = f"external_encoder={config.external_encoder!r} cannot be printed, because no argument describes it"
         raise ValueError(f"{wrong}: print dataclasses.replace(config, external_encoder=None), and replace the ViT")
-    if config.image_attention == "full":
-        config = replace(config, attn_flash=False)  # upstream's flash attention is always causal (2.26.0 to 2.31.10)
     for part in MAPPING:
         to_json_types(getattr(config, f"{part}_kwargs"), f"{part}_kwargs")
     # Upstream's own Decoder is enough if ALiBi and rotary positions are not both on.
@@ -141,6 +138,9 @@ def _call(node: Node, config: PalmEConfig) -> _Call:
     for flag, unused in {"alibi_pos_bias": "alibi_num_heads", "cross_attend": "cross_attn_dim_context"}.items():
         if not keywords.get(flag):
             keywords.pop(unused, None)
+
+    if node.part == "decoder" and config.image_attention == "full":
+        del keywords["attn_flash"]  # x-transformers 2.26.0 to 2.31.10: it is always causal
 
     def needed(name: str, value: Any) -> bool:
         # `attn_` keywords also reach cross-attention, where the default may be given to override them.

@@ -154,7 +154,7 @@ def test_saved_printed_and_checked(flash: bool, tmp_path: Path) -> None:
 
 def test_errors() -> None:
     for arguments in {"image_attention": "full"}, {"image_token": IMAGE, "image_attention": "both"}:
-        with pytest.raises(ValueError, match="must be 'causal', or 'full' in a model with an image_token"):
+        with pytest.raises(ValueError, match="must be 'causal', or 'full' with an image_token"):
             PalmEConfig(**SMALL, **arguments)
     for part, name in (
         ("decoder", "attn_num_mem_kv"),
