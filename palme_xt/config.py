@@ -184,9 +184,7 @@ class PalmEConfig:
         if self.image_token is not None and self.image_token in others:
             raise ValueError(f"image_token={self.image_token} is pad_value, bos_token or eos_token: use another id")
         if self.image_attention not in (["causal"] if self.image_token is None else ["causal", "full"]):
-            raise ValueError(
-                f"image_attention={self.image_attention!r} must be 'causal', or 'full' with an image_token"
-            )
+            raise ValueError(f"image_attention={self.image_attention!r} must be 'causal', or 'full' with image_token")
 
     def _check_combinations(self) -> None:
         """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with or ignores."""

@@ -43,10 +43,9 @@ class Conversation:
 
     def __init__(self, model: PalmE, context: Tensor | None = None, context_mask: Tensor | None = None) -> None:
         model._context(None, context, context_mask)  # checks them
-        self.model = model
+        self.model, self._images = model, list[Tensor]()  # images (m, p, d) of each call of `read`
         self._context: dict[str, Any] = {"context": context, "context_mask": context_mask}
         self.ids = torch.zeros(1, 0, dtype=torch.long, device=next(model.parameters()).device)
-        self._images: list[Tensor] = []  # (m, p, d), those of each call of `read`
         self._cache: Any = None
 
     def read(self, text: Tensor, img: Any = None, *, image_embeds: Tensor | None = None) -> None:

@@ -40,6 +40,8 @@ class Sentences:
         ValueError: If the batch sizes differ, or a sample has not as many placeholders as images.
     """
 
+    cache = None  # nothing has been read
+
     def __init__(self, model: Any, text: Tensor, found: Any) -> None:
         found = encode_images(model, [()] * len(text)) if found is None else found
         if isinstance(found, Tensor):
@@ -53,7 +55,7 @@ class Sentences:
         # The last embedding is never read: it makes sure that there is one, so that each parameter gets a gradient.
         self.images: Tensor = F.pad(model.projection(images.to(model.projection.weight)), (0, 0, 0, 1))
         places = text == model.config.image_token
-        placeholders = places.sum(dim=1)
+        self.p, placeholders = p, places.sum(dim=1)
 
         def describe() -> str:
             sample = int((placeholders != counts).nonzero()[0])
@@ -61,7 +63,6 @@ class Sentences:
 
         rule = f"text must have one placeholder, image_token={model.config.image_token}, for each image of its sample"
         require((placeholders == counts).all(), describe, rule)
-        self.p: int = p
         self.ends = ends = torch.where(places, p, 1).cumsum(dim=1)
         # For each position, the number of tokens that ended before it: the index of its own.
         size = text.shape[1] + m * (p - 1)
@@ -212,7 +213,7 @@ class ImageTexts(Texts):
         if config.image_attention == "full" and unread > 1 and (self.ids[:, -unread:] == config.image_token).any():
             self.cache, unread = None, min(n, self.window)
         if unread > 1 or self.cache is None:
-            self.inputs = reading(self.model, inputs, self.ids, self, window=unread, cached=self.cache is not None)
+            self.inputs = reading(self.model, inputs, self.ids, self, window=unread)
         logits = super().next_logits()
         self.inputs = inputs
         return logits
@@ -223,31 +224,31 @@ class ImageTexts(Texts):
         self.images = self.images[rows]
 
 
-def reading(
-    model: Any, inputs: Any, ids: Tensor, sentences: Any, fed: Any = None, window: int = 0, cached: bool = False
-) -> Any:
+def reading(model: Any, inputs: Any, ids: Tensor, sentences: Any, fed: Any = None, window: int = 0) -> Any:
     """Return `inputs` with the keywords with which the network reads sentences.
 
     Args:
         model: A `PalmE`.
         inputs: Other keywords of the network.
         ids: The sentences `(b, N)`, with the placeholder at each position of an image.
-        sentences: What has `images` and `p` as in `Sentences`, or None without an `image_token`.
+        sentences: A `Sentences` or an `ImageTexts`, or None without an `image_token`. If it has a cache, no position of
+            the window may be in an image with full attention.
         fed: Ids `(b, N)` that the network is called with instead of `ids`.
         window: How many of the last positions the network is called with. 0 is all.
-        cached: Whether a cache has the other positions. Then, no position of the window is in an image unless images
-            are causal.
 
     Raises:
         ValueError: If `inputs` has one of the keywords.
     """
-    full = model.config.image_attention == "full" and not cached
+    full = model.config.image_attention == "full" and sentences.cache is None
     for name in (KEYWORD, *(("attn_mask", "causal", "prepend_embeds", "mems") if full else ())):
         if inputs.get(name) is not None:
             raise ValueError(f"{name} is given, but images and prompts are read by means of it: leave it out")
     token_emb, places = model.decoder.net.token_emb, ids == model.config.image_token
     if full:
-        inputs = inputs | full_attention(places, sentences.p, window)
+        # Causal, except between embeddings that have the same number of an image in the text, counted from 1.
+        image = torch.where(places, (places.cumsum(dim=1) + sentences.p - 1) // sentences.p, 0)[:, -window:]
+        same = (image[:, :, None] == image[:, None]) & places[:, None, -window:]
+        inputs = inputs | {"attn_mask": (same | torch.ones_like(same).tril())[:, None], "causal": False}
 
     def replace(embeddings: Tensor) -> Tensor:
         found: Tensor = embeddings if fed is None else token_emb(ids)
@@ -263,17 +264,3 @@ def reading(
         return inputs | {KEYWORD: replace}
     embeddings = token_emb((ids if fed is None else fed)[:, -window:])
     return inputs | {KEYWORD: replace(embeddings) - embeddings}
-
-
-def full_attention(places: Tensor, p: int, window: int) -> dict[str, Any]:
-    """Return the keywords with which the network is causal, except between the embeddings of one image.
-
-    Args:
-        places: `(b, N)`, True at the embeddings of images.
-        p: The number of embeddings of an image.
-        window: How many of the last positions the network is called with. 0 is all.
-    """
-    image = torch.where(places, (places.cumsum(dim=1) + p - 1) // p, 0)[:, -window:]  # its number in the text, or 0
-    same = (image[:, :, None] == image[:, None]) & places[:, None, -window:]
-    place = torch.arange(image.shape[1], device=places.device)
-    return {"attn_mask": (same | (place <= place[:, None]))[:, None], "causal": False}

@@ -38,7 +38,8 @@ def forward(img, text, **kwargs):
     return decoder(targets, transform_token_embeds=lambda _: embeds, **kwargs)
 '''
 
-_FULL_ATTENTION = """
+_MASKS = {"causal": ""}
+_MASKS["full"] = """
     places = places.view(len(text), -1)
     image = (places.cumsum(dim=1) - 1) // images.shape[1]
     same = places[:, None] & places[..., None] & (image[:, None] == image[..., None])
@@ -114,8 +115,7 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     if config.image_token is not None:
         width = config.transformer_kwargs.get("emb_dim") or config.decoder_dim
         projection = [f"projection = nn.Linear({config.encoder_dim}, {width})\n"]
-        mask = _FULL_ATTENTION if config.image_attention == "full" else ""
-        forward = _FORWARD_IN_SENTENCE.format(token=config.image_token, mask=mask)
+        forward = _FORWARD_IN_SENTENCE.format(token=config.image_token, mask=_MASKS[config.image_attention])
     modules = _PARTS_IN_SENTENCE if projection else _PARTS
     sections = [
         f'"""PalmE as an x-transformers program, printed by palme_xt {palme_xt.__version__}."""\n',

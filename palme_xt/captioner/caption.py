@@ -151,8 +151,7 @@ def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 def caption_ids(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> Tensor:
     """Return the token ids `(b, n)` of captions of images `(b, c, h, w)`, without BOS, with `pad_value` after EOS."""
-    how = {"temperature": 0.0} | how
-    return model.generate(img, _start(model, img, tokenizer), eos_token=tokenizer.eos, **how)
+    return model.generate(img, _start(model, img, tokenizer), eos_token=tokenizer.eos, **{"temperature": 0.0} | how)
 
 
 def caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> list[str]:

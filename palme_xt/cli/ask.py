@@ -7,7 +7,6 @@ stands for each image, in order; without it, the images come first.
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -30,7 +29,9 @@ def parse(argv: list[str]) -> dict[str, Any]:
 def run(options: dict[str, Any]) -> int:
     """Print the answers as they are decoded, and return the exit status."""
     images, questions = options["words"], iter(_line, "")
-    if images and not (os.path.exists(images[-1]) or Path(images[-1]).suffix.lower() in Image.registered_extensions()):
+    if images and not (
+        os.path.exists(images[-1]) or os.path.splitext(images[-1])[1].lower() in Image.registered_extensions()
+    ):
         questions = iter([images.pop()])
     captioner = Captioner.from_pretrained(options["run"], device_of(options["device"]))
     how, ask = how_to_decode(options), captioner.converse(images)

@@ -82,8 +82,7 @@ def how_to_decode(options: dict[str, Any]) -> dict[str, Any]:
     if beams != 1 and (options["stream"] or temperature or top_p is not None or seed is not None):
         raise ValueError(f"--beams={beams} neither samples nor streams: leave the other decoding options out")
     how: dict[str, Any] = {} if beams == 1 else {"beams": beams}
-    if temperature is not None:
-        how["temperature"] = temperature
+    how |= {} if temperature is None else {"temperature": temperature}
     if top_p is not None:
         if temperature == 0:
             raise ValueError(f"--top_p={top_p} has no effect with --temperature=0, which does not sample: leave it out")
