@@ -575,7 +575,7 @@ def test_without_a_command_it_prints_its_help(capsys: pytest.CaptureFixture[str]
         out, err = capsys.readouterr()
         assert all(command in out for command in ("train", "caption", "ask", "source", "parity"))
         assert err == ""
-    rule = "must be one of the commands train, caption, source, parity"
+    rule = "must be one of the commands train, caption, ask, source, parity"
     fails(capsys, ["trian"], f"'trian' {rule}: did you mean train\\?")
     fails(capsys, ["zzz"], f"'zzz' {rule}")
 
