@@ -45,9 +45,11 @@ def adopt(encoder: Any, decoder: Any, **given: Any) -> tuple[PalmEConfig, Any]:
     if given.get("image_token") is not None:
         given["cross_attend"] = False
         if getattr(layers, "cross_attend", False):
-            raise ValueError(
-                f"image_token={given['image_token']} is for a decoder without cross-attention: leave it out"
-            )
+            found = f"image_token={given['image_token']}"
+            raise ValueError(f"{found} is for a decoder without cross-attention: leave it out")
+    if given.get("image_attention") == "full" and not hasattr(layers, "alibi"):
+        # x-transformers 2.26.0 to 2.31.10: flash attention is always causal.
+        raise ValueError("image_attention='full' needs palme_xt's decoder: load weights into PalmE.from_config(...)")
     wanted = given.get("cross_attend") and isinstance(layers, Decoder) and not layers.cross_attend
     config = describe(encoder, decoder, **given | ({"cross_attend": False} if wanted else {}))
     difference = find_difference(config, encoder, decoder)

@@ -22,6 +22,10 @@ _NO_LOGITS_FOR_EACH_TOKEN = ("use_cls_token", "average_pool_embed", "return_only
 _SEE_LATER_TOKENS = ["orthog_residual", "mv_split_residual", "cross_attn_inverted_attention", "cross_attn_causal"]
 _INHERITED = ("cross_attn_use_rel_proj_pos_bias", "cross_attn_max_attend_past")  # from the same name without `cross_`
 _SEE_LATER_TOKENS += ["attn_orthog_projected_values", "attn_orthog_projected_values_per_head", *_INHERITED]
+# x-transformers 2.26.0 to 2.31.10: memories are no part of `attn_mask`. The other two send flash attention down a path
+# that is always causal.
+_NO_MASK = [("transformer", "num_memory_tokens"), ("decoder", "attn_num_mem_kv")]
+_NO_MASK += [("decoder", "attn_add_zero_kv"), ("decoder", "attn_l2_distance")]
 _RESIDUALS = ("integrate_layers", "attn_aggregated_residuals", "gated_multi_residual")  # each a further stream
 
 
@@ -71,6 +75,9 @@ class PalmEConfig:
         image_token: The id that stands for an image in a text, whose embeddings are read in its place, between those of
             the words (Driess et al. 2023, arXiv:2303.03378), after a linear `projection` to the width of the token
             embeddings. `cross_attend` becomes False. The id is no target, and is never decoded.
+        image_attention: What an embedding of an image attends to: "causal" is what comes before it, as for words, and
+            "full" all embeddings of its own image as well, as in PaliGemma (Beyer et al. 2024, arXiv:2407.07726). Then,
+            ALiBi counts the distance in both directions. Only with an `image_token`.
 
     Raises:
         ValueError: If a number is out of range, or an override repeats an argument or is unknown to upstream.
@@ -106,6 +113,7 @@ class PalmEConfig:
     sources: dict[str, str] = field(default_factory=dict)
     external_encoder: str | None = None
     image_token: int | None = None
+    image_attention: str = "causal"
 
     def __post_init__(self) -> None:
         for argument in fields(self):
@@ -175,9 +183,11 @@ class PalmEConfig:
         others = [self.pad_value, self.bos_token, *self.check_eos_token(self.eos_token).tolist()]
         if self.image_token is not None and self.image_token in others:
             raise ValueError(f"image_token={self.image_token} is pad_value, bos_token or eos_token: use another id")
+        if self.image_attention not in (["causal"] if self.image_token is None else ["causal", "full"]):
+            raise ValueError(f"image_attention={self.image_attention!r} must be 'causal', or 'full' with image_token")
 
     def _check_combinations(self) -> None:
-        """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with."""
+        """Reject overrides that x-transformers (2.26.0 to 2.31.10) builds, but crashes with or ignores."""
         given = self.transformer_kwargs
         same_dim = given.get("emb_dim") in (None, self.decoder_dim)
         flash = self.attn_flash or self.decoder_kwargs.get("cross_attn_flash")
@@ -186,6 +196,7 @@ class PalmEConfig:
             ("transformer", "tie_embedding", "needs emb_dim=decoder_dim", same_dim),
             ("autoregressive", "add_attn_z_loss", "needs attn_flash=False", not flash),
         ]
+        rules += [(*place, "needs image_attention='causal'", self.image_attention != "full") for place in _NO_MASK]
         for part in "encoder", "decoder":
             given = getattr(self, f"{part}_kwargs")
             several = given.get("num_residual_streams", 1) != 1 or any(given.get(name) for name in _RESIDUALS)

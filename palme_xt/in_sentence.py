@@ -34,10 +34,13 @@ class Sentences:
     Attributes:
         ends: `(b, n)`, the number of positions up to each token, itself included.
         images: `(b, m * p + 1, e)`, the projected embeddings of the images of each sample, one after another.
+        p: The number of embeddings of an image.
 
     Raises:
         ValueError: If the batch sizes differ, or a sample has not as many placeholders as images.
     """
+
+    cache = None  # nothing has been read
 
     def __init__(self, model: Any, text: Tensor, found: Any) -> None:
         found = encode_images(model, [()] * len(text)) if found is None else found
@@ -52,7 +55,7 @@ class Sentences:
         # The last embedding is never read: it makes sure that there is one, so that each parameter gets a gradient.
         self.images: Tensor = F.pad(model.projection(images.to(model.projection.weight)), (0, 0, 0, 1))
         places = text == model.config.image_token
-        placeholders = places.sum(dim=1)
+        self.p, placeholders = p, places.sum(dim=1)
 
         def describe() -> str:
             sample = int((placeholders != counts).nonzero()[0])
@@ -130,7 +133,7 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Any, **given: A
     Raises:
         TypeError, ValueError: As in `PalmE.forward`.
     """
-    config, text, mask, images = model.config, text.long(), given["target_mask"], None
+    config, text, mask, sentences = model.config, text.long(), given["target_mask"], None
     ignored = config.ignore_index
     if getattr(model.decoder.net, "ff_deep_embed", None) is not None:
         raise ValueError("transformer_kwargs['ff_deep_embed'] reads token ids, which images do not have: leave it out")
@@ -147,15 +150,12 @@ def learn(model: Any, img: Any, text: Tensor, lens: Any, inputs: Any, **given: A
     if model.projection is not None or given["image_embeds"] is not None:
         sentences = Sentences(model, read, encode_images(model, img, given["image_embeds"]))
         targets = sentences.spread(targets.masked_fill(read == config.image_token, ignored), ignored)
-        read, images = sentences.spread(read, config.pad_value), sentences.images
+        read = sentences.spread(read, config.pad_value)
     rule = "text must have a target after its first token, which is no image_token and which neither prompt_lens nor "
     rule += "target_mask leaves out, or the loss is nan: drop such batches"
     require((targets[:, 1:] != ignored).any(), lambda: "", rule)
-    return (
-        token_ids(targets, config, "text"),
-        None,
-        reading(model, inputs, read, images, targets.where(targets != ignored, config.pad_value)),
-    )
+    fed = targets.where(targets != ignored, config.pad_value)
+    return token_ids(targets, config, "text"), None, reading(model, inputs, read, sentences, fed)
 
 
 def score(model: Any, img: Any, text: Tensor, places: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
@@ -165,7 +165,7 @@ def score(model: Any, img: Any, text: Tensor, places: Tensor, inputs: dict[str, 
     """
     sentences = Sentences(model, text, encode_images(model, img, inputs.pop("image_embeds", None)))
     text, places = sentences.spread(text, model.config.pad_value), sentences.ends.take_along_dim(places, dim=1) - 1
-    return text, places, reading(model, inputs, text[:, :-1], sentences.images)
+    return text, places, reading(model, inputs, text[:, :-1], sentences)
 
 
 def prepare(model: Any, request: Request) -> Any:
@@ -189,7 +189,7 @@ def prepare(model: Any, request: Request) -> Any:
         return found.index_fill(-1, token, -torch.inf) if right else found
 
     request.logits_processor = allow
-    return lambda *args: ImageTexts(*args, model=model, images=sentences.images)
+    return lambda *args: ImageTexts(*args, model=model, sentences=sentences)
 
 
 class ImageTexts(Texts):
@@ -198,18 +198,22 @@ class ImageTexts(Texts):
     Args:
         *args: As in `Texts`.
         model: A `PalmE` with an `image_token`.
-        images: As in `Sentences`.
+        sentences: What the texts begin with.
     """
 
-    def __init__(self, *args: Any, model: Any, images: Tensor) -> None:
+    def __init__(self, *args: Any, model: Any, sentences: Sentences) -> None:
         super().__init__(*args)
-        self.model, self.images = model, images
+        self.model, self.images, self.p = model, sentences.images, sentences.p
 
     def next_logits(self) -> Tensor:
         """Return the logits `(b, v)` of the next token of each text."""
-        inputs = self.inputs
-        if self.cache is None or self.ids.shape[1] > self.window:
-            self.inputs = reading(self.model, inputs, self.ids, self.images, window=min(self.window, self.ids.shape[1]))
+        inputs, n, config = self.inputs, self.ids.shape[1], self.model.config
+        unread = min(n, self.window) if self.cache is None or n > self.window else n - self.cache.cache_length
+        # x-transformers 2.26.0 to 2.31.10 takes no `attn_mask` with a cache.
+        if config.image_attention == "full" and unread > 1 and (self.ids[:, -unread:] == config.image_token).any():
+            self.cache, unread = None, min(n, self.window)
+        if unread > 1 or self.cache is None:
+            self.inputs = reading(self.model, inputs, self.ids, self, window=unread)
         logits = super().next_logits()
         self.inputs = inputs
         return logits
@@ -220,29 +224,37 @@ class ImageTexts(Texts):
         self.images = self.images[rows]
 
 
-def reading(model: Any, inputs: Any, ids: Tensor, images: Any, fed: Any = None, window: int = 0) -> Any:
-    """Return `inputs` with the keyword with which the network reads sentences.
+def reading(model: Any, inputs: Any, ids: Tensor, sentences: Any, fed: Any = None, window: int = 0) -> Any:
+    """Return `inputs` with the keywords with which the network reads sentences.
 
     Args:
         model: A `PalmE`.
         inputs: Other keywords of the network.
         ids: The sentences `(b, N)`, with the placeholder at each position of an image.
-        images: As in `Sentences`, or None without an `image_token`.
+        sentences: A `Sentences` or an `ImageTexts`, or None without an `image_token`. If it has a cache, no position of
+            the window may be in an image with full attention.
         fed: Ids `(b, N)` that the network is called with instead of `ids`.
         window: How many of the last positions the network is called with. 0 is all.
 
     Raises:
-        ValueError: If `inputs` has the keyword.
+        ValueError: If `inputs` has one of the keywords.
     """
-    if inputs.get(KEYWORD) is not None:
-        raise ValueError(f"{KEYWORD} is given, but images and prompts are read by means of it: leave it out")
-    token_emb = model.decoder.net.token_emb
+    full = model.config.image_attention == "full" and sentences.cache is None
+    for name in (KEYWORD, *(("attn_mask", "causal", "prepend_embeds", "mems") if full else ())):
+        if inputs.get(name) is not None:
+            raise ValueError(f"{name} is given, but images and prompts are read by means of it: leave it out")
+    token_emb, places = model.decoder.net.token_emb, ids == model.config.image_token
+    if full:
+        # Causal, except between embeddings that have the same number of an image in the text, counted from 1.
+        image = torch.where(places, (places.cumsum(dim=1) + sentences.p - 1) // sentences.p, 0)[:, -window:]
+        same = (image[:, :, None] == image[:, None]) & places[:, None, -window:]
+        inputs = inputs | {"attn_mask": (same | torch.ones_like(same).tril())[:, None], "causal": False}
 
     def replace(embeddings: Tensor) -> Tensor:
         found: Tensor = embeddings if fed is None else token_emb(ids)
-        if images is None:
+        if sentences is None:
             return found
-        places = ids == model.config.image_token
+        images = sentences.images
         order = (places.cumsum(dim=1) - 1).clamp(0, images.shape[1] - 1)
         # Not `take_along_dim`, which fixes the sizes of a graph (torch 2.15).
         own = images.gather(1, order[..., None].expand(-1, -1, images.shape[-1]))

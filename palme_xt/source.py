@@ -34,9 +34,16 @@ def forward(img, text, **kwargs):
     embeds[places] = images.flatten(0, 1)
     embeds = embeds.unflatten(0, (len(text), -1))
     targets = text.flatten().repeat_interleave(counts)
-    targets = targets.masked_fill(places, decoder.ignore_index).view(len(text), -1)
+    targets = targets.masked_fill(places, decoder.ignore_index).view(len(text), -1){mask}
     return decoder(targets, transform_token_embeds=lambda _: embeds, **kwargs)
 '''
+
+_MASKS = {"causal": ""}
+_MASKS["full"] = """
+    places = places.view(len(text), -1)
+    image = (places.cumsum(dim=1) - 1) // images.shape[1]
+    same = places[:, None] & places[..., None] & (image[:, None] == image[..., None])
+    kwargs |= {"attn_mask": (same | torch.ones_like(same).tril())[:, None], "causal": False}"""
 
 _LOAD = """weights = load_file({weights})
 for prefix, module in {{{modules}}}.items():
@@ -108,7 +115,7 @@ def to_source(config: PalmEConfig, weights: str | None = None) -> str:
     if config.image_token is not None:
         width = config.transformer_kwargs.get("emb_dim") or config.decoder_dim
         projection = [f"projection = nn.Linear({config.encoder_dim}, {width})\n"]
-        forward = _FORWARD_IN_SENTENCE.format(token=config.image_token)
+        forward = _FORWARD_IN_SENTENCE.format(token=config.image_token, mask=_MASKS[config.image_attention])
     modules = _PARTS_IN_SENTENCE if projection else _PARTS
     sections = [
         f'"""PalmE as an x-transformers program, printed by palme_xt {palme_xt.__version__}."""\n',
@@ -131,6 +138,9 @@ def _call(node: Node, config: PalmEConfig) -> _Call:
     for flag, unused in {"alibi_pos_bias": "alibi_num_heads", "cross_attend": "cross_attn_dim_context"}.items():
         if not keywords.get(flag):
             keywords.pop(unused, None)
+
+    if node.part == "decoder" and config.image_attention == "full":
+        del keywords["attn_flash"]  # x-transformers 2.26.0 to 2.31.10: it is always causal
 
     def needed(name: str, value: Any) -> bool:
         # `attn_` keywords also reach cross-attention, where the default may be given to override them.

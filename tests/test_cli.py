@@ -573,9 +573,9 @@ def test_without_a_command_it_prints_its_help(capsys: pytest.CaptureFixture[str]
             main(arguments)
         assert exit_.value.code == 0
         out, err = capsys.readouterr()
-        assert all(command in out for command in ("train", "caption", "source", "parity"))
+        assert all(command in out for command in ("train", "caption", "ask", "source", "parity"))
         assert err == ""
-    rule = "must be one of the commands train, caption, source, parity"
+    rule = "must be one of the commands train, caption, ask, source, parity"
     fails(capsys, ["trian"], f"'trian' {rule}: did you mean train\\?")
     fails(capsys, ["zzz"], f"'zzz' {rule}")
 

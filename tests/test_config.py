@@ -42,7 +42,7 @@ CONTRACT = {
     "attn_flash": True,
     "qk_norm": True,
 }
-OTHERS = ["bos_token", "eos_token", "torch_layers", "sources", "external_encoder", "image_token"]
+OTHERS = ["bos_token", "eos_token", "torch_layers", "sources", "external_encoder", "image_token", "image_attention"]
 OVERRIDES = ["vit_kwargs", "encoder_kwargs", "transformer_kwargs", "decoder_kwargs", "autoregressive_kwargs"]
 
 

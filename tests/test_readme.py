@@ -164,7 +164,7 @@ COMMANDS = [
     re.split(r"(?:palme-xt|-m palme_xt) ", line, maxsplit=1)[1].split("#")[0]
     for block in blocks("bash")
     for line in block.splitlines()
-    if re.search(r"(palme-xt|-m palme_xt) (train|caption|source|parity)", line) and not line.startswith("pip ")
+    if re.search(r"(palme-xt|-m palme_xt) (train|caption|ask|source|parity)", line) and not line.startswith("pip ")
 ]
 
 

@@ -48,6 +48,7 @@ def test_what_is_fixed_is_kept_and_the_rest_fits(fixed: dict[str, Any]) -> None:
 
 def test_every_field_is_drawn() -> None:
     others = {"_", "bos_token", "eos_token", "torch_layers", "sources", "external_encoder", "image_token"}
+    others |= {"image_attention"}
     names = PalmEConfig.__dataclass_fields__.keys() - others
     drawn: dict[str, set[str]] = {name: set() for name in names}
 

@@ -1,7 +1,8 @@
 """Caption images with a trained model."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self, cast, overload
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from palme_xt.captioner.images import Preprocessing, read_preprocessing
 from palme_xt.captioner.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
+from palme_xt.captioner.turns import IMAGE, question_ids, with_images
+from palme_xt.conversation import Conversation
+from palme_xt.decoding.loop import evaluating
 from palme_xt.model import PalmE
 from palme_xt.storage import folder as model_folder
 
@@ -81,6 +85,42 @@ class Captioner:
         """Yield the caption of one image, the same as from a call, piece by piece as it is decoded."""
         return stream_caption(self.model, self.inputs([image])[0], self.tokenizer, **how)
 
+    def ask(self, images: Sequence[Picture], question: str, **how: Any) -> str:
+        """Return the answer to one question about images, as in `converse`."""
+        return "".join(self.converse(images)(question, **how))
+
+    def converse(self, images: Sequence[Picture] = ()) -> Callable[..., Iterator[str]]:
+        """Return a function that takes one question after another, and yields each answer as it is decoded.
+
+            ask = captioner.converse(["x.png", "y.png"])
+            for piece in ask("Which has more digits, <image> or <image>?"): ...
+            print("".join(ask("How many?")))
+
+        The first question has an `<image>` for each image, or they come before it. A model that cross-attends reads
+        their embeddings one after another. All that was asked and answered stays in the text, which each token passes
+        once. Keywords of the function are those of `Conversation.stream`; by default, answers are decoded greedily.
+
+        Raises:
+            ImageError, TypeError: As in a call.
+            ValueError: If there are no images, and the model cross-attends to them. The function raises one if the text
+                would become longer than `max_seq_len`, or a question has not as many `<image>` as there are new images.
+        """
+        model, tokenizer, img = self.model, self.tokenizer, self.inputs(images) if images else None
+        with evaluating(model):
+            context = None if img is None or not model.config.cross_attend else model.encode(img[None])
+        conversation = Conversation(model, context)
+
+        def ask(question: str, **how: Any) -> Iterator[str]:
+            nonlocal img
+            (question,) = with_images([question], 0 if img is None else len(img))
+            ids = [] if len(conversation.ids[0]) else [tokenizer.bos]
+            ids += question_ids(question, tokenizer, model.config.image_token)
+            conversation.read(torch.tensor(ids, device=conversation.ids.device), img if context is None else None)
+            img = None
+            return _pieces(conversation.stream(**{"temperature": 0.0, "eos_token": tokenizer.eos} | how), tokenizer)
+
+        return ask
+
     def inputs(self, images: Sequence[Picture]) -> Tensor:
         """Return images as model inputs `(b, c, h, w)`, float32, normalised, on the device of the model."""
         img = torch.stack([self._pixels(image) for image in images])
@@ -99,19 +139,19 @@ class Captioner:
 
 def stream_caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> Iterator[str]:
     """Yield the caption of one image `(c, h, w)`, the same as from `caption`, piece by piece as it is decoded."""
-    piece = tokenizer.pieces()
     how = {"temperature": 0.0} | how
-    for (token,) in model.stream(img[None], _start(model, img[None], tokenizer), eos_token=tokenizer.eos, **how):
-        if text := piece(int(token)):
-            yield text
-    if text := piece(tokenizer.eos):
-        yield text
+    tokens = model.stream(img[None], _start(model, img[None], tokenizer), eos_token=tokenizer.eos, **how)
+    return _pieces(map(int, tokens), tokenizer)
+
+
+def _pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the text of tokens as it is decoded."""
+    return filter(None, map(tokenizer.pieces(), chain(tokens, [tokenizer.eos])))
 
 
 def caption_ids(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> Tensor:
     """Return the token ids `(b, n)` of captions of images `(b, c, h, w)`, without BOS, with `pad_value` after EOS."""
-    how = {"temperature": 0.0} | how
-    return model.generate(img, _start(model, img, tokenizer), eos_token=tokenizer.eos, **how)
+    return model.generate(img, _start(model, img, tokenizer), eos_token=tokenizer.eos, **{"temperature": 0.0} | how)
 
 
 def caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> list[str]:
@@ -121,6 +161,5 @@ def caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any)
 
 def _start(model: PalmE, img: Tensor, tokenizer: Tokenizer) -> Tensor:
     """Return the ids `(b, t)` that captions of images `(b, c, h, w)` begin with."""
-    inside = model.config.image_token
-    ids = [tokenizer.bos] if inside is None else [tokenizer.bos, inside]
+    ids = [tokenizer.bos, *question_ids(IMAGE, tokenizer, model.config.image_token)]
     return torch.tensor(ids, device=img.device).expand(len(img), -1)

@@ -5,6 +5,7 @@ usage: palme-xt [--help] [--version] COMMAND ...
 commands:
   train     train a captioner on your images, or on scenes of digits
   caption   caption image files with a trained run
+  ask       ask a trained run questions about images
   source    print the model as an x-transformers program
   parity    check whether another x-transformers computes the same numbers
 
@@ -23,7 +24,7 @@ from typing import Any
 import palme_xt
 
 # Each is a module here, and is imported when it is needed: `palme-xt --version` does not wait for the import of torch.
-COMMANDS = ("train", "caption", "source", "parity")
+COMMANDS = ("train", "caption", "ask", "source", "parity")
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C: 128 + SIGINT
 
 

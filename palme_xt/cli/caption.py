@@ -11,7 +11,7 @@ from palme_xt.captioner import attention, drawing
 from palme_xt.captioner import caption as captioning
 from palme_xt.captioner.images import ImageError, image_files
 from palme_xt.cli import complain
-from palme_xt.cli.given import Parser, device_of
+from palme_xt.cli.given import Parser, add_decoding_options, device_of, how_to_decode
 from palme_xt.tokens import printable
 
 
@@ -19,15 +19,11 @@ def parse(argv: list[str]) -> dict[str, Any]:
     """Return the options in `argv`."""
     usage = "palme-xt caption RUN IMAGE|FOLDER [IMAGE|FOLDER ...] [OPTION ...]"
     parser = Parser(prog="palme-xt caption", usage=usage, description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` wrote")
+    add_decoding_options(parser)
     parser.add_argument("image", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     parser.add_argument("--beams", type=int, default=1, help="width of a beam search (default: 1, no search)")
-    parser.add_argument("--temperature", type=float, help="sample at this temperature (default: 0, do not sample)")
-    parser.add_argument("--top_p", type=float, help="sample from the most likely tokens that sum to this probability")
-    parser.add_argument("--seed", type=int, help="seed of the sampling (default: a new one each time)")
     parser.add_argument("--stream", action="store_true", help="print each caption as it is decoded")
     parser.add_argument("--json", action="store_true", help='print {"file": ..., "caption": ...} on each line')
-    parser.add_argument("--device", help="device to compute on, such as cpu or cuda:1 (default: a GPU if there is one)")
     shown = "draw where in one IMAGE the decoder looked for each word"
     parser.add_argument("--attention", metavar="OUT.png", help=shown)
     layer = "index of the cross-attention to draw, in the order of execution (default: -1, the last)"
@@ -39,7 +35,7 @@ def run(options: dict[str, Any]) -> int:
     """Caption the images that can be read, and return the exit status."""
     captioner = captioning.Captioner.from_pretrained(options["run"], device_of(options["device"]))
     device = next(captioner.model.parameters()).device
-    how = _how_to_decode(options)
+    how = how_to_decode(options)
     if options["json"] and (options["stream"] or options["attention"] is not None):
         raise ValueError("--json prints whole captions only: leave --stream and --attention out")
     if options["attention"] is not None:
@@ -102,26 +98,3 @@ def _draw_attention(options: dict[str, Any], captioner: captioning.Captioner, ho
     print(f"{paths[0]}: {printable(tokenizer.decode(ids))}")
     print(f"{out} written")
     return 0
-
-
-def _how_to_decode(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the keywords of `PalmE.generate`, and seed the sampling."""
-    beams, temperature, top_p, seed = (options[name] for name in ("beams", "temperature", "top_p", "seed"))
-    if beams != 1 and (options["stream"] or temperature or top_p is not None or seed is not None):
-        raise ValueError(f"--beams={beams} neither samples nor streams: leave the other decoding options out")
-    how: dict[str, Any] = {} if beams == 1 else {"beams": beams}
-    if temperature is not None:
-        how["temperature"] = temperature
-    if top_p is not None:
-        if temperature == 0:
-            raise ValueError(f"--top_p={top_p} has no effect with --temperature=0, which does not sample: leave it out")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"--top_p={top_p} must be greater than 0 and at most 1")
-        how |= {"temperature": 1.0} | how | {"filter_logits_fn": "top_p", "filter_kwargs": {"thres": top_p}}
-    if seed is not None:
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"--seed={seed} must be within 0..2**63-1")
-        if not how.get("temperature"):
-            raise ValueError(f"--seed={seed} has no effect without --temperature or --top_p: leave it out")
-        torch.manual_seed(seed)
-    return how

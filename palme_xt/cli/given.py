@@ -65,3 +65,34 @@ def from_options(kind: Any, values: Mapping[str, Any]) -> Any:
         KeyError: If a field is missing.
     """
     return kind(**{option.name: values[option.name] for option in fields(kind)})
+
+
+def add_decoding_options(parser: ArgumentParser) -> None:
+    """Add the options that `caption` and `ask` share, beginning with RUN."""
+    parser.add_argument("run", metavar="RUN", help="folder that `palme-xt train` wrote")
+    parser.add_argument("--temperature", type=float, help="sample at this temperature (default: 0, do not sample)")
+    parser.add_argument("--top_p", type=float, help="sample from the most likely tokens that sum to this probability")
+    parser.add_argument("--seed", type=int, help="seed of the sampling (default: a new one each time)")
+    parser.add_argument("--device", help="device to compute on, such as cpu or cuda:1 (default: a GPU if there is one)")
+
+
+def how_to_decode(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of `PalmE.generate`, and seed the sampling."""
+    beams, temperature, top_p, seed = (options.get(name, 1) for name in ("beams", "temperature", "top_p", "seed"))
+    if beams != 1 and (options["stream"] or temperature or top_p is not None or seed is not None):
+        raise ValueError(f"--beams={beams} neither samples nor streams: leave the other decoding options out")
+    how: dict[str, Any] = {} if beams == 1 else {"beams": beams}
+    how |= {} if temperature is None else {"temperature": temperature}
+    if top_p is not None:
+        if temperature == 0:
+            raise ValueError(f"--top_p={top_p} has no effect with --temperature=0, which does not sample: leave it out")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"--top_p={top_p} must be greater than 0 and at most 1")
+        how |= {"temperature": 1.0} | how | {"filter_logits_fn": "top_p", "filter_kwargs": {"thres": top_p}}
+    if seed is not None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"--seed={seed} must be within 0..2**63-1")
+        if not how.get("temperature"):
+            raise ValueError(f"--seed={seed} has no effect without --temperature or --top_p: leave it out")
+        torch.manual_seed(seed)
+    return how

@@ -63,18 +63,21 @@ class Texts:
         if beyond > 0:
             self.cache, ids, start = None, ids[:, beyond:], inputs["seq_start_pos"]
             inputs = inputs | {"seq_start_pos": None if start is None else (start - beyond).clamp(min=0)}
-        cached = self.cache is not None
+        # Without the cache, all tokens are new. After it, several are if a conversation goes on.
+        past = 0 if self.cache is None else self.cache.cache_length
+        ids = ids[:, past:]
         # The compiler treats a length of 1 as a constant: its graph would serve that one step only.
-        if cached and self.compile and self.cache.cache_length > 1:
+        if past > 1 and self.compile and ids.shape[1] == 1:
             from palme_xt.decoding.compiled import compiled_step  # imported here, because few calls need it
 
-            logits, self.cache = compiled_step(self.net, ids[:, -1:], self.cache, inputs)
+            logits, self.cache = compiled_step(self.net, ids, self.cache, inputs)
             return logits
-        how = {"cache": self.cache, "input_not_include_cache": cached, "return_intermediates": True}
-        logits, cache = self.net(ids[:, -1:] if cached else ids, **inputs, **how)
+        # Of several tokens after the cache, upstream reads only the last `cache_age`, unless it is 0.
+        how = {"cache": self.cache, "input_not_include_cache": past > 0, "cache_age": 0, "return_intermediates": True}
+        logits, cache = self.net(ids, **inputs, **how)
         if self.cache_kv and beyond < 0:
             self.cache = cache
-        if not cached:
+        if ids.shape[1] > 1 or past == 0:
             refuse_nan(logits[:, -1])
         return logits[:, -1]  # type: ignore[no-any-return]
 

@@ -17,7 +17,7 @@ WINDOWS = {"max_attend_past", "axial_dim", "max_dist", "max_pos"}  # attributes 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[Any, bool]] = weakref.WeakKeyDictionary()
 
 
-def is_right(net: Any, config: PalmEConfig, *, cached: bool, padded: bool) -> bool:
+def is_right(net: Any, config: PalmEConfig, *, cached: bool, padded: bool, at_once: int = 1) -> bool:
     """Return whether a network computes the same for texts in a batch as for the whole of each text alone.
 
     It is tried once, and again if modules are replaced, or if the precision changes. The network, its hooks and the
@@ -26,23 +26,24 @@ def is_right(net: Any, config: PalmEConfig, *, cached: bool, padded: bool) -> bo
     Args:
         net: An `x_transformers.TransformerWrapper`.
         config: The config of the model, for the context that it cross-attends to.
-        cached: Read the last tokens one by one, with the key-value cache.
+        cached: Read the last tokens step by step, with the key-value cache.
         padded: Pad one of the texts on the left.
+        at_once: How many tokens such a step reads.
     """
     # In float64, upstream's float32 softmax turns the masked rows of a padded text into nan.
     dtype = torch.promote_types(next(net.parameters()).dtype, torch.float32)
-    known, state = _KNOWN.setdefault(net, {}), (cached, padded, dtype, *map(id, net.modules()))
+    known, state = _KNOWN.setdefault(net, {}), (cached, padded, at_once, dtype, *map(id, net.modules()))
     if state not in known:
         with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.random.fork_rng([]), torch.no_grad():
             torch.manual_seed(0)
             try:
-                known[state] = _try(net, config, dtype, 2 if cached else 0, LENGTH // 2 if padded else 0)
+                known[state] = _try(net, config, dtype, at_once, 2 if cached else 0, LENGTH // 2 if padded else 0)
             except Exception:
                 known[state] = False
     return known[state]
 
 
-def _try(net: Any, config: PalmEConfig, dtype: torch.dtype, steps: int, padding: int) -> bool:
+def _try(net: Any, config: PalmEConfig, dtype: torch.dtype, at_once: int, steps: int, padding: int) -> bool:
     small, length = _small_copy(net, dtype), min(LENGTH, net.max_seq_len)
     ids = torch.randint(net.num_tokens, (2, length))
     # The texts become longer than the context, in case anything depends on which of the two is longer.
@@ -50,17 +51,18 @@ def _try(net: Any, config: PalmEConfig, dtype: torch.dtype, steps: int, padding:
     if net.attn_layers.need_condition:
         inputs["condition"] = torch.randn(2, net.attn_layers.dim_condition, dtype=dtype)
 
-    def read(rows: slice, start: int, steps: int, seq_start_pos: Tensor | None = None) -> Tensor:
+    def read(rows: slice, start: int, unread: int, seq_start_pos: Tensor | None = None) -> Tensor:
         given: dict[str, Any] = {name: value[rows] for name, value in inputs.items()}
         given |= {"seq_start_pos": seq_start_pos, "return_intermediates": True}
-        output, cache = small(ids[rows, start : length - steps], **given)
+        output, cache = small(ids[rows, start : length - unread], **given)
         outputs = [output]
-        for place in range(length - steps, length):
-            output, cache = small(ids[rows, place : place + 1], cache=cache, input_not_include_cache=True, **given)
+        for place in range(length - unread, length, at_once):
+            how = {"cache": cache, "cache_age": 0, "input_not_include_cache": True, **given}
+            output, cache = small(ids[rows, place : place + at_once], **how)
             outputs.append(output)
         return torch.cat(outputs, dim=1)
 
-    found = read(slice(None), 0, steps, torch.tensor([0, padding]) if padding else None)
+    found = read(slice(None), 0, steps * at_once, torch.tensor([0, padding]) if padding else None)
     pairs = [(found[row, start:], read(slice(row, row + 1), start, 0)[0]) for row, start in ((0, 0), (1, padding))]
     return all(torch.allclose(a, b, rtol=0, atol=TOLERANCE * float(b.abs().max())) for a, b in pairs)
 
