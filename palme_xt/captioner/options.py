@@ -32,12 +32,18 @@ DIGITS_MODEL = PalmEConfig(
     decoder_kwargs={"attn_dim_head": 32, "verbose": False},
 )
 
+# Two questions about two scenes, which stand inside the text, take at most 160 positions.
+QUESTIONS_MODEL = replace(
+    DIGITS_MODEL, image_token=tokens.NUM_TOKENS, num_tokens=tokens.NUM_TOKENS + 1, max_seq_len=160
+)
+DIGITS_MODELS = {"captions": DIGITS_MODEL, "questions": QUESTIONS_MODEL}  # by task
+
 PICTURES_MODEL = replace(DIGITS_MODEL, image_size=64, max_seq_len=128, vit_kwargs={})
 
 
-def default_model(data: str) -> PalmEConfig:
+def default_model(data: str, task: str = "captions") -> PalmEConfig:
     """Return the arguments of the model that learns these data by default."""
-    return DIGITS_MODEL if data == DIGITS else PICTURES_MODEL
+    return DIGITS_MODELS.get(task, DIGITS_MODEL) if data == DIGITS else PICTURES_MODEL
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class Data:
             `cat.png`); of parquet files; of webdataset shards; or written by `save_to_disk`. FILE: a parquet file or a
             shard, or a quoted pattern such as `'shards/*.tar'`. `hf:NAME` or `hf:NAME:CONFIG`: a data set on the hub.
             Paths are relative to the working directory.
+        task: What to learn from `digits`: `captions`, or answers to `questions` about one scene or two.
         held_out: The images to evaluate on: a split of the data (`validation`), a share of its images (0.1) or a number
             of images (500). By default, the data's own split `validation` or `test`; without one, a share of 0.1, or
             those of the first 500 rows of a stream. All rows with a held-out image are held out.
@@ -92,10 +99,11 @@ class Data:
             no value.
 
     Raises:
-        ValueError: If a value has the wrong type, is out of range, or has no effect on `digits`.
+        ValueError: If a value has the wrong type, is out of range, or has no effect on these data.
     """
 
     data: str = DIGITS
+    task: str = "captions"
     held_out: str | None = None
     image_column: str | None = None
     text_column: str | None = None
@@ -107,6 +115,10 @@ class Data:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.task not in DIGITS_MODELS:
+            raise ValueError(f"task={self.task} must be captions or questions")
+        if self.task != Data.task and self.data != DIGITS:
+            raise ValueError(f"task={self.task} has no effect with data={self.data}, only with {DIGITS}: leave it out")
         for name in NOT_OF_DIGITS:
             if self.data == DIGITS and (value := getattr(self, name)) != getattr(Data, name):
                 rule = f"has no effect with data={DIGITS}, whose scenes are composed: leave it out"
@@ -219,5 +231,5 @@ def check_values(options: Any) -> None:
 
 
 # Options that older runs do not have, with what they did.
-ADDED = {"patience": None, "augment": False, "start": None, "fit": "crop", "jitter": Training.jitter}
+ADDED = {"patience": None, "augment": False, "start": None, "fit": "crop", "jitter": Training.jitter, "task": Data.task}
 ADDED |= dict.fromkeys(("encoder", "decoder", "freeze", "lr_encoder", "lr_decoder"))

@@ -74,14 +74,15 @@ def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]
         if pretrained := [name for name in PARTS if name in named]:
             raise ValueError(f"--from={named['from']} has all weights: leave --{pretrained[0]} out")
         return read_config(named["from"]).to_dict() | NAMES_OF_TOKENS
-    model = default_model(named.get("data", Data.data)).to_dict()
+    model = default_model(named.get("data", Data.data), named.get("task", Data.task)).to_dict()
     sizes = {"max_seq_len": model["max_seq_len"]}
     arguments = {name: value for name, value in named.items() if name not in NAMES_OF_TOKENS}
     model |= {**parts.described({**sizes, **arguments}), **NAMES_OF_TOKENS}
     if "tokenizer" not in named or "decoder" in named or described:
         return model
     tokenizer = load_tokenizer(named["tokenizer"], named.get("bos_token"), named.get("eos_token"))
-    return model | {"num_tokens": tokenizer.num_tokens}
+    inside = {} if model["image_token"] is None else {"image_token": tokenizer.num_tokens}
+    return model | {"num_tokens": tokenizer.num_tokens + len(inside)} | inside
 
 
 def run(options: dict[str, Any]) -> int:
