@@ -599,7 +599,7 @@ def test_captions_are_as_long_as_their_tokens(files: dict[str, Path], tmp_path: 
     longest = max(length.values())
     for row in read(words, longest):
         assert isinstance(row, Example)
-        assert [row.ids] == [words.encode(caption) for caption in row.captions]
+        assert [row.text.ids] == [words.encode(caption) for caption in row.answers]
     shortest = min(length.values())
     message = rf"no usable row .*: the caption of \S+ has \d\d tokens, more than max_seq_len={shortest}; 99% of the "
     with pytest.raises(DataError, match=rf"{message}captions need --max_seq_len=\d\d$"):

@@ -4,7 +4,7 @@ import math
 import multiprocessing
 import os
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -16,31 +16,38 @@ from torch.utils.data import DataLoader, Dataset
 
 from palme_xt.captioner.data.augment import varied
 from palme_xt.captioner.signals import ignore_interrupts_until
+from palme_xt.captioner.turns import Text
 from palme_xt.config import PalmEConfig
 
 
 @dataclass(frozen=True)
 class Example:
-    """A captioned image.
+    """A captioned image, or images with questions and answers.
 
     Attributes:
-        img: The image `(c, h, w)`, uint8 or float32 in 0..1.
-        name: The name of the image.
-        captions: All captions of the image.
-        usable: The token ids, including BOS and EOS, of each caption that the model can learn.
-        turn: Which of the usable captions is this example's; counted on from the first one again after the last.
+        imgs: The images `(m, c, h, w)` in order, uint8 or float32 in 0..1. There may be none.
+        name: The name of the row.
+        answers: All captions of the image, or the answer to the last question.
+        usable: The text of each caption that the model can learn, or the text of the questions with their answers.
+        turn: Which of the usable texts is this example's; counted on from the first one again after the last.
     """
 
-    img: Tensor
+    imgs: Tensor
     name: str
-    captions: list[str]
-    usable: list[list[int]]
+    answers: list[str]
+    usable: list[Text]
     turn: int = 0
 
     @property
-    def ids(self) -> list[int]:
-        """The token ids of the caption whose turn it is, with BOS and EOS."""
+    def text(self) -> Text:
+        """The text whose turn it is."""
         return self.usable[self.turn % len(self.usable)]
+
+    @property
+    def prompt(self) -> Tensor:
+        """The token ids `(t,)` that an answer is generated from: what comes before the last learned tokens."""
+        ids, learned = self.text
+        return torch.tensor(ids[: len(ids) - learned[::-1].index(False)])
 
 
 class Defect(NamedTuple):
@@ -77,7 +84,8 @@ class Source(Protocol):
         for number, row in rows.items():
             if self.augment_seed is not None and isinstance(row, Example):
                 draw = random.Random(f"{self.augment_seed} {number}")
-                rows[number] = replace(row, img=varied(row.img, draw))
+                images = [varied(img, draw)[None] for img in row.imgs]
+                rows[number] = replace(row, imgs=torch.cat([row.imgs[:0], *images]))  # there may be none
         return [*rows.values()]
 
     def fingerprint(self) -> str:
@@ -86,8 +94,13 @@ class Source(Protocol):
 
 
 def image_positions(config: PalmEConfig) -> int:
-    """Return how many positions of a text the image takes: those of the ViT's patches if it stands inside."""
+    """Return how many positions of a text an image takes: those of the ViT's patches if it stands inside."""
     return 0 if config.image_token is None else (config.image_size // config.patch_size) ** 2
+
+
+def positions(ids: Sequence[int], config: PalmEConfig) -> int:
+    """Return how many positions a text takes: its tokens, and those of its images if they stand inside."""
+    return len(ids) + ids.count(config.image_token) * (image_positions(config) - 1)
 
 
 @dataclass(frozen=True)
@@ -95,20 +108,25 @@ class Batch:
     """The rows that one process computes at once.
 
     Attributes:
-        img: Images `(b, c, h, w)`, uint8 or float32 in 0..1, not normalised. A batch without usable rows has one blank
-            image, which does not count.
-        text: Token ids `(b, n)`, int64, with `ignore_index` after EOS, and with the `image_token` of the model, if it
-            has one, after BOS.
-        targets: Number of tokens to predict; 0 without usable rows.
-        references: All captions of each image.
-        names: The names of the images.
+        img: The images of all rows, one after another, `(sum of counts, c, h, w)`, uint8 or float32 in 0..1, not
+            normalised. A batch without usable rows has one blank image, which does not count.
+        counts: Number of images of each row.
+        text: Token ids `(b, n)`, int64, with `ignore_index` after EOS.
+        target_mask: `(b, n)`, bool, True at the tokens to learn.
+        prompts: The token ids `(t_i,)` of each row that its answer is generated from.
+        targets: Number of tokens to learn; 0 without usable rows.
+        references: All right answers of each row.
+        names: The names of the rows.
         defects: The defects of the rows that were left out.
         rows: Number of rows that were read for the first time.
         new_defects: Number of defects among these rows; they come first in `defects`.
     """
 
     img: Tensor
+    counts: list[int]
     text: Tensor
+    target_mask: Tensor
+    prompts: list[Tensor]
     targets: int
     references: list[list[str]]
     names: list[str]
@@ -138,14 +156,19 @@ class _Batches(Dataset["Batch | DataError"]):
         new = sum(number < self.source.rows_per_epoch for number in numbers)
         examples = [row for row in rows if isinstance(row, Example)]
         size, channels = self.config.image_size, self.config.channels
-        shown = examples or [Example(torch.zeros(channels, size, size), "blank", [""], [[0, 0]])]
         inside = [] if self.config.image_token is None else [self.config.image_token]
-        ids = [torch.tensor([example.ids[0], *inside, *example.ids[1:]]) for example in shown]
+        blank = Text([*inside, 0, 0], [*(False for _ in inside), False, True])
+        shown = examples or [Example(torch.zeros(1, channels, size, size), "blank", [""], [blank])]
+        parts = zip(*(example.text for example in shown), strict=True)
+        ids, learned = ([torch.tensor(values) for values in part] for part in parts)
         return Batch(
-            img=torch.stack([example.img for example in shown]),
+            img=torch.cat([example.imgs for example in shown]),
+            counts=[len(example.imgs) for example in shown],
             text=pad_sequence(ids, batch_first=True, padding_value=self.config.ignore_index),
-            targets=sum(len(example.ids) - 1 for example in examples),
-            references=[example.captions for example in examples],
+            target_mask=pad_sequence(learned, batch_first=True),
+            prompts=[example.prompt for example in shown],
+            targets=sum(sum(example.text.learned) for example in examples),
+            references=[example.answers for example in examples],
             names=[example.name for example in examples],
             defects=[row for row in rows if isinstance(row, Defect)],
             rows=new,

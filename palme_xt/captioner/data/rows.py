@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from palme_xt.captioner.data.batches import DataError, Defect, Example, Source, image_positions
+from palme_xt.captioner.data.batches import DataError, Defect, Example, Source, positions
 from palme_xt.captioner.data.sources import SHARD_IMAGES, checked, columns_of, open_splits, reading
 from palme_xt.captioner.images import ImageError, Preprocessing, image_errors
 from palme_xt.captioner.options import Data
 from palme_xt.captioner.tokenizer import Tokenizer
+from palme_xt.captioner.turns import IMAGE, Text, Turn, written
 from palme_xt.config import PalmEConfig
 
 IMAGE_COLUMNS = ("image", *SHARD_IMAGES)
@@ -38,18 +39,16 @@ class Reader:
         text_column: The caption, or a list of captions, is in this column.
         preprocessing: How images are resized and cropped.
         tokenizer: The tokenizer of the captions.
-        max_seq_len: Maximum number of tokens in a text: a caption, BOS and EOS, and the positions of the image.
+        config: The config of the model, which limits the number of tokens in a text, positions of images included.
         folder: The resolved folder of the data, which links must not leave, or None if the data are not in a folder.
-        positions: Number of positions that the image takes in a text, which count as tokens.
     """
 
     image_columns: tuple[str, ...]
     text_column: str
     preprocessing: Preprocessing
     tokenizer: Tokenizer
-    max_seq_len: int
+    config: PalmEConfig
     folder: Path | None = None
-    positions: int = 0
 
     def __call__(self, row: Mapping[str, Any], number: int, turn: int = 0) -> Example | Defect:
         """Return a row as an example, or its defect.
@@ -67,17 +66,22 @@ class Reader:
         captions = self.captions(row)
         if not captions:
             return Defect("empty caption", f"{name} has no caption", name)
-        encoded = [self.tokenizer.encode(caption) for caption in captions]
-        usable = [ids for ids in encoded if self.positions + len(ids) <= self.max_seq_len]
+        texts, lengths = self.texts(captions)
+        usable = [text for text, length in zip(texts, lengths, strict=True) if length <= self.config.max_seq_len]
         if not usable:
-            shortest = self.positions + min(map(len, encoded))
-            detail = f"the caption of {name} has {shortest} tokens, more than max_seq_len={self.max_seq_len}"
+            shortest = min(lengths)
+            detail = f"the caption of {name} has {shortest} tokens, more than max_seq_len={self.config.max_seq_len}"
             return Defect("caption longer than the model", detail, name)
         try:
-            img = self.preprocessing.read_pixels(self._file(image, name), name)
+            imgs = self.preprocessing.read_pixels(self._file(image, name), name)[None]
         except ImageError as error:
             return Defect(error.reason, str(error), name)
-        return Example(img, name, captions, usable, turn)
+        return Example(imgs, name, captions, usable, turn)
+
+    def texts(self, captions: Sequence[str]) -> tuple[list[Text], list[int]]:
+        """Return captions as token ids, and how many positions each of them takes."""
+        texts = [written([Turn(IMAGE, caption)], self.tokenizer, self.config.image_token) for caption in captions]
+        return texts, [positions(text.ids, self.config) for text in texts]
 
     def captions(self, row: Mapping[str, Any]) -> list[str]:
         """Return those captions of a row that are not empty.
@@ -161,8 +165,8 @@ class MapStyleSource(Source):
             with reading(f"data cannot be read at row {place}"):
                 content = self.rows[place]
             row = self.reader(content, place)
-            if isinstance(row, Example) and row.img.nbytes <= self._room:
-                self._kept[place], self._room = row, self._room - row.img.nbytes
+            if isinstance(row, Example) and row.imgs.nbytes <= self._room:
+                self._kept[place], self._room = row, self._room - row.imgs.nbytes
         return row if isinstance(row, Defect) or self.seed is None else replace(row, turn=epoch + place)
 
 
@@ -226,8 +230,7 @@ def load_data(
     wanted = data.held_out or next((split for split in ("validation", "test") if split in others), None)
     other = wanted if wanted in others else None
     folder = Path(data.data).resolve() if Path(data.data).is_dir() else None
-    columns, positions = _columns(data, splits[name]), image_positions(config)
-    reader = Reader(*columns, preprocessing, tokenizer, config.max_seq_len, folder, positions)
+    reader = Reader(*_columns(data, splits[name]), preprocessing, tokenizer, config, folder)
     train, whole = (_undecoded(splits[split], reader, data) for split in (name, other or name))
     identities: Collection[object] = ()
     with reading(f"data={data.data} cannot be read"):
@@ -281,12 +284,12 @@ def _check_usable(rows: Iterable[Any], reader: Reader, data: Data) -> None:
         if isinstance(found, Example):
             return
         defects.append(found)
-        lengths += [reader.positions + len(reader.tokenizer.encode(caption)) for caption in reader.captions(row)]
+        lengths += reader.texts(reader.captions(row))[1]
     if defects:
         reasons = [defect.reason for defect in defects]
         detail = max(defects, key=lambda defect: reasons.count(defect.reason)).detail
         most = int(np.quantile(lengths, 0.99, method="higher")) if lengths else 0
-        remedy = f"; 99% of the captions need --max_seq_len={most}" if most > reader.max_seq_len else ""
+        remedy = f"; 99% of the captions need --max_seq_len={most}" if most > reader.config.max_seq_len else ""
         raise DataError(f"data={data.data} has no usable row among its first {len(defects)}: {detail}{remedy}")
 
 

@@ -3,17 +3,19 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from itertools import chain, zip_longest
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from sacrebleu.metrics.chrf import CHRF
+from torch import Tensor
 from tqdm import tqdm
 
-from palme_xt.captioner.caption import caption
-from palme_xt.captioner.data.batches import DataError, load_batches
+from palme_xt.captioner.data.batches import DataError, load_batches, positions
+from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training.distributed import Errors
 from palme_xt.captioner.training.run import EVALUATION, Run
 from palme_xt.captioner.training.task import Task, check_rows
@@ -88,16 +90,17 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, step: int, batc
     parts: list[tuple[int, float, int, list[list[str]], list[str], list[str]]] = []
     with Errors().shared(), evaluating(model):
         loaded = load_batches(task.held_out_rows, own, batches.__getitem__, model.config, 0)
-        shown = tqdm(loaded, "evaluating", len(own), leave=False, unit="batch", delay=1, disable=hidden)
-        for number, batch in zip(own, shown, strict=True):
+        reading = tqdm(loaded, "evaluating", len(own), leave=False, unit="batch", delay=1, disable=hidden)
+        for number, batch in zip(own, reading, strict=True):
             check_rows(batch.defects, task.data.strict)
             loss, predicted = 0.0, list[str]()
             references = [[*map(tokenizer.round_trip, captions)] for captions in batch.references]
             if batch.targets:
-                img = task.preprocessing.normalise(batch.img.to(accelerator.device))
-                loss = model(img, batch.text.to(accelerator.device)).item() * batch.targets
+                shown, learned = task.inputs(batch, accelerator.device)
+                loss = model(**shown, **learned).item() * batch.targets
                 # A model that computes nan cannot decode. The loss reports it.
-                predicted = caption(model, img, tokenizer) if math.isfinite(loss) else [""] * len(references)
+                finite = math.isfinite(loss)
+                predicted = answers(model, batch.prompts, tokenizer, shown) if finite else [""] * len(references)
             reasons = [defect.reason for defect in batch.defects]
             parts.append((number, loss, batch.targets, references, predicted, reasons))
     _, losses, targets, true, generated, defects = zip(*sorted(gather_object(parts)), strict=True)
@@ -105,3 +108,25 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, step: int, batc
         raise DataError("no held-out row is usable any more: restore the data")
     skipped = Counter(chain(*defects))
     return Evaluation(step, sum(losses) / sum(targets), [*chain(*true)], [*chain(*generated)], dict(skipped))
+
+
+def answers(model: PalmE, prompts: Sequence[Tensor], tokenizer: Tokenizer, shown: dict[str, Any]) -> list[str]:
+    """Return what a model answers to prompts `(t_i,)`, greedily, each as if it was alone.
+
+    Args:
+        model: The model.
+        prompts: The token ids of the prompts.
+        tokenizer: How answers are written.
+        shown: The keywords with which the model reads the images, as `Task.inputs` returns them.
+    """
+    room = [model.config.max_seq_len - positions(prompt.tolist(), model.config) for prompt in prompts]
+    device = next(model.parameters()).device
+    found = model.generate(
+        prompts=[prompt.to(device) for prompt in prompts],
+        seq_len=max(room),  # of which a long prompt may have less
+        restrict_to_max_seq_len=False,
+        eos_token=tokenizer.eos,
+        temperature=0.0,
+        **shown,
+    )
+    return [tokenizer.decode(row[:most]) for row, most in zip(found.tolist(), room, strict=True)]

@@ -174,8 +174,8 @@ class _Trainer:
         task, state, accelerator, losses = self.task, self.state, self.accelerator, []
         for batch in micro_batches:
             with contextlib.nullcontext() if batch is micro_batches[-1] else accelerator.no_sync(state.model):
-                img, text = batch.img.to(accelerator.device), batch.text.to(accelerator.device)
-                loss = state.model(task.preprocessing.normalise(img), text)
+                shown, learned = task.inputs(batch, accelerator.device)
+                loss = state.model(**shown, **learned)
                 # Processes average their gradients. This weight makes it the gradient of the mean over all targets.
                 accelerator.backward(loss * (batch.targets * accelerator.num_processes / targets))
                 losses.append(loss.detach() * (batch.targets / targets))
@@ -285,7 +285,8 @@ class _Trainer:
         """Draw held-out images with their captions, and the loss curve."""
         task, folder = self.task, self.run.folder
         rows = task.held_out_rows.read(range(min(task.held_out_images, drawing.COLUMNS * drawing.ROWS)))
-        pixels = [row.img for row in rows if isinstance(row, Example)]
+        blank = torch.zeros(1, task.config.channels, *[task.config.image_size] * 2)
+        pixels = [[*row.imgs, *blank][0] for row in rows if isinstance(row, Example)]
         if pixels:
             img = torch.stack(pixels)
             images.save_images(img[:SAVED_IMAGES], folder / "held_out")

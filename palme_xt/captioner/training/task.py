@@ -5,7 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from palme_xt.captioner.data.batches import DataError, Defect, Source
+import torch
+
+from palme_xt.captioner.caption import image_inputs
+from palme_xt.captioner.data.batches import Batch, DataError, Defect, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing, read_preprocessing
@@ -45,6 +48,15 @@ class Task(NamedTuple):
         options = asdict(self.data) | asdict(self.training)
         del options["augment" if self.data.data == DIGITS else "jitter"]
         return options
+
+    def inputs(self, batch: Batch, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the keywords with which the model reads the images of a batch, and those with which it learns."""
+        img = self.preprocessing.normalise(batch.img.to(device))
+        learned = {"text": batch.text.to(device)}
+        # A model of captions without placeholders needs no mask: it learns all tokens, as it is by default.
+        if not (batch.target_mask | (batch.text == self.config.ignore_index))[:, 1:].all():
+            learned["target_mask"] = batch.target_mask.to(device)
+        return image_inputs(img, batch.counts, self.config), learned
 
 
 def open_task(
@@ -119,7 +131,7 @@ def _check_held_out_rows(task: Task) -> list[Defect]:
         if isinstance(row, Defect):
             defects.append(row)
         else:
-            captions += row.captions
+            captions += row.answers
     check_rows(defects, task.data.strict)
     if len(defects) == task.held_out_images:
         rule = "choose another split or number with --held_out"

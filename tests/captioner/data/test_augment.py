@@ -11,6 +11,7 @@ import torch
 
 from palme_xt.captioner.data.augment import varied
 from palme_xt.captioner.data.batches import Defect, Example, Source
+from palme_xt.captioner.turns import Text
 from tests.captioner.captioned import picture
 
 
@@ -22,8 +23,8 @@ class Rows(Source):
     def row(self, number: int) -> Example | Defect:
         img = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         rows: list[Example | Defect] = [
-            Example(img, "0", [picture(0)[1]], [[1, 2]]),
-            Example(img.flip(-1), "1", [picture(1)[1]], [[1, 3]], turn=1),
+            Example(img[None], "0", [picture(0)[1]], [Text([1, 2], [False, True])]),
+            Example(img[None].flip(-1), "1", [picture(1)[1]], [Text([1, 3], [False, True])], turn=1),
             Defect("broken image", "2 is broken", "2"),
         ]
         return rows[number % 3]
@@ -36,7 +37,7 @@ def augmented(seed: int) -> Rows:
 
 
 def images(source: Source, numbers: range) -> list[torch.Tensor]:
-    return [row.img for row in source.read(numbers) if isinstance(row, Example)]
+    return [row.imgs for row in source.read(numbers) if isinstance(row, Example)]
 
 
 def test_a_variation_depends_only_on_the_seed_and_the_number() -> None:
@@ -52,7 +53,7 @@ def test_all_else_is_that_of_the_source() -> None:
     for row, original in zip(augmented(0).read(range(3)), Rows().read(range(3)), strict=True):
         if isinstance(row, Example):
             assert isinstance(original, Example)
-            assert replace(row, img=original.img) == original
+            assert replace(row, imgs=original.imgs) == original
         else:
             assert row == original
 

@@ -43,7 +43,7 @@ def load(data: Data, *, seed: int = 0, held_out: int = 100) -> tuple[Source, Sou
 
 
 def captions(source: Source, numbers: range) -> list[str]:
-    return [tokens.decode(row.ids[1:]) if isinstance(row, Example) else row.reason for row in source.read(numbers)]
+    return [tokens.decode(row.text.ids[1:]) if isinstance(row, Example) else row.reason for row in source.read(numbers)]
 
 
 def captions_of(batch: Batch) -> list[str]:
@@ -129,11 +129,11 @@ def test_pixels_are_those_of_the_file(folder: Path) -> None:
     preprocessing = Preprocessing.like_clip(CONFIG)
     for row in source.read(range(5)):
         assert isinstance(row, Example)
-        (caption,) = row.captions
+        (caption,) = row.answers
         number = int(caption.rpartition(" ")[2])
-        assert torch.equal(row.img, preprocessing.pixels(picture(number)[0]))
-        assert not torch.equal(row.img, preprocessing.pixels(picture(number + 3)[0]))
-        assert row.ids == ByteTokenizer().encode(caption)
+        assert torch.equal(row.imgs[0], preprocessing.pixels(picture(number)[0]))
+        assert not torch.equal(row.imgs[0], preprocessing.pixels(picture(number + 3)[0]))
+        assert row.text.ids == ByteTokenizer().encode(caption)
         assert row.name.endswith(f"{number:03}.png")
 
 
@@ -298,7 +298,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     preprocessing = Preprocessing.like_clip(CONFIG)
     for row in rows:
         assert isinstance(row, Example)
-        assert torch.equal(row.img, preprocessing.pixels(picture(int(row.captions[0].rpartition(" ")[2]))[0]))
+        assert torch.equal(row.imgs[0], preprocessing.pixels(picture(int(row.answers[0].rpartition(" ")[2]))[0]))
     for column, message in (
         ("size", "image_column=size holds int, must hold images: choose another column"),
         ("alt", "no usable row among its first 8: .* cannot be read: No such file or directory"),
@@ -451,8 +451,8 @@ def test_one_of_several_image_columns(tmp_path: Path) -> None:
         load(Data(str(tmp_path / "2.parquet"), held_out="1"))
     (row,) = load(Data(str(tmp_path / "3.parquet"), held_out="1"))[0].read(range(1))
     assert isinstance(row, Example)
-    number = texts.index(row.captions[0])
-    assert torch.equal(row.img, Preprocessing.like_clip(CONFIG).pixels(picture(number)[0]))
+    number = texts.index(row.answers[0])
+    assert torch.equal(row.imgs[0], Preprocessing.like_clip(CONFIG).pixels(picture(number)[0]))
 
 
 LISTS = [[f"{name} {way}" for way in ("one", "two", "three")] for name in ("cat", "dog", "emu", "fox")]
@@ -470,10 +470,10 @@ def test_each_epoch_draws_a_caption_of_a_list(streaming: bool, tmp_path: Path) -
     source, rows, _ = load(data)
     (held_out,) = rows.read(range(1))
     assert isinstance(held_out, Example)
-    assert held_out.captions in LISTS
-    assert tokens.decode(held_out.ids[1:]) == held_out.captions[0]
+    assert held_out.answers in LISTS
+    assert tokens.decode(held_out.text.ids[1:]) == held_out.answers[0]
     drawn = [captions(source, range(3 * epoch, 3 * epoch + 3)) for epoch in range(12)]
-    assert {caption for epoch in drawn for caption in epoch} == {*chain(*LISTS)} - {*held_out.captions}
+    assert {caption for epoch in drawn for caption in epoch} == {*chain(*LISTS)} - {*held_out.answers}
     for epoch in drawn:
         assert len({caption.split()[0] for caption in epoch}) == 3  # one caption of each image
     if not streaming:
@@ -516,9 +516,9 @@ def test_images_are_held_out_with_all_their_rows(embedded: bool, streaming: bool
     references = {}
     for row in evaluated:
         assert isinstance(row, Example)
-        (number,) = {int(caption.split()[0]) for caption in row.captions}
-        assert torch.equal(row.img, Preprocessing.like_clip(CONFIG).pixels(picture(number)[0]))
-        references[number] = row.captions
+        (number,) = {int(caption.split()[0]) for caption in row.answers}
+        assert torch.equal(row.imgs[0], Preprocessing.like_clip(CONFIG).pixels(picture(number)[0]))
+        references[number] = row.answers
     assert len(references) == 4
     if not streaming:  # of a stream, only the first rows are known
         assert references == {number: [f"{number} {way}" for way in "abcde"] for number in references}
@@ -537,7 +537,7 @@ def test_an_own_split_is_evaluated_by_image(streaming: bool, tmp_path: Path) -> 
     write_rows(tmp_path / "validation", rows)
     _, held_out, count = load(Data(str(tmp_path), streaming=streaming))
     assert count == 5
-    found = [row.captions for row in held_out.read(range(5)) if isinstance(row, Example)]
+    found = [row.answers for row in held_out.read(range(5)) if isinstance(row, Example)]
     assert found == [[f"{number} a", f"{number} b"] for number in range(5)]
 
 
