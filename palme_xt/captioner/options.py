@@ -9,7 +9,8 @@ from palme_xt import tokens
 from palme_xt.config import PalmEConfig
 
 DIGITS = "digits"
-NOT_OF_DIGITS = ("held_out", "image_column", "text_column", "fit", "streaming", "strict")
+COLUMNS = ("image_column", "text_column", "question_column", "answer_column")
+NOT_OF_DIGITS = ("held_out", *COLUMNS, "fit", "streaming", "strict")
 MAY_BE_ZERO = ("seed", "weight_decay", "jitter", "num_workers", "augment", "streaming", "strict")  # false is 0
 PRECISIONS = ("no", "bf16")
 PARTS = ("encoder", "decoder")
@@ -71,7 +72,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Data:
-    """The captioned images to learn from.
+    """The captioned images, or the questions about images, to learn from.
 
     Args:
         data: `digits`: scenes of handwritten digits, composed on the fly. DIR: a folder of images with `metadata.jsonl`
@@ -82,11 +83,15 @@ class Data:
         task: What to learn from `digits`: `captions`, or answers to `questions` about one scene or two.
         held_out: The images to evaluate on: a split of the data (`validation`), a share of its images (0.1) or a number
             of images (500). By default, the data's own split `validation` or `test`; without one, a share of 0.1, or
-            those of the first 500 rows of a stream. All rows with a held-out image are held out.
-        image_column: Column of the images. By default, `image`, `jpg`, `jpeg`, `png`, `webp`, or the one column of
-            image type; in webdataset shards, the first of these that a row has.
+            those of the first 500 rows of a stream. Rows that share an image are held out together.
+        image_column: Column of the images, each an image or a list of images. By default, `image`, `images`, `jpg`,
+            `jpeg`, `png`, `webp`, or the one column of image type; in webdataset shards, the first of these that a row
+            has.
         text_column: Column of the captions, each a text or a list of texts. By default, `text`, `caption`, `captions`
-            or `txt`. Each epoch trains on another text of a list.
+            or `txt`, otherwise the conversations in `messages`. Each epoch trains on another text of a list.
+        question_column: Column of the questions, which are read (default: `question`, in data without captions).
+            `<image>` in them stands for each image; otherwise, images come first.
+        answer_column: Column of the answers, which are learned, each a text or a list of texts (default: `answer`).
         fit: How images become squares: `crop` keeps the centre, `pad` adds borders in the mean colour, `squash` changes
             the proportions.
         streaming: Read the data during training, instead of preparing all of them first. The option needs no value.
@@ -99,7 +104,7 @@ class Data:
             no value.
 
     Raises:
-        ValueError: If a value has the wrong type, is out of range, or has no effect on these data.
+        ValueError: If a value has the wrong type, is out of range, or has no effect on the data.
     """
 
     data: str = DIGITS
@@ -107,6 +112,8 @@ class Data:
     held_out: str | None = None
     image_column: str | None = None
     text_column: str | None = None
+    question_column: str | None = None
+    answer_column: str | None = None
     fit: str = "crop"
     streaming: bool = False
     shuffle_buffer: int = 1000
@@ -119,6 +126,8 @@ class Data:
             raise ValueError(f"task={self.task} must be captions or questions")
         if self.task != Data.task and self.data != DIGITS:
             raise ValueError(f"task={self.task} has no effect with data={self.data}, only with {DIGITS}: leave it out")
+        if self.text_column and (self.question_column or self.answer_column):
+            raise ValueError(f"text_column={self.text_column} has no effect on data with questions: leave it out")
         for name in NOT_OF_DIGITS:
             if self.data == DIGITS and (value := getattr(self, name)) != getattr(Data, name):
                 rule = f"has no effect with data={DIGITS}, whose scenes are composed: leave it out"
@@ -232,4 +241,4 @@ def check_values(options: Any) -> None:
 
 # Options that older runs do not have, with what they did.
 ADDED = {"patience": None, "augment": False, "start": None, "fit": "crop", "jitter": Training.jitter, "task": Data.task}
-ADDED |= dict.fromkeys(("encoder", "decoder", "freeze", "lr_encoder", "lr_decoder"))
+ADDED |= dict.fromkeys(("encoder", "decoder", "freeze", "lr_encoder", "lr_decoder", *COLUMNS[2:]))

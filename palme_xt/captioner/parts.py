@@ -78,8 +78,9 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, img: Tensor) -> Tensor:
-        """Return the embeddings `(b, p, d)` of images `(b, c, h, w)`."""
-        return torch.stack([self._embeddings(pixels) for pixels in img])
+        """Return the embeddings `(b, p, d)` of images `(b, c, h, w)`, or `(b, m * p, d)` of `(b, m, c, h, w)`."""
+        found = torch.stack([self._embeddings(pixels) for pixels in img.flatten(0, -4)])
+        return found.reshape(len(img), -1, found.shape[-1])
 
     def _embeddings(self, pixels: Tensor) -> Tensor:
         key = hashlib.blake2b(pixels.cpu().numpy().tobytes(), digest_size=16).digest()

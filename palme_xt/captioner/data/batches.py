@@ -93,14 +93,9 @@ class Source(Protocol):
         return ""
 
 
-def image_positions(config: PalmEConfig) -> int:
-    """Return how many positions of a text an image takes: those of the ViT's patches if it stands inside."""
-    return 0 if config.image_token is None else (config.image_size // config.patch_size) ** 2
-
-
 def positions(ids: Sequence[int], config: PalmEConfig) -> int:
-    """Return how many positions a text takes: its tokens, and those of its images if they stand inside."""
-    return len(ids) + ids.count(config.image_token) * (image_positions(config) - 1)
+    """Return how many positions a text takes: an image inside takes as many as the ViT has patches."""
+    return len(ids) + ids.count(config.image_token) * ((config.image_size // config.patch_size) ** 2 - 1)
 
 
 @dataclass(frozen=True)
@@ -156,8 +151,7 @@ class _Batches(Dataset["Batch | DataError"]):
         new = sum(number < self.source.rows_per_epoch for number in numbers)
         examples = [row for row in rows if isinstance(row, Example)]
         size, channels = self.config.image_size, self.config.channels
-        inside = [] if self.config.image_token is None else [self.config.image_token]
-        blank = Text([*inside, 0, 0], [*(False for _ in inside), False, True])
+        blank = Text([self.config.image_token or 0, 0], [False, True])
         shown = examples or [Example(torch.zeros(1, channels, size, size), "blank", [""], [blank])]
         parts = zip(*(example.text for example in shown), strict=True)
         ids, learned = ([torch.tensor(values) for values in part] for part in parts)

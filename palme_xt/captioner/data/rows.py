@@ -1,13 +1,14 @@
-"""Read captioned images from anything that the `datasets` library loads: folders, parquet, webdataset, the hub."""
+"""Read images with captions or questions from all that `datasets` loads: folders, parquet, webdataset, the hub."""
 
+import contextlib
 import copy
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
-from itertools import chain, count, islice
+from itertools import chain, count, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from palme_xt.captioner.data.sources import SHARD_IMAGES, checked, columns_of, o
 from palme_xt.captioner.images import ImageError, Preprocessing, image_errors
 from palme_xt.captioner.options import Data
 from palme_xt.captioner.tokenizer import Tokenizer
-from palme_xt.captioner.turns import IMAGE, Text, Turn, written
+from palme_xt.captioner.turns import IMAGE, Text, Turn, with_images, written
 from palme_xt.config import PalmEConfig
 
-IMAGE_COLUMNS = ("image", *SHARD_IMAGES)
-TEXT_COLUMNS = ("text", "caption", "captions", "txt")
+IMAGE_COLUMNS = ("image", "images", *SHARD_IMAGES)
+MESSAGES = "messages"
+TEXT_COLUMNS = ("text", "caption", "captions", "txt", MESSAGES)
 HELD_OUT_SHARE = 0.1
 HELD_OUT_OF_A_STREAM = 500
 FIRST_ROWS = 1000
@@ -35,16 +37,17 @@ class Reader:
     """A callable that turns a row of a data set into an example, or returns its defect.
 
     Args:
-        image_columns: The image is in the first of these columns that is not None.
-        text_column: The caption, or a list of captions, is in this column.
+        image_columns: The image, or a list of images, is in the first of these columns that is not None.
+        text_columns: The caption, or a list of captions, is in the one column; or a question and its answer, or a list
+            of right answers, are in two; or a conversation is in `messages`.
         preprocessing: How images are resized and cropped.
-        tokenizer: The tokenizer of the captions.
+        tokenizer: The tokenizer of the texts.
         config: The config of the model, which limits the number of tokens in a text, positions of images included.
         folder: The resolved folder of the data, which links must not leave, or None if the data are not in a folder.
     """
 
     image_columns: tuple[str, ...]
-    text_column: str
+    text_columns: tuple[str, ...]
     preprocessing: Preprocessing
     tokenizer: Tokenizer
     config: PalmEConfig
@@ -59,58 +62,90 @@ class Reader:
             turn: Which of its captions to use, as in `Example`.
 
         Raises:
-            DataError: If the text column does not hold text, or the image column does not hold images.
+            DataError: If a text column does not hold text, or the image column does not hold images.
         """
-        path, image = self._image(row)
-        name = path or row.get("__key__") or f"row {number}"
-        captions = self.captions(row)
-        if not captions:
-            return Defect("empty caption", f"{name} has no caption", name)
-        texts, lengths = self.texts(captions)
+        images, conversations = self._images(row), self.conversations(row)
+        name = next((path for path, _ in images if path), None) or row.get("__key__") or f"row {number}"
+        answer, whole = ("answer", "conversation") if self.asks else ("caption", "caption")
+        if not conversations:
+            return Defect(f"empty {answer}", f"{name} has no {answer}", name)
+        try:
+            texts, lengths = self.texts(row)
+        except ValueError as error:
+            return Defect("unmatched image", f"{name}: {error}", name)
         usable = [text for text, length in zip(texts, lengths, strict=True) if length <= self.config.max_seq_len]
         if not usable:
             shortest = min(lengths)
-            detail = f"the caption of {name} has {shortest} tokens, more than max_seq_len={self.config.max_seq_len}"
-            return Defect("caption longer than the model", detail, name)
+            detail = f"the {whole} of {name} has {shortest} tokens, more than max_seq_len={self.config.max_seq_len}"
+            return Defect(f"{whole} longer than the model", detail, name)
+        none = torch.empty(0, self.preprocessing.channels, *[self.preprocessing.image_size] * 2, dtype=torch.uint8)
         try:
-            imgs = self.preprocessing.read_pixels(self._file(image, name), name)[None]
+            imgs = [self.preprocessing.read_pixels(self._file(image, name), name)[None] for _, image in images]
         except ImageError as error:
             return Defect(error.reason, str(error), name)
-        return Example(imgs, name, captions, usable, turn)
+        return Example(torch.cat([none, *imgs]), name, [turns[-1].answer for turns in conversations], usable, turn)
 
-    def texts(self, captions: Sequence[str]) -> tuple[list[Text], list[int]]:
-        """Return captions as token ids, and how many positions each of them takes."""
-        texts = [written([Turn(IMAGE, caption)], self.tokenizer, self.config.image_token) for caption in captions]
-        return texts, [positions(text.ids, self.config) for text in texts]
+    @property
+    def asks(self) -> bool:
+        """Whether rows have questions. Otherwise, they have captions."""
+        return len(self.text_columns) > 1 or self.text_columns == (MESSAGES,)
 
-    def captions(self, row: Mapping[str, Any]) -> list[str]:
-        """Return those captions of a row that are not empty.
+    def texts(self, row: Mapping[str, Any]) -> tuple[list[Text], list[int]]:
+        """Return the conversations of a row as token ids, and how many positions each of them takes.
 
         Raises:
-            DataError: If the text column does not hold text.
+            ValueError: If questions have `<image>`, but not as many as the row has images.
         """
-        value = row[self.text_column]
+        texts, images = list[Text](), len(self._images(row))
+        for turns in self.conversations(row):
+            questions = with_images([turn.question for turn in turns], images)
+            turns = [*map(Turn, questions, (turn.answer for turn in turns))]
+            texts.append(written(turns, self.tokenizer, self.config.image_token))
+        return texts, [positions(text.ids, self.config) for text in texts]
+
+    def conversations(self, row: Mapping[str, Any]) -> list[list[Turn]]:
+        """Return the turns of a row, once for each caption, or each answer to the question, that is not empty.
+
+        Raises:
+            DataError: If a text column does not hold text, or messages.
+        """
+        *asked, learned = self.text_columns
+        if learned == MESSAGES:
+            with reading(f"{MESSAGES} must hold a list of messages with role and content"):
+                turns = _turns(row[MESSAGES] or [])
+            return [turns] if turns and all(turn.answer.strip() for turn in turns) else []
+        question = "\n".join(text for name in asked for text in self.column(row, name))
+        return [[Turn(question, answer)] for answer in self.column(row, learned)]
+
+    def column(self, row: Mapping[str, Any], name: str) -> list[str]:
+        """Return those texts of a row, in the column of that name, that are not empty.
+
+        Raises:
+            DataError: If the column does not hold text.
+        """
+        value = row[name]
         texts = value if isinstance(value, list) else [value]
         if others := [type(text).__name__ for text in texts if not isinstance(text, str | None)]:
             rule = "must hold a text or a list of texts: choose another column"
-            raise DataError(f"text_column={self.text_column} holds {others[0]}, {rule}")
+            option = "question" if name != self.text_columns[-1] else "answer" if self.asks else "text"
+            raise DataError(f"{option}_column={name} holds {others[0]}, {rule}")
         return [text for text in texts if text and text.strip()]
 
-    def identity(self, row: Mapping[str, Any]) -> object:
-        """Return what the rows of one image have in common: the content of an embedded image, otherwise the path."""
-        path, image = self._image(row)
-        return sha256(image).digest() if isinstance(image, bytes) else path or object()
+    def identity(self, row: Mapping[str, Any]) -> tuple[object, ...]:
+        """Return what tells the images of a row from others: the content of an embedded one, otherwise the path."""
+        found = self._images(row) or [(None, None)]
+        return tuple(sha256(each).digest() if isinstance(each, bytes) else path or object() for path, each in found)
 
-    def merged(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the rows of one image as one row with all their captions."""
-        return {**rows[0], self.text_column: [caption for row in rows for caption in self.captions(row)]}
+    def merged(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return the rows of the same images: as one row with all their captions, or each question as it is."""
+        name = self.text_columns[-1]
+        return rows if self.asks else [{**rows[0], name: [text for row in rows for text in self.column(row, name)]}]
 
-    def _image(self, row: Mapping[str, Any]) -> tuple[str | None, Any]:
-        """Return the path of an image, if it has one, and its content, or else the path once more."""
-        image = next((row[column] for column in self.image_columns if row[column] is not None), None)
-        if isinstance(image, dict):
-            return image.get("path"), image.get("bytes") or image.get("path")
-        return image if isinstance(image, str) else None, image
+    def _images(self, row: Mapping[str, Any]) -> list[tuple[str | None, Any]]:
+        """Return the path of each image, if it has one, and its content, or else the path once more."""
+        without: list[Any] = [] if self.asks else [None]  # a caption needs an image
+        found = next((row[column] for column in self.image_columns if row[column] not in (None, [])), without)
+        return [*map(_path_and_content, found if isinstance(found, list) else [found])]
 
     def _file(self, image: Any, name: str) -> str | bytes:
         """Return an image as a path or as the content of a file."""
@@ -131,6 +166,26 @@ class Reader:
         return image  # type: ignore[no-any-return]
 
 
+def _path_and_content(image: Any) -> tuple[str | None, Any]:
+    if isinstance(image, dict):
+        return image.get("path"), image.get("bytes") or image.get("path")
+    return image if isinstance(image, str) else None, image
+
+
+def _turns(messages: Any) -> list[Turn]:
+    """Return messages as turns, whose questions are what comes before the messages of the assistant."""
+    groups = [(False, "")]
+    for answered, group in groupby(messages, key=lambda message: message["role"] == "assistant"):
+        groups.append((answered, "\n".join(_plain(message["content"]) for message in group)))
+    return [Turn(question, answer) for (_, question), (answered, answer) in pairwise(groups) if answered]
+
+
+def _plain(content: Any) -> str:
+    """Return the text of a message, a string or a list of parts, with `<image>` for each image."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return "".join(IMAGE if part["type"] == "image" else part.get("text") or "" for part in parts)
+
+
 class MapStyleSource(Source):
     """The rows of a `datasets.Dataset` or a list.
 
@@ -145,13 +200,13 @@ class MapStyleSource(Source):
         self._room = 0 if seed is None else KEPT_BYTES
 
     def fingerprint(self) -> str:
-        """Return a digest of the number of rows and of their captions, in order."""
-        column = self.reader.text_column
-        digest = sha256(f"{len(self.rows)}\n".encode())
-        with reading("data cannot be read"):
-            captions = [row[column] for row in self.rows] if isinstance(self.rows, list) else self.rows[column][:]
-        for caption in captions:
-            digest.update(json.dumps(caption, default=repr).encode() + b"\n")
+        """Return a digest of the number of rows and of their texts, in order."""
+        digest, rows = sha256(f"{len(self.rows)}\n".encode()), self.rows
+        for column in self.reader.text_columns:
+            with reading("data cannot be read"):
+                texts = [row[column] for row in rows] if isinstance(rows, list) else rows[column][:]
+            for text in texts:
+                digest.update(json.dumps(text, default=repr).encode() + b"\n")
         return digest.hexdigest()
 
     def row(self, number: int) -> Example | Defect:
@@ -179,7 +234,7 @@ class StreamedSource(Source):
         held_out: The identities of images whose rows are left out, as `Reader.identity` returns them.
     """
 
-    def __init__(self, stream: Any, reader: Reader, held_out: Collection[object] = ()) -> None:
+    def __init__(self, stream: Any, reader: Reader, held_out: Set[object] = frozenset()) -> None:
         self.stream, self.reader, self.held_out = stream, reader, held_out
         self._rows: Iterator[tuple[int, int, Mapping[str, Any]]] | None = None
         self._number = 0
@@ -202,7 +257,7 @@ class StreamedSource(Source):
             # rows, and each keeps those with its own numbers.
             for values in checked(stream.iter(batch_size=1), "data cannot be read after {} rows of the stream"):
                 row = {name: value[0] for name, value in values.items()}
-                if not self.held_out or self.reader.identity(row) not in self.held_out:
+                if not (self.held_out and {*self.reader.identity(row)} & self.held_out):
                     yield epoch, place, row
                     place += 1
             if not place:
@@ -213,10 +268,11 @@ class StreamedSource(Source):
 def load_data(
     data: Data, config: PalmEConfig, preprocessing: Preprocessing, tokenizer: Tokenizer, *, seed: int, max_held_out: int
 ) -> tuple[Source, MapStyleSource]:
-    """Return the rows to train on, and the held-out images, each as one row with all its captions.
+    """Return the rows to train on, and the held-out ones: each image with all its captions, or each question.
 
-    No image is in both, unless it has two names or the data's own splits share it. At most `max_held_out` images are
-    held out: a sample that is always the same, or the first ones of a stream.
+    Rows that share an image, directly or through others, are held out together. No image is in both, unless it has two
+    names or the data's own splits share it. At most `max_held_out` images are held out, or groups of rows that share
+    some: a sample that is always the same, or the first ones of a stream.
 
     Raises:
         DataError: If the data cannot be loaded, do not have the requested columns or splits, or if none of the first
@@ -232,44 +288,67 @@ def load_data(
     folder = Path(data.data).resolve() if Path(data.data).is_dir() else None
     reader = Reader(*_columns(data, splits[name]), preprocessing, tokenizer, config, folder)
     train, whole = (_undecoded(splits[split], reader, data) for split in (name, other or name))
-    identities: Collection[object] = ()
+    identities = set[object]()
     with reading(f"data={data.data} cannot be read"):
         if data.streaming:
             number = max_held_out if other else _held_out_count(wanted or f"{HELD_OUT_OF_A_STREAM}", None, splits)
             images = _by_image(((row, row) for row in whole.take(number)), reader, max_held_out)
-            held_out, identities = [reader.merged(same) for same in images.values() if same], images.keys()
+            identities = {*chain(*images)}
+            held_out = [row for same in images.values() if same for row in reader.merged(same)]
             train = train if other else train.skip(number)
         else:
-            places = [*_by_image(enumerate(whole.select_columns([*reader.image_columns])), reader).values()]
+            places = _together(_by_image(enumerate(whole.select_columns([*reader.image_columns])), reader))
             number = len(places) if other else _held_out_count(wanted or f"{HELD_OUT_SHARE}", len(places), splits)
             if number < len(places) or number > max_held_out:  # the first images may be alike
                 places = [places[image] for image in _permutation(len(places)).tolist()]
             chosen = places[: min(number, max_held_out)]
-            held_out = [reader.merged([whole[place] for place in same]) for same in chosen]
-            train = train if other else train.select(np.sort([*chain(*places[number:])]))
+            held_out = [row for same in chain(*chosen) for row in reader.merged([whole[place] for place in same])]
+            train = train if other else train.select(np.sort([*chain(*chain(*places[number:]))]))
     if not held_out:
         raise DataError(f"data={data.data} has no held-out rows: choose another split or number with --held_out")
     _check_usable(train, reader, data)
     if not data.streaming:
         return MapStyleSource(train, reader, seed), MapStyleSource(held_out, reader)
     train = train.shuffle(seed=seed % 2**32, buffer_size=data.shuffle_buffer)
-    return StreamedSource(train, reader, () if other else identities), MapStyleSource(held_out, reader)
+    return StreamedSource(train, reader, frozenset() if other else identities), MapStyleSource(held_out, reader)
 
 
-def _by_image(rows: Iterable[tuple[Any, Any]], reader: Reader, most: float = math.inf) -> dict[object, list[Any]]:
-    """Return what comes with the rows of each image, by identity, in order; nothing for images beyond the first `most`.
+def _by_image(rows: Iterable[tuple[Any, Any]], reader: Reader, most: float = math.inf) -> dict[Any, list[Any]]:
+    """Return what comes with the rows of the same images, by identity, in order; nothing beyond the first `most`.
 
     Args:
         rows: Pairs of what to return for a row, and the row.
         reader: The reader of the rows.
-        most: Number of images.
+        most: Number of identities.
     """
-    images: dict[object, list[Any]] = {}
+    images: dict[Any, list[Any]] = {}
     for kept, row in rows:
         same = images.setdefault(reader.identity(row), [])
         if same or len(images) <= most:
             same.append(kept)
     return images
+
+
+def _together(images: Mapping[Sequence[object], list[int]]) -> list[list[list[int]]]:
+    """Return groups of rows that share an image, directly or through others: the places of the same images, in lists.
+
+    Args:
+        images: The places of rows, by the identities of their images.
+    """
+    first: dict[object, object] = {}
+
+    def root(image: object) -> object:
+        while (before := first.get(image, image)) != image:
+            image = before
+        return image
+
+    for one, *others in images:
+        for other in others:
+            first[root(other)] = root(one)
+    together: dict[object, list[list[int]]] = {}
+    for (one, *_), places in images.items():
+        together.setdefault(root(one), []).append(places)
+    return [*together.values()]
 
 
 def _check_usable(rows: Iterable[Any], reader: Reader, data: Data) -> None:
@@ -284,12 +363,14 @@ def _check_usable(rows: Iterable[Any], reader: Reader, data: Data) -> None:
         if isinstance(found, Example):
             return
         defects.append(found)
-        lengths += reader.texts(reader.captions(row))[1]
+        with contextlib.suppress(ValueError):
+            lengths += reader.texts(row)[1]
     if defects:
         reasons = [defect.reason for defect in defects]
         detail = max(defects, key=lambda defect: reasons.count(defect.reason)).detail
+        whole = "conversations" if reader.asks else "captions"
         most = int(np.quantile(lengths, 0.99, method="higher")) if lengths else 0
-        remedy = f"; 99% of the captions need --max_seq_len={most}" if most > reader.config.max_seq_len else ""
+        remedy = f"; 99% of the {whole} need --max_seq_len={most}" if most > reader.config.max_seq_len else ""
         raise DataError(f"data={data.data} has no usable row among its first {len(defects)}: {detail}{remedy}")
 
 
@@ -308,35 +389,38 @@ def _held_out_count(wanted: str, images: int | None, splits: Mapping[str, Any]) 
     raise DataError(f"held_out={wanted} must be {size}, or a split other than the training split ({', '.join(splits)})")
 
 
-def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], str]:
-    """Return the image columns and the text column."""
+def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the image columns and the text columns, as in `Reader`."""
     from datasets import Image
 
     features = columns_of(rows, data.data)
-    typed = [name for name, feature in features.items() if isinstance(feature, Image)]
+    typed = [name for name, feature in features.items() if isinstance(getattr(feature, "feature", feature), Image)]
     usual = [name for name in IMAGE_COLUMNS if name in (typed or features)]
     images = [data.image_column] if data.image_column else usual or typed or [""]
     if len(images) > 1 and not usual:
         raise DataError(f"data={data.data} has the image columns {', '.join(typed)}: choose one with --image_column")
-    text = data.text_column or next((name for name in TEXT_COLUMNS if name in features), "")
-    for option, column in ("image_column", images[0]), ("text_column", text):
+    texts = {"text_column": data.text_column or next((name for name in TEXT_COLUMNS if name in features), "")}
+    pair = {"question_column": data.question_column or "question", "answer_column": data.answer_column or "answer"}
+    if data.question_column or data.answer_column or (not texts["text_column"] and {*pair.values()} <= {*features}):
+        texts = pair
+    for option, column in {"image_column": images[0], **texts}.items():
         if column not in features:
             raise DataError(f"{option}={column!r} must be a column ({', '.join(features)}): choose one with --{option}")
     # Rows of webdataset shards need not all have the same kind of image.
-    return tuple(images if "__key__" in features else images[:1]), text
+    return tuple(images if "__key__" in features else images[:1]), tuple(texts.values())
 
 
 def _undecoded(rows: Any, reader: Reader, data: Data) -> Any:
     """Return only the needed columns, with images as paths or bytes, so that broken ones are found as in captioning."""
-    from datasets import Image
+    from datasets import Image, List
 
-    columns, needed = columns_of(rows, data.data), {*reader.image_columns, reader.text_column}
+    columns, needed = columns_of(rows, data.data), {*reader.image_columns, *reader.text_columns}
     if missing := needed - set(columns):
         raise DataError(f"data={data.data} has held-out rows without {', '.join(sorted(missing))}: use another split")
     rows = rows.select_columns([name for name in columns if name in {*needed, "__key__"}])
     for name in reader.image_columns:
-        if isinstance(columns[name], Image):
-            rows = rows.cast_column(name, Image(decode=False))
+        if isinstance(getattr(kind := columns[name], "feature", kind), Image):
+            rows = rows.cast_column(name, Image(decode=False) if isinstance(kind, Image) else List(Image(decode=False)))
     return rows
 
 

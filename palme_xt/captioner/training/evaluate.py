@@ -99,8 +99,8 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, step: int, batc
                 shown, learned = task.inputs(batch, accelerator.device)
                 loss = model(**shown, **learned).item() * batch.targets
                 # A model that computes nan cannot decode. The loss reports it.
-                finite = math.isfinite(loss)
-                predicted = answers(model, batch.prompts, tokenizer, shown) if finite else [""] * len(references)
+                decodable = math.isfinite(loss)
+                predicted = answers(model, batch.prompts, tokenizer, shown) if decodable else [""] * len(references)
             reasons = [defect.reason for defect in batch.defects]
             parts.append((number, loss, batch.targets, references, predicted, reasons))
     _, losses, targets, true, generated, defects = zip(*sorted(gather_object(parts)), strict=True)
@@ -120,13 +120,8 @@ def answers(model: PalmE, prompts: Sequence[Tensor], tokenizer: Tokenizer, shown
         shown: The keywords with which the model reads the images, as `Task.inputs` returns them.
     """
     room = [model.config.max_seq_len - positions(prompt.tolist(), model.config) for prompt in prompts]
-    device = next(model.parameters()).device
-    found = model.generate(
-        prompts=[prompt.to(device) for prompt in prompts],
-        seq_len=max(room),  # of which a long prompt may have less
-        restrict_to_max_seq_len=False,
-        eos_token=tokenizer.eos,
-        temperature=0.0,
-        **shown,
-    )
+    prompts = [prompt.to(next(model.parameters()).device) for prompt in prompts]
+    # A long prompt leaves less room than the shortest one.
+    how: dict[str, Any] = {"seq_len": max(room), "restrict_to_max_seq_len": False, "temperature": 0.0}
+    found = model.generate(prompts=prompts, eos_token=tokenizer.eos, **shown, **how)
     return [tokenizer.decode(row[:most]) for row, most in zip(found.tolist(), room, strict=True)]

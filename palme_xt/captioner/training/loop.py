@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -285,8 +286,8 @@ class _Trainer:
         """Draw held-out images with their captions, and the loss curve."""
         task, folder = self.task, self.run.folder
         rows = task.held_out_rows.read(range(min(task.held_out_images, drawing.COLUMNS * drawing.ROWS)))
-        blank = torch.zeros(1, task.config.channels, *[task.config.image_size] * 2)
-        pixels = [[*row.imgs, *blank][0] for row in rows if isinstance(row, Example)]
+        # A row without images is drawn as a black one.
+        pixels = [F.pad(row.imgs, (0,) * 7 + (1,))[0] for row in rows if isinstance(row, Example)]
         if pixels:
             img = torch.stack(pixels)
             images.save_images(img[:SAVED_IMAGES], folder / "held_out")

@@ -58,6 +58,23 @@ def test_all_else_is_that_of_the_source() -> None:
             assert row == original
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_each_image_of_a_row_is_varied(count: int) -> None:
+    class Several(Rows):
+        def row(self, number: int) -> Example | Defect:
+            row = super().row(0)
+            assert isinstance(row, Example)
+            return replace(row, imgs=row.imgs[0].expand(count, -1, -1, -1))
+
+    source = Several()
+    source.augment_seed = 0
+    (found,) = images(source, range(1))
+    (alone,) = images(augmented(0), range(1))
+    assert found.shape == (count, 3, 16, 16)
+    assert torch.equal(found[:1], alone[:count])
+    assert count < 2 or not torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_images_keep_their_size_and_are_not_mirrored(channels: int) -> None:
     img = torch.zeros(channels, 32, 32, dtype=torch.uint8)
