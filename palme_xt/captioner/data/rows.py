@@ -386,7 +386,8 @@ def _held_out_count(wanted: str, images: int | None, splits: Mapping[str, Any]) 
     if images is not None and 0 < number < 1 <= most:
         return min(images - 1, max(1, round(number * images)))
     size = "a whole number of rows" if images is None else f"a share below 1, or a number of images below {images}"
-    raise DataError(f"held_out={wanted} must be {size}, or a split other than the training split ({', '.join(splits)})")
+    rule = f"must be {size}, or a split other than the training split ({', '.join(splits)})"
+    raise DataError(f"held_out={wanted} {rule}{'; all rows share images' if images == 1 else ''}")
 
 
 def _columns(data: Data, rows: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -205,7 +205,7 @@ def test_columns_of_other_types_are_errors(column: str, value: Any, message: str
 @pytest.mark.parametrize("streaming", [False, True])
 def test_questions_about_one_image_are_held_out_together(streaming: bool, tmp_path: Path) -> None:
     images = [[number // 3, 10 + number // 6] for number in range(24)]  # six questions share an image, in two pairs
-    rows = [{"image": image, "question": "?", "answer": f"{n}"} for n, image in enumerate(images)]
+    rows: list[dict[str, Any]] = [{"image": image, "question": "?", "answer": f"{n}"} for n, image in enumerate(images)]
     number = "6" if streaming else "1"
     train, held_out = load(rows, tmp_path, streaming=streaming, held_out=number)
     evaluated = held_out.read(range(int(held_out.rows_per_epoch)))
@@ -215,6 +215,9 @@ def test_questions_about_one_image_are_held_out_together(streaming: bool, tmp_pa
     assert len(answers[0]) == 6  # each question stays a row
     assert sorted(answers[0] + answers[1]) == [*range(24)]
     apart = [{"image": [n, 30 + n], "question": "?", "answer": f"{n}"} for n in range(24)]
+    if not streaming:
+        with pytest.raises(DataError, match=r"^held_out=1 must be .* \(train\); all rows share images$"):
+            load([row | {"image": [99, *row["image"]]} for row in rows], tmp_path)
     (tmp_path / "apart").mkdir()
     assert load(apart, tmp_path / "apart", streaming=streaming, held_out=number)[1].rows_per_epoch == int(number)
 

@@ -133,6 +133,18 @@ def test_several_images_are_one_longer_context(counts: list[int]) -> None:
     assert not torch.allclose(model(**shown | {"img": changed}, **learned), expected)
 
 
+@pytest.mark.parametrize("config", CONFIGS[:2])
+def test_images_have_an_order_in_the_sentence_alone(config: PalmEConfig) -> None:
+    task = task_of(config)
+    model, batch = model_of(task), batch_of(task)
+    found, swapped = (
+        model(**shown, **learned)
+        for each in (batch, replace(batch, img=batch.img[[1, 0, 2]]))
+        for shown, learned in [task.inputs(each, CPU)]
+    )
+    assert torch.allclose(found, swapped, rtol=1e-4) == (config.image_token is None)
+
+
 def test_captions_are_learned_as_they_always_were() -> None:
     class Captions(Rows):
         def row(self, number: int) -> Any:
