@@ -33,9 +33,9 @@ DIGITS_MODEL = PalmEConfig(
     decoder_kwargs={"attn_dim_head": 32, "verbose": False},
 )
 
-# Two questions about two scenes, which stand inside the text, take at most 160 positions.
+# Two questions about two scenes, which stand inside the text, take at most 208 positions.
 QUESTIONS_MODEL = replace(
-    DIGITS_MODEL, image_token=tokens.NUM_TOKENS, num_tokens=tokens.NUM_TOKENS + 1, max_seq_len=160
+    DIGITS_MODEL, image_token=tokens.NUM_TOKENS, num_tokens=tokens.NUM_TOKENS + 1, max_seq_len=208
 )
 DIGITS_MODELS = {"captions": DIGITS_MODEL, "questions": QUESTIONS_MODEL}  # by task
 

@@ -46,6 +46,8 @@ def answer(question: str, scenes: Sequence[Sequence[int]]) -> str:
     which = int("the second" in question)
     if question.startswith("how many digits are in "):
         return ("one", "two", "three")[counts[which] - 1]
+    if question.startswith("what is in "):
+        return describe(scenes[which])
     if name := re.match(r"where is the (\w+) in ", question):
         assert scenes[which].count(NAMES.index(name[1])) == 1
         return QUARTERS[scenes[which].index(NAMES.index(name[1]))]
@@ -143,15 +145,15 @@ def test_answers_are_right(count: int) -> None:
         assert [turn.question.count(IMAGE) for turn in turns] == [count, 0, 0]
         assert [turn.answer for turn in turns] == [answer(turn.question, scenes) for turn in turns]
         kinds |= {(turn.question.split(" ")[0], turn.answer) for turn in turns}
-        first_only = [answer(turn.question, [scenes[0]] * count) for turn in turns if "where" not in turn.question]
-        changed += first_only != [turn.answer for turn in turns if "where" not in turn.question]
-    assert {answer for kind, answer in kinds if kind == "what"} == {*NAMES, "nothing"}
+        counting = [turn for turn in turns if "digits" in turn.question]
+        changed += sum(answer(turn.question, scenes[::-1]) != turn.answer for turn in counting)
+    assert {*NAMES, "nothing"} < {answer for kind, answer in kinds if kind == "what"}  # and captions
     assert {answer for kind, answer in kinds if kind == "where"} == {*QUARTERS}
     assert {answer for kind, answer in kinds if kind == "how"} == {"one", "two", "three"}
     assert {answer for kind, answer in kinds if kind == "which"} == (
         {"first", "second", "neither"} if count == 2 else set()
     )
-    assert changed > 100 if count == 2 else changed == 0  # the second scene, and its place, matter
+    assert changed > 20 if count == 2 else changed == 0  # the order of the scenes matters
 
 
 def shown(row: Example) -> list[list[str]]:
