@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.report import Report
-from palme_xt.captioner.options import DIGITS, DIGITS_MODELS, Data, Training, default_model
+from palme_xt.captioner.options import DIGITS, STEPS, Data, Training, default_model
 from palme_xt.captioner.tokenizer import ByteTokenizer
 from palme_xt.captioner.training.loop import train
 from palme_xt.captioner.training.run import Run
@@ -23,10 +23,10 @@ SEEDS = range(5)
 def main() -> None:
     report = Report("digits", "Digits captioner", COLUMNS, ["scikit-learn"])
     with tempfile.TemporaryDirectory() as folder:
-        for task, seed in product(DIGITS_MODELS, SEEDS):
+        for (task, steps), seed in product(STEPS.items(), SEEDS):
             started = time.perf_counter()
             model, run = default_model(DIGITS, task), Run(Path(folder) / f"{task}-{seed}")
-            outcome = train(model, Training(seed=seed), Data(task=task), ByteTokenizer(), run)
+            outcome = train(model, Training(seed=seed, steps=steps), Data(task=task), ByteTokenizer(), run)
             exact_match = f"{outcome.evaluation.scores['held_out_exact_match']:.1%}"
             report.row(task, seed, exact_match, f"{time.perf_counter() - started:.0f}")
     report.end()

@@ -25,7 +25,7 @@ from palme_xt.captioner.parts import freeze
 COLUMNS = ("task", "images", "parts", "steps", "exact", "chrF", "CPU minutes", "trained parameters")
 TASKS = ("captions", "questions")
 ROWS = {"train": 8000, "validation": 300}
-SCRATCH = ["--image_size=32", "--patch_size=16"]
+SCRATCH = ["--image_size=32", "--patch_size=8"]
 FROZEN = ["--encoder={models}/dinov2", "--decoder={models}/smollm2", "--freeze=encoder,decoder", "--image_size=56"]
 FROZEN += ["--batch_size=16", "--lr=1e-3"]
 INSIDE, UNUSED = ["--image_token=258", "--num_tokens=259"], ["--image_token=3"]  # a token for the names of repositories

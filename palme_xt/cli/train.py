@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import PartialState
 
 from palme_xt.captioner import parts
-from palme_xt.captioner.options import ADDED, PARTS, RESUMABLE, Data, RunOptions, Training, default_model
+from palme_xt.captioner.options import ADDED, PARTS, RESUMABLE, STEPS, Data, RunOptions, Training, default_model
 from palme_xt.captioner.tokenizer import TOKENIZER, Tokenizer, load_tokenizer, read_tokenizer
 from palme_xt.captioner.training.loop import Outcome, train
 from palme_xt.captioner.training.run import SKIPPED, Run
@@ -60,7 +60,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
     named.pop("config", None)
     if "resume" in named:
         reject_others(f"--resume={named['resume']}", named, ["resume", *RESUMABLE])
-    parser.set_defaults(_model_defaults(named, described=any(option in argv for option in SHOW[:2])))
+    steps = {"steps": STEPS.get(named.get("task", Data.task), Training.steps)}
+    parser.set_defaults(steps | _model_defaults(named, described=any(option in argv for option in SHOW[:2])))
     changed = {name: named[name] for name in RESUMABLE if name in named}
     return dict(parser.parse_args(argv).as_dict()) | {"changed": changed}
 

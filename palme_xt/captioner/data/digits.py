@@ -28,8 +28,7 @@ QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 ORDINALS = ("first", "second")
 EMPTY = -1  # instead of a label
 LONGEST_CAPTION = ", ".join(f"three {quarter}" for quarter in QUARTERS[1:])
-ENDS = (f" of {IMAGE}{IMAGE}?", "?")  # of a first question about two scenes, and of a later one
-LONGEST_QUESTIONS = [Turn(f"what is in the second{end}", LONGEST_CAPTION) for end in ENDS]
+LONGEST_QUESTIONS = [Turn(f"what is in the second{of}?", LONGEST_CAPTION) for of in (f" of {IMAGE}{IMAGE}", "")]
 HELD_OUT_SHARE = 0.2
 
 
@@ -100,8 +99,8 @@ def ask(scenes: Sequence[Sequence[int]], count: int, draw: random.Random) -> lis
         taken = [quarter for quarter in range(len(QUARTERS)) if digits[quarter] != EMPTY]
         quarter = draw.choice([*range(len(QUARTERS)), *taken])  # mostly one with a digit
         name = NAMES[digits[quarter]] if quarter in taken else "nothing"
-        # Most questions ask for digits, which take the longest to learn, and most of these for all digits of a scene.
-        kinds = [Turn(f"what is in {place}?", describe(digits))] * 3
+        # To tell digits apart takes the longest to learn, and answers with all digits of a scene teach most of it.
+        kinds = [Turn(f"what is in {place}?", describe(digits))] * 2
         kinds += [Turn(f"what is {QUARTERS[quarter]} in {place}?", name)]
         kinds += [Turn(f"how many digits are in {place}?", NAMES[len(taken)])]
         if quarter in taken and digits.count(digits[quarter]) == 1:
@@ -167,5 +166,5 @@ class Scenes(Source):
         digits, draw = found.tolist(), random.Random(seed)
         if not self.turns:
             return [(scene[None], [Turn(IMAGE, describe(row))]) for scene, row in zip(img, digits, strict=True)]
-        shown = [slice(start, start + draw.choice((1, 1, 2))) for start in range(0, len(digits), 2)]
+        shown = [slice(start, start + draw.choice((1, 2))) for start in range(0, len(digits), 2)]
         return [(img[scenes], ask(digits[scenes], self.turns, draw)) for scenes in shown]

@@ -191,7 +191,9 @@ def test_a_row_depends_only_on_seed_block_and_number() -> None:
         assert torch.equal(again.imgs, row.imgs)
         assert (again.text, again.answers, again.name) == (row.text, row.answers, row.name)
     for other in questions(scans, seed=1), questions(scans, block=61):
-        assert [other.row(number).text for number in range(100, 110)] != [row.text for row in rows[100:110]]
+        assert [row.text for row in map(other.row, range(100, 110))] != [
+            row.text for row in map(questions(scans).row, range(100, 110))
+        ]
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2])
