@@ -12,7 +12,6 @@ from torch import Tensor
 
 from palme_xt.captioner.images import Preprocessing, read_preprocessing
 from palme_xt.captioner.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer
-from palme_xt.config import PalmEConfig
 from palme_xt.model import PalmE
 from palme_xt.storage import folder as model_folder
 
@@ -118,26 +117,6 @@ def caption_ids(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: 
 def caption(model: PalmE, img: Tensor, tokenizer: Tokenizer = BYTES, **how: Any) -> list[str]:
     """Return captions of images `(b, c, h, w)`, decoded greedily unless keywords of `PalmE.generate` say otherwise."""
     return [tokenizer.decode(row) for row in caption_ids(model, img, tokenizer, **how).tolist()]
-
-
-def image_inputs(img: Tensor, counts: Sequence[int], config: PalmEConfig) -> dict[str, Any]:
-    """Return the keywords with which a model reads several images of a sample, or none.
-
-    A model that cross-attends reads the embeddings of a sample's images as one context.
-
-    Args:
-        img: The images of all samples, one after another, `(sum of counts, c, h, w)`.
-        counts: Number of images of each sample.
-        config: The config of the model.
-    """
-    if config.image_token is not None:
-        return {"img": img.split([*counts])}
-    if {*counts} == {1} or not config.cross_attend:
-        return {"img": img}
-    there = torch.arange(max(1, *counts), device=img.device) < torch.tensor(counts, device=img.device)[:, None]
-    padded = img.new_zeros(*there.shape, *img.shape[1:])
-    padded[there] = img
-    return {"img": padded, "context_mask": there.repeat_interleave((config.image_size // config.patch_size) ** 2, 1)}
 
 
 def _start(model: PalmE, img: Tensor, tokenizer: Tokenizer) -> Tensor:

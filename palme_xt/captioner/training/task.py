@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from palme_xt.captioner.caption import image_inputs
 from palme_xt.captioner.data.batches import Batch, DataError, Defect, Source
 from palme_xt.captioner.data.digits import Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
@@ -57,6 +57,26 @@ class Task(NamedTuple):
         if not (batch.target_mask | (batch.text == self.config.ignore_index))[:, 1:].all():
             learned["target_mask"] = batch.target_mask.to(device)
         return image_inputs(img, batch.counts, self.config), learned
+
+
+def image_inputs(img: Tensor, counts: Sequence[int], config: PalmEConfig) -> dict[str, Any]:
+    """Return the keywords with which a model reads several images of a sample, or none.
+
+    A model that cross-attends reads the embeddings of a sample's images as one context.
+
+    Args:
+        img: The images of all samples, one after another, `(sum of counts, c, h, w)`.
+        counts: Number of images of each sample.
+        config: The config of the model.
+    """
+    if config.image_token is not None:
+        return {"img": img.split([*counts])}
+    if {*counts} == {1} or not config.cross_attend:
+        return {"img": img}
+    there = torch.arange(max(1, *counts), device=img.device) < torch.tensor(counts, device=img.device)[:, None]
+    padded = img.new_zeros(*there.shape, *img.shape[1:])
+    padded[there] = img
+    return {"img": padded, "context_mask": there.repeat_interleave((config.image_size // config.patch_size) ** 2, 1)}
 
 
 def open_task(
