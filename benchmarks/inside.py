@@ -27,7 +27,7 @@ TASKS = ("captions", "questions")
 ROWS = {"train": 8000, "validation": 300}
 SCRATCH = ["--image_size=32", "--patch_size=8"]
 FROZEN = ["--encoder={models}/dinov2", "--decoder={models}/smollm2", "--freeze=encoder,decoder", "--image_size=56"]
-FROZEN += ["--batch_size=16", "--lr=1e-3"]
+FROZEN += ["--batch_size=16", "--lr=1e-3", "--max_seq_len=80"]
 INSIDE, UNUSED = ["--image_token=258", "--num_tokens=259"], ["--image_token=3"]  # a token for the names of repositories
 # Options, and steps on captions and on questions, which take about eight minutes of one core.
 CONTESTANTS: dict[tuple[str, str], tuple[list[str], dict[str, int]]] = {

@@ -674,6 +674,21 @@ def test_options_may_be_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     fails(capsys, resume, r"--resume=\S+ allows no other options except .*, found --batch_size: leave out .*")
 
 
+@pytest.mark.slow
+def test_questions_are_learned_and_stay_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train = ["train", "--task=questions", "--steps=60", "--batch_size=16", "--eval_images=20", f"--run={run}"]
+    assert main(train) == 0
+    losses = [line["loss"] for line in Run(run).metrics() if "loss" in line]
+    assert losses[0] > 5
+    assert losses[-1] < 1
+    assert (Run(run).training()["task"], read_config(run).image_token) == ("questions", 258)
+    assert re.search(r"held-out exact match: [\d.]+% of 20 ", capsys.readouterr().out)
+    assert main(["train", f"--resume={run}", "--steps=61"]) == 0
+    capsys.readouterr()
+    fails(capsys, ["train", f"--resume={run}", "--task=captions"], r"--resume=\S+ allows no other options.*--task.*")
+
+
 @pytest.mark.parametrize("task", ["captions", "questions"])
 def test_defaults_depend_on_the_task(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     asked = task == "questions"
