@@ -2,7 +2,7 @@
 
 `accelerate launch -m palme_xt train ...` trains in several processes. Every argument of PalmE is an option. Overrides
 are given one by one and added to the defaults, as in --decoder_kwargs.ff_glu true, or as a whole dict, which replaces
-them. The model's defaults depend on the data, the tokenizer and pretrained parts: see `palme-xt train --data DATA
+them. The defaults depend on the data, the task, the tokenizer and pretrained parts: see `palme-xt train --data DATA
 --help`. Options may be spelled with hyphens or underscores. `--print_config` prints all of them as YAML, to keep in a
 file for `--config`.
 """
@@ -78,7 +78,8 @@ def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]
     model = default_model(named.get("data", Data.data), named.get("task", Data.task)).to_dict()
     sizes = {"max_seq_len": model["max_seq_len"]}
     arguments = {name: value for name, value in named.items() if name not in NAMES_OF_TOKENS}
-    model |= {**parts.described({**sizes, **arguments}), **NAMES_OF_TOKENS}
+    unknown = {"image_token": None} if "decoder" in named else {}  # which id of its vocabulary is free
+    model |= {**parts.described({**sizes, **arguments}), **NAMES_OF_TOKENS, **unknown}
     if "tokenizer" not in named or "decoder" in named or described:
         return model
     tokenizer = load_tokenizer(named["tokenizer"], named.get("bos_token"), named.get("eos_token"))
