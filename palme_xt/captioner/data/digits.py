@@ -100,7 +100,7 @@ def ask(scenes: Sequence[Sequence[int]], count: int, draw: random.Random) -> lis
         quarter = draw.choice([*range(len(QUARTERS)), *taken])  # mostly one with a digit
         name = NAMES[digits[quarter]] if quarter in taken else "nothing"
         # To tell digits apart takes the longest to learn, and answers with all digits of a scene teach most of it.
-        kinds = [Turn(f"what is in {place}?", describe(digits))] * 2
+        kinds = [Turn(f"what is in {place}?", describe(digits))] * 3
         kinds += [Turn(f"what is {QUARTERS[quarter]} in {place}?", name)]
         kinds += [Turn(f"how many digits are in {place}?", NAMES[len(taken)])]
         if quarter in taken and digits.count(digits[quarter]) == 1:
@@ -166,5 +166,5 @@ class Scenes(Source):
         digits, draw = found.tolist(), random.Random(seed)
         if not self.turns:
             return [(scene[None], [Turn(IMAGE, describe(row))]) for scene, row in zip(img, digits, strict=True)]
-        shown = [slice(start, start + draw.choice((1, 2))) for start in range(0, len(digits), 2)]
+        shown = [slice(start, start + draw.choice((1, 1, 2))) for start in range(0, len(digits), 2)]
         return [(img[scenes], ask(digits[scenes], self.turns, draw)) for scenes in shown]
