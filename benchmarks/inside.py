@@ -1,6 +1,6 @@
 """Compare images that the text cross-attends to with images inside the sentence, for about the same CPU time.
 
-`python -m benchmarks inside` prints a table in about 40 minutes. All models learn the same scenes of digits, written
+`python -m benchmarks inside` prints a table in about 70 minutes. All models learn the same scenes of digits, written
 as images. The pretrained parts are those of `python -m benchmarks.pretrained DIR`; `python -m benchmarks.inside
 --models DIR` reads them there, and `--task captions` or `--task questions` runs half of the table.
 """
@@ -24,17 +24,17 @@ from palme_xt.captioner.parts import freeze
 
 COLUMNS = ("task", "images", "parts", "steps", "exact", "chrF", "CPU minutes", "trained parameters")
 TASKS = ("captions", "questions")
-ROWS = {"train": 8000, "validation": 300}
+ROWS = {"train": 8000, "validation": 200}
 SCRATCH = ["--image_size=32", "--patch_size=8"]
 FROZEN = ["--encoder={models}/dinov2", "--decoder={models}/smollm2", "--freeze=encoder,decoder", "--image_size=56"]
 FROZEN += ["--batch_size=16", "--lr=1e-3", "--max_seq_len=80"]
 INSIDE, UNUSED = ["--image_token=258", "--num_tokens=259"], ["--image_token=3"]  # a token for the names of repositories
 # Options, and steps on captions and on questions, which take about eight minutes of one core.
 CONTESTANTS: dict[tuple[str, str], tuple[list[str], dict[str, int]]] = {
-    ("cross-attention", "from scratch"): (SCRATCH, {"captions": 800, "questions": 800}),
-    ("in the sentence", "from scratch"): ([*SCRATCH, *INSIDE], {"captions": 800, "questions": 800}),
-    ("cross-attention", "frozen DINOv2-S and SmolLM2"): (FROZEN, {"captions": 100, "questions": 100}),
-    ("in the sentence", "frozen DINOv2-S and SmolLM2"): ([*FROZEN, *UNUSED], {"captions": 100, "questions": 100}),
+    ("cross-attention", "from scratch"): (SCRATCH, {"captions": 1000, "questions": 1000}),
+    ("in the sentence", "from scratch"): ([*SCRATCH, *INSIDE], {"captions": 1000, "questions": 900}),
+    ("cross-attention", "frozen DINOv2-S and SmolLM2"): (FROZEN, {"captions": 130, "questions": 90}),
+    ("in the sentence", "frozen DINOv2-S and SmolLM2"): ([*FROZEN, *UNUSED], {"captions": 80, "questions": 50}),
 }
 
 
@@ -85,7 +85,7 @@ def compare(models: Path, folder: Path, tasks: tuple[str, ...]) -> None:
         for number, ((images, which), (options, steps)) in enumerate(CONTESTANTS.items()):
             run = folder / f"{task}-{number}"
             filled = [option.format(models=models) for option in options]
-            minutes = parts.train(folder / task, run, steps[task], filled, evaluations=2)
+            minutes = parts.train(folder / task, run, steps[task], filled, evaluations=1)
             evaluation = json.loads((run / "evaluation.json").read_text())
             scores = parts.scores(evaluation["references"], evaluation["predicted"])
             report.row(task, images, which, steps[task], *scores, f"{minutes:.1f}", trained(run, options))
