@@ -41,9 +41,9 @@ CONTESTANTS: dict[str, tuple[list[str], dict[str, int]]] = {
 EVALUATIONS = {"stamps": 3, "emoji": 2}
 
 
-def train(data: Path, run: Path, steps: int, options: list[str]) -> float:
+def train(data: Path, run: Path, steps: int, options: list[str], evaluations: int) -> float:
     """Train in a process of its own, on one thread, and return the minutes that the CPU worked."""
-    every = -(-steps // EVALUATIONS[data.name])
+    every = -(-steps // evaluations)
     command = [sys.executable, "-m", "palme_xt", "train", f"--data={data}", f"--run={run}", f"--steps={steps}"]
     command += [f"--eval_every={every}", f"--save_every={steps}", "--num_workers=0", *options]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -89,11 +89,12 @@ def compare(models: Path, folder: Path) -> None:
     (models / "dinov2" / "preprocessor_config.json").write_text(json.dumps(NORMALISATION))
     stamps.prepare(folder / "stamps")
     emoji.prepare(folder / "emoji")
-    for name in EVALUATIONS:
+    for name, evaluations in EVALUATIONS.items():
         curves: dict[str, list[tuple[float, float]]] = {}
         for number, (contestant, (options, steps)) in enumerate(CONTESTANTS.items()):
             run = folder / f"{name}-{number}"
-            minutes = train(folder / name, run, steps[name], [option.format(models=models) for option in options])
+            filled = [option.format(models=models) for option in options]
+            minutes = train(folder / name, run, steps[name], filled, evaluations)
             evaluation = json.loads((run / "evaluation.json").read_text())
             for kind, (true, predicted) in by_kind(folder / name, evaluation).items():
                 shown = [name, contestant, steps[name], f"{minutes:.1f}", evaluation["step"]]

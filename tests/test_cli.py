@@ -538,6 +538,9 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--decoder_heads=0"], "decoder_heads=0 must be a positive int: use 1 or more"),
         (["--num_tokens=200"], "num_tokens=200 must be at least 258 to train on bytes: 256, BOS and EOS"),
         (["--max_seq_len=20"], "max_seq_len=20 must be at least 56 for the longest caption"),
+        (["--task=questions", "--max_seq_len=20"], "max_seq_len=20 must be at least 193 for the longest questions"),
+        (["--task=riddles"], "task=riddles must be captions or questions"),
+        (["--task=questions", "--data=cats"], "task=questions has no effect with data=cats, only with digits: .*"),
         (["--image_size=4", "--patch_size=2"], "image_size=4 must be at least 8 pixels to show digits"),
         (["--steps=0"], "steps=0 must be greater than 0"),
         (["--seed=-1"], "seed=-1 must be 0 or more"),
@@ -669,6 +672,39 @@ def test_options_may_be_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     resume = ["train", f"--resume={tmp_path / 'run'}", f"--config={tmp_path / 'some.yaml'}"]
     fails(capsys, resume, r"--resume=\S+ allows no other options except .*, found --batch_size: leave out .*")
+
+
+@pytest.mark.slow
+def test_questions_are_learned_and_stay_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train = ["train", "--task=questions", "--steps=60", "--batch_size=16", "--eval_images=20", f"--run={run}"]
+    assert main(train) == 0
+    losses = [line["loss"] for line in Run(run).metrics() if "loss" in line]
+    assert losses[0] > 5
+    assert losses[-1] < 1
+    assert (Run(run).training()["task"], read_config(run).image_token) == ("questions", 258)
+    assert re.search(r"held-out exact match: [\d.]+% of 20 ", capsys.readouterr().out)
+    assert main(["train", f"--resume={run}", "--steps=61"]) == 0
+    capsys.readouterr()
+    fails(capsys, ["train", f"--resume={run}", "--task=captions"], r"--resume=\S+ allows no other options.*--task.*")
+
+
+@pytest.mark.parametrize("task", ["captions", "questions"])
+def test_defaults_depend_on_the_task(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = task == "questions"
+    with pytest.raises(SystemExit):
+        main(["train", f"--task={task}", "--print_config"])
+    printed = capsys.readouterr().out
+    for option, (captions, questions) in {
+        "image_token": ("null", "258"),
+        "num_tokens": ("258", "259"),
+        "max_seq_len": ("64", "200"),
+        "steps": ("500", "800"),
+    }.items():
+        assert f"\n{option}: {questions if asked else captions}\n" in printed
+    with pytest.raises(SystemExit):
+        main(["train", f"--task={task}", "--steps=3", "--print_config"])
+    assert "\nsteps: 3\n" in capsys.readouterr().out
 
 
 def test_folders_of_images_are_captioned(

@@ -2,7 +2,7 @@
 
 `accelerate launch -m palme_xt train ...` trains in several processes. Every argument of PalmE is an option. Overrides
 are given one by one and added to the defaults, as in --decoder_kwargs.ff_glu true, or as a whole dict, which replaces
-them. The model's defaults depend on the data, the tokenizer and pretrained parts: see `palme-xt train --data DATA
+them. The defaults depend on the data, the task, the tokenizer and pretrained parts: see `palme-xt train --data DATA
 --help`. Options may be spelled with hyphens or underscores. `--print_config` prints all of them as YAML, to keep in a
 file for `--config`.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import PartialState
 
 from palme_xt.captioner import parts
-from palme_xt.captioner.options import ADDED, PARTS, RESUMABLE, Data, RunOptions, Training, default_model
+from palme_xt.captioner.options import ADDED, PARTS, RESUMABLE, STEPS, Data, RunOptions, Training, default_model
 from palme_xt.captioner.tokenizer import TOKENIZER, Tokenizer, load_tokenizer, read_tokenizer
 from palme_xt.captioner.training.loop import Outcome, train
 from palme_xt.captioner.training.run import SKIPPED, Run
@@ -60,7 +60,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
     named.pop("config", None)
     if "resume" in named:
         reject_others(f"--resume={named['resume']}", named, ["resume", *RESUMABLE])
-    parser.set_defaults(_model_defaults(named, described=any(option in argv for option in SHOW[:2])))
+    steps = {"steps": STEPS.get(named.get("task", Data.task), Training.steps)}
+    parser.set_defaults(steps | _model_defaults(named, described=any(option in argv for option in SHOW[:2])))
     changed = {name: named[name] for name in RESUMABLE if name in named}
     return dict(parser.parse_args(argv).as_dict()) | {"changed": changed}
 
@@ -74,14 +75,16 @@ def _model_defaults(named: Mapping[str, Any], described: bool) -> dict[str, Any]
         if pretrained := [name for name in PARTS if name in named]:
             raise ValueError(f"--from={named['from']} has all weights: leave --{pretrained[0]} out")
         return read_config(named["from"]).to_dict() | NAMES_OF_TOKENS
-    model = default_model(named.get("data", Data.data)).to_dict()
+    model = default_model(named.get("data", Data.data), named.get("task", Data.task)).to_dict()
     sizes = {"max_seq_len": model["max_seq_len"]}
     arguments = {name: value for name, value in named.items() if name not in NAMES_OF_TOKENS}
-    model |= {**parts.described({**sizes, **arguments}), **NAMES_OF_TOKENS}
+    unknown = {"image_token": None} if "decoder" in named else {}  # which id of its vocabulary is free
+    model |= {**parts.described({**sizes, **arguments}), **NAMES_OF_TOKENS, **unknown}
     if "tokenizer" not in named or "decoder" in named or described:
         return model
     tokenizer = load_tokenizer(named["tokenizer"], named.get("bos_token"), named.get("eos_token"))
-    return model | {"num_tokens": tokenizer.num_tokens}
+    inside = {} if model["image_token"] is None else {"image_token": tokenizer.num_tokens}
+    return model | {"num_tokens": tokenizer.num_tokens + len(inside)} | inside
 
 
 def run(options: dict[str, Any]) -> int:

@@ -1,10 +1,13 @@
-"""Compose captioned scenes of real handwritten digits, the default data of `palme-xt train`.
+"""Compose scenes of real handwritten digits, with captions or questions, the default data of `palme-xt train`.
 
 The digits are the 1,797 scans of 8x8 pixels that scikit-learn ships (`load_digits`; E. Alpaydin and C. Kaynak,
 "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998, doi:10.24432/C50P49). A scene holds
-one to three of them in the quarters of a square; its caption names them in reading order.
+one to three of them in the quarters of a square; its caption names them in reading order. Questions are about one scene
+or about two.
 """
 
+import random
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +25,10 @@ from palme_xt.config import PalmEConfig
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
+ORDINALS = ("first", "second")
+EMPTY = -1  # instead of a label
 LONGEST_CAPTION = ", ".join(f"three {quarter}" for quarter in QUARTERS[1:])
+LONGEST_QUESTIONS = [Turn(f"what is in the second{of}?", LONGEST_CAPTION) for of in (f" of {IMAGE}{IMAGE}", "")]
 HELD_OUT_SHARE = 0.2
 
 
@@ -45,8 +51,8 @@ def load_scans() -> tuple[Scans, Scans]:
 
 def compose(
     scans: Scans, count: int, *, image_size: int, channels: int = 1, jitter: float = 0.0, generator: torch.Generator
-) -> tuple[Tensor, list[str]]:
-    """Return `count` random scenes and their captions.
+) -> tuple[Tensor, Tensor]:
+    """Return `count` random scenes and the digits in them.
 
     Args:
         scans: The digits to choose from.
@@ -57,8 +63,8 @@ def compose(
         generator: The source of all randomness.
 
     Returns:
-        Images `(count, channels, image_size, image_size)`, float32 in 0..1, and `count` captions such as
-        `six top left, three bottom right`.
+        Images `(count, channels, image_size, image_size)`, float32 in 0..1, and the digit in each quarter, or `EMPTY`,
+        `(count, 4)`, int64.
     """
     wanted = torch.randint(1, 4, (count, 1), generator=generator)
     taken = torch.rand(count, len(QUARTERS), generator=generator).argsort(dim=1) < wanted
@@ -69,11 +75,42 @@ def compose(
     cells[taken] = _draw(scans.pixels[chosen], quarter, jitter, generator)
     scenes = rearrange(cells, "n (r c) h w -> n (r h) (c w)", r=2)
     img = F.pad(scenes, (0, image_size % 2, 0, image_size % 2))
+    digits = torch.full((count, len(QUARTERS)), EMPTY).masked_scatter(taken, scans.labels[chosen])
+    return img[:, None].expand(-1, channels, -1, -1).contiguous(), digits
 
-    names: list[list[str]] = [[] for _ in range(count)]
-    for (scene, cell), label in zip(taken.nonzero().tolist(), scans.labels[chosen].tolist(), strict=True):
-        names[scene].append(f"{NAMES[label]} {QUARTERS[cell]}")
-    return img[:, None].expand(-1, channels, -1, -1).contiguous(), [", ".join(parts) for parts in names]
+
+def describe(digits: Sequence[int]) -> str:
+    """Return the caption of a scene with these digits in its quarters, such as `six top left, three bottom right`."""
+    places = zip(digits, QUARTERS, strict=True)
+    return ", ".join(f"{NAMES[digit]} {quarter}" for digit, quarter in places if digit != EMPTY)
+
+
+def ask(scenes: Sequence[Sequence[int]], count: int, draw: random.Random) -> list[Turn]:
+    """Return `count` random questions, with their answers, about one or two scenes that have these digits.
+
+    An `<image>` in the first question stands for each scene. If there are two, the answers depend on both of them and
+    on their order.
+    """
+    turns = []
+    for images in [IMAGE * len(scenes), *[""] * (count - 1)]:
+        which = draw.randrange(len(scenes))
+        place = f"the {ORDINALS[which]}{images and f' of {images}'}" if len(scenes) == 2 else images or "it"
+        digits = scenes[which]
+        taken = [quarter for quarter in range(len(QUARTERS)) if digits[quarter] != EMPTY]
+        quarter = draw.choice([*range(len(QUARTERS)), *taken])  # mostly one with a digit
+        name = NAMES[digits[quarter]] if quarter in taken else "nothing"
+        # To tell digits apart takes the longest to learn, and answers with all digits of a scene teach most of it.
+        kinds = [Turn(f"what is in {place}?", describe(digits))] * 3
+        kinds += [Turn(f"what is {QUARTERS[quarter]} in {place}?", name)]
+        kinds += [Turn(f"how many digits are in {place}?", NAMES[len(taken)])]
+        if quarter in taken and digits.count(digits[quarter]) == 1:
+            kinds.append(Turn(f"where is the {name} in {place}?", QUARTERS[quarter]))
+        if len(scenes) == 2:
+            empty = [scene.count(EMPTY) for scene in scenes]
+            more = ORDINALS[empty[0] > empty[1]] if empty[0] != empty[1] else "neither"
+            kinds.append(Turn(f"which has more digits{images and f', {IMAGE} or {IMAGE}'}?", more))
+        turns.append(draw.choice(kinds))
+    return turns
 
 
 def _draw(pixels: Tensor, size: int, jitter: float, generator: torch.Generator) -> Tensor:
@@ -84,41 +121,50 @@ def _draw(pixels: Tensor, size: int, jitter: float, generator: torch.Generator) 
 
 
 class Scenes(Source):
-    """An endless sequence of scenes. A scene and its caption depend only on `seed`, `block` and their number.
+    """An endless sequence of scenes with captions or questions. A row depends only on `seed`, `block` and its number.
 
     Args:
         scans: The digits to choose from.
         config: The model that learns from the scenes.
-        tokenizer: The tokenizer of the captions.
-        block: Number of scenes composed at once.
+        tokenizer: The tokenizer of the texts.
+        block: Number of rows composed at once.
         seed: Seed of the random choices.
         jitter: As in `compose`.
+        turns: Number of questions in each row, about one scene or two. 0 is a scene with its caption.
 
     Raises:
-        ValueError: If the model's images are too small for digits, or its texts too short for the longest caption.
+        ValueError: If the model's images are too small for digits, or its texts too short for the longest one.
     """
 
     def __init__(
-        self, scans: Scans, config: PalmEConfig, tokenizer: Tokenizer, *, block: int, seed: int, jitter: float = 0.0
+        self, scans: Scans, config: PalmEConfig, tokenizer: Tokenizer, block: int, seed: int, jitter: float, turns: int
     ) -> None:
         self._write = partial(written, tokenizer=tokenizer, image_token=config.image_token)
-        longest = positions(self._write([Turn(IMAGE, LONGEST_CAPTION)]).ids, config)
-        if config.max_seq_len < longest:
-            raise ValueError(f"max_seq_len={config.max_seq_len} must be at least {longest} for the longest caption")
+        longest = LONGEST_QUESTIONS[:turns] or [Turn(IMAGE, LONGEST_CAPTION)]
+        if config.max_seq_len < (least := positions(self._write(longest).ids, config)):
+            name = "longest questions" if turns else "longest caption"
+            raise ValueError(f"max_seq_len={config.max_seq_len} must be at least {least} for the {name}")
         if config.image_size < 8:
             raise ValueError(f"image_size={config.image_size} must be at least 8 pixels to show digits")
-        self.block, self.seed = block, seed
-        size, channels = config.image_size, config.channels
-        self._draw = partial(compose, scans, block, image_size=size, channels=channels, jitter=jitter)
-        self._drawn: tuple[int, Tensor, list[str]] = (-1, torch.empty(0), [])
+        self.block, self.seed, self.turns = block, seed, turns
+        count, size = block * (2 if turns else 1), config.image_size
+        self._compose = partial(compose, scans, count, image_size=size, channels=config.channels, jitter=jitter)
+        self._drawn = -1, list[tuple[Tensor, list[Turn]]]()
 
     def row(self, number: int) -> Example:
-        """Return the scene with this number, as `Source.row` does."""
+        """Return the scene with this number, or the scenes and their questions, as `Source.row` does."""
         block, place = divmod(number, self.block)
         if self._drawn[0] != block:
-            # Each block has its own generator: numpy mixes the two numbers into a seed that hardly any other pair has.
-            mixed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0])
-            self._drawn = block, *self._draw(generator=torch.Generator().manual_seed(mixed % 2**63))
-        _, img, captions = self._drawn
-        caption = captions[place]
-        return Example(img[place, None], f"scene {number}", [caption], [self._write([Turn(IMAGE, caption)])])
+            self._drawn = block, self._rows(block)
+        imgs, turns = self._drawn[1][place]
+        return Example(imgs, f"scene {number}", [turns[-1].answer], [self._write(turns)])
+
+    def _rows(self, block: int) -> list[tuple[Tensor, list[Turn]]]:
+        # Each block has its own generator: numpy mixes the two numbers into a seed that hardly any other pair has.
+        seed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0]) % 2**63
+        img, found = self._compose(generator=torch.Generator().manual_seed(seed))
+        digits, draw = found.tolist(), random.Random(seed)
+        if not self.turns:
+            return [(scene[None], [Turn(IMAGE, describe(row))]) for scene, row in zip(img, digits, strict=True)]
+        shown = [slice(start, start + draw.choice((1, 1, 2))) for start in range(0, len(digits), 2)]
+        return [(img[scenes], ask(digits[scenes], self.turns, draw)) for scenes in shown]

@@ -100,9 +100,9 @@ def open_task(
         if training.encoder is not None:
             raise ValueError(f"encoder={training.encoder} needs images: choose others than data={DIGITS}")
         preprocessing = Preprocessing.plain(config)
-        scans, held_out_scans = load_scans()
-        scenes = Scenes(scans, config, tokenizer, block=training.batch_size, seed=training.seed, jitter=training.jitter)
-        held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0)
+        asked, (scans, held_out_scans) = int(data.task == "questions"), load_scans()
+        scenes = Scenes(scans, config, tokenizer, training.batch_size, training.seed, training.jitter, 2 * asked)
+        held_out_scenes = Scenes(held_out_scans, config, tokenizer, count, seed=0, jitter=0.0, turns=asked)
         return Task(config, training, data, tokenizer, preprocessing, scenes, held_out_scenes, count)
     preprocessing = Preprocessing.like_clip(config, data.fit)
     if training.encoder is not None and resumed is None:

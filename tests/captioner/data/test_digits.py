@@ -1,17 +1,62 @@
-"""The digits: real scans, none of them both trained on and held out, and captions that describe the scenes."""
+"""The digits: real scans, none of them both trained on and held out, and captions and answers that are right."""
 
 from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from palme_xt import tokens
-from palme_xt.captioner.data.digits import NAMES, QUARTERS, compose, load_scans
+from palme_xt.captioner.data.batches import Example, positions
+from palme_xt.captioner.data.digits import EMPTY, NAMES, QUARTERS, Scans, Scenes, ask, compose, describe, load_scans
+from palme_xt.captioner.options import DIGITS_MODEL, QUESTIONS_MODEL, Data
+from palme_xt.captioner.tokenizer import ByteTokenizer
+from palme_xt.captioner.turns import IMAGE
+from palme_xt.config import PalmEConfig
+
+ASKED = replace(QUESTIONS_MODEL, image_size=16, patch_size=8, bos_token=tokens.BOS, eos_token=tokens.EOS)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def labels(scans: Scans, pixels: torch.Tensor) -> list[int]:
+    """Return the label of the nearest scan to each quarter of a scene of 16x16 pixels, as far as it is not empty."""
+    found = []
+    for row, column in (0, 0), (0, 8), (8, 0), (8, 8):
+        scan = pixels[row : row + 8, column : column + 8]
+        nearest = (scans.pixels - scan).flatten(1).norm(dim=1).argmin()
+        found.append(int(scans.labels[nearest]) if scan.any() else EMPTY)
+    return found
+
+
+def answer(question: str, scenes: Sequence[Sequence[int]]) -> str:
+    """Answer a question by looking at the digits."""
+    counts = [sum(digit != EMPTY for digit in scene) for scene in scenes]
+    if question.startswith("which has more digits"):
+        return "neither" if counts[0] == counts[1] else "first" if counts[0] > counts[1] else "second"
+    assert len(scenes) == 1 or ("the first" in question) != ("the second" in question)
+    which = int("the second" in question)
+    if question.startswith("how many digits are in "):
+        return ("one", "two", "three")[counts[which] - 1]
+    if question.startswith("what is in "):
+        return describe(scenes[which])
+    if name := re.match(r"where is the (\w+) in ", question):
+        assert scenes[which].count(NAMES.index(name[1])) == 1
+        return QUARTERS[scenes[which].index(NAMES.index(name[1]))]
+    (quarter,) = re.match(r"what is (\w+ \w+) in ", question).groups()  # type: ignore[union-attr]
+    return (*NAMES, "nothing")[scenes[which][QUARTERS.index(quarter)]]
+
+
+def questions(scans: Scans, config: PalmEConfig = ASKED, *, seed: int = 0, turns: int = 2, block: int = 60) -> Scenes:
+    return Scenes(scans, config, ByteTokenizer(), block, seed, 0.0, turns)
 
 
 def test_every_scan_is_on_exactly_one_side() -> None:
@@ -28,7 +73,8 @@ def test_every_scan_is_on_exactly_one_side() -> None:
 
 def test_the_caption_tells_what_is_where() -> None:
     scans, _ = load_scans()
-    img, captions = compose(scans, 200, image_size=32, generator=seeded())
+    img, digits = compose(scans, 200, image_size=32, generator=seeded())
+    captions = map(describe, digits.tolist())
     assert img.shape == (200, 1, 32, 32)
     assert 0 <= img.min() < img.max() <= 1
     counts = set()
@@ -44,28 +90,25 @@ def test_the_caption_tells_what_is_where() -> None:
 
 def test_the_name_is_the_scan_s_label() -> None:
     _, scans = load_scans()
-    img, captions = compose(scans, 50, image_size=16, generator=seeded())  # 8x8 quarters: the scans themselves
-    for pixels, caption in zip(img[:, 0], captions, strict=True):
-        for part in caption.split(", "):
-            name, quarter = part.split(" ", 1)
-            row, column = divmod(QUARTERS.index(quarter), 2)
-            scan = pixels[8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-            nearest = (scans.pixels - scan).flatten(1).norm(dim=1).argmin()
-            assert NAMES[int(scans.labels[nearest])] == name
+    img, digits = compose(scans, 50, image_size=16, generator=seeded())  # 8x8 quarters: the scans themselves
+    for pixels, row in zip(img[:, 0], digits.tolist(), strict=True):
+        seen = labels(scans, pixels)
+        assert seen == row
+        assert describe(row) == ", ".join(f"{NAMES[seen[n]]} {QUARTERS[n]}" for n in range(4) if seen[n] != EMPTY)
 
 
 def test_the_generator_decides_everything() -> None:
     scans, _ = load_scans()
     first, second, other = (compose(scans, 5, image_size=32, jitter=0.1, generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first[0], second[0])
-    assert first[1] == second[1]
-    assert first[1] != other[1]
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[1], other[1])
 
 
 def test_jitter_moves_the_digits() -> None:
     scans, _ = load_scans()
     still, moved = (compose(scans, 5, image_size=32, jitter=jitter, generator=seeded()) for jitter in (0.0, 0.1))
-    assert still[1] == moved[1]
+    assert torch.equal(still[1], moved[1])
     assert not torch.equal(still[0], moved[0])
 
 
@@ -89,3 +132,91 @@ def test_padding_is_ignored_and_rubbish_is_readable() -> None:
     ids = tokens.encode(["ab", "abcd"], ignore_index=-7)
     assert ids.tolist() == [[256, 97, 98, 257, -7, -7], [256, 97, 98, 99, 100, 257]]
     assert tokens.decode([97, 256, 300, -1, 255, 98, 257, 99]) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_answers_are_right(count: int) -> None:
+    scans, _ = load_scans()
+    _, digits = compose(scans, 400, image_size=8, generator=seeded())
+    draw, kinds, changed = random.Random(0), set(), 0
+    for start in range(0, 400, count):
+        scenes = digits[start : start + count].tolist()
+        turns = ask(scenes, 3, draw)
+        assert [turn.question.count(IMAGE) for turn in turns] == [count, 0, 0]
+        assert [turn.answer for turn in turns] == [answer(turn.question, scenes) for turn in turns]
+        kinds |= {(turn.question.split(" ")[0], turn.answer) for turn in turns}
+        counting = [turn for turn in turns if "digits" in turn.question]
+        changed += sum(answer(turn.question, scenes[::-1]) != turn.answer for turn in counting)
+    assert {*NAMES, "nothing"} < {answer for kind, answer in kinds if kind == "what"}  # and captions
+    assert {answer for kind, answer in kinds if kind == "where"} == {*QUARTERS}
+    assert {answer for kind, answer in kinds if kind == "how"} == {"one", "two", "three"}
+    assert {answer for kind, answer in kinds if kind == "which"} == (
+        {"first", "second", "neither"} if count == 2 else set()
+    )
+    assert changed > 20 if count == 2 else changed == 0  # the order of the scenes matters
+
+
+def shown(row: Example) -> list[list[str]]:
+    """Return the questions and answers of a row."""
+    special = {tokens.BOS: "", tokens.EOS: "\n", ASKED.image_token: IMAGE}
+    lines = "".join(special.get(token) or chr(token) for token in row.text.ids[1:]).splitlines()
+    return [lines[start : start + 2] for start in range(0, len(lines), 2)]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_questions_are_about_the_images_in_their_order(held_out: bool) -> None:
+    train_scans, held_out_scans = load_scans()
+    scans, others = (held_out_scans, train_scans) if held_out else (train_scans, held_out_scans)
+    source, sizes = questions(scans), []
+    for row in map(source.row, range(80)):  # more than a block
+        scenes = [labels(scans, img[0]) for img in row.imgs]
+        for question, said in shown(row):
+            assert said == answer(question, scenes)
+        assert [said] == row.answers
+        sizes.append(len(scenes))
+        quarters = row.imgs[:, 0].unfold(1, 8, 8).unfold(2, 8, 8).reshape(-1, 1, 64)
+        found = quarters[quarters.any(dim=-1)[:, 0]] - scans.pixels.flatten(1)
+        assert (found.abs().amax(dim=-1).amin(dim=-1) < 1e-6).all()
+        found = quarters[quarters.any(dim=-1)[:, 0]] - others.pixels.flatten(1)
+        assert (found.abs().amax(dim=-1).amin(dim=-1) > 1e-3).all()  # no scan of the other side
+    assert {*sizes} == {1, 2}
+
+
+def test_a_row_depends_only_on_seed_block_and_number() -> None:
+    scans, _ = load_scans()
+    rows = questions(scans).read(range(130))
+    for number, alone in ((3, questions(scans)), (129, questions(scans))):
+        row, again = rows[number], alone.row(number)
+        assert isinstance(row, Example)
+        assert torch.equal(again.imgs, row.imgs)
+        assert (again.text, again.answers, again.name) == (row.text, row.answers, row.name)
+    for other in questions(scans, seed=1), questions(scans, block=61):
+        assert [row.text for row in map(other.row, range(100, 110))] != [
+            row.text for row in map(questions(scans).row, range(100, 110))
+        ]
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2])
+def test_the_longest_text_fits(turns: int) -> None:
+    scans, _ = load_scans()
+    model = ASKED if turns else replace(DIGITS_MODEL, bos_token=tokens.BOS, eos_token=tokens.EOS)
+    name = "longest questions" if turns else "longest caption"
+    with pytest.raises(ValueError, match=rf"^max_seq_len=20 must be at least (\d+) for the {name}$") as error:
+        questions(scans, replace(model, max_seq_len=20), turns=turns)
+    (least,) = map(int, re.findall(r"least (\d+)", str(error.value)))
+    source = questions(scans, replace(model, max_seq_len=least), turns=turns, block=500)
+    longest = max(positions(source.row(number).text.ids, model) for number in range(500))
+    assert least - 10 < longest <= least
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "riddles"}, "task=riddles must be captions or questions"),
+        ({"data": "cats", "task": "questions"}, "task=questions has no effect with data=cats, only with digits: .*"),
+        ({"task": "questions", "strict": True}, "strict=True has no effect with data=digits.*"),
+    ],
+)
+def test_tasks_that_cannot_work(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Data(**options)
