@@ -5,6 +5,7 @@ question, and without the line break. Only answers and their EOS are learned.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from palme_xt.captioner.tokenizer import Tokenizer
@@ -44,6 +45,15 @@ def question_ids(question: str, tokenizer: Tokenizer, image_token: int | None) -
     for piece in before:
         ids += [*tokenizer.encode(piece)[1:-1], *([] if image_token is None else [image_token])]
     return ids + tokenizer.encode(f"{last}\n" if asks else "")[1:-1]
+
+
+def question_text(prompt: Sequence[int], tokenizer: Tokenizer, image_token: int | None) -> str:
+    """Return the last question of a text that its answer follows, given as token ids: the inverse of `question_ids`."""
+    ids = list(prompt[1:])
+    while tokenizer.eos in ids:
+        ids = ids[ids.index(tokenizer.eos) + 1 :]
+    parts = groupby(ids, lambda token: token == image_token)
+    return "".join(IMAGE * len([*part]) if shown else tokenizer.decode(part) for shown, part in parts).strip()
 
 
 def with_images(questions: Sequence[str], images: int) -> list[str]:

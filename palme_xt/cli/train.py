@@ -23,6 +23,7 @@ from palme_xt.captioner.options import ADDED, PARTS, RESUMABLE, STEPS, Data, Run
 from palme_xt.captioner.tokenizer import TOKENIZER, Tokenizer, load_tokenizer, read_tokenizer
 from palme_xt.captioner.training.loop import Outcome, train
 from palme_xt.captioner.training.run import SKIPPED, Run
+from palme_xt.captioner.turns import IMAGE
 from palme_xt.cli import INTERRUPTED, complain
 from palme_xt.cli.given import Parser, device_of, from_options, given, reject_others
 from palme_xt.config import PalmEConfig
@@ -137,8 +138,11 @@ def _print_outcome(outcome: Outcome, folder: Path, steps: int) -> None:
     shown = [(right, _cut(printable(said)), _cut(printable(true[0]))) for right, said, true in islice(rows, SHOWN)]
     width = max(len("predicted"), *(len(predicted) for _, predicted, _ in shown))
     print(f"{'':6} {'predicted':{width}}  true")
-    for right, predicted, true in shown:
-        print(f"{'right' if right else 'wrong':6} {predicted:{width}}  {true}")
+    questions = [printable(question) if question.replace(IMAGE, "") else "" for question in evaluation.questions]
+    for (right, predicted, true), question in zip(
+        shown, [*questions, *[""] * SHOWN], strict=False
+    ):  # older runs have none
+        print(f"{'right' if right else 'wrong':6} {predicted:{width}}  {true}  {question}".rstrip())
     matches = f"held-out exact match: {scores['held_out_exact_match']:.1%} of {count} images"
     print(f"{matches}; chrF {scores['held_out_chrf']:.1f}; loss {evaluation.loss:.3f} nats per token")
     if count < FEW:
@@ -152,7 +156,10 @@ def _print_outcome(outcome: Outcome, folder: Path, steps: int) -> None:
         print(f"{folder / SKIPPED} names the skipped rows")
     quoted = shlex.quote(str(folder))
     print(f"run folder: {folder}")
-    print(f"caption its held-out images: palme-xt caption {quoted} {quoted}/held_out/*.png")
+    if any(questions):
+        print(f"ask about a held-out image: palme-xt ask {quoted} {quoted}/held_out/00.png")
+    else:
+        print(f"caption its held-out images: palme-xt caption {quoted} {quoted}/held_out/*.png")
     if outcome.interrupted:
         print(f"resume it: palme-xt train --resume {quoted}")
 

@@ -19,6 +19,7 @@ from palme_xt.captioner.tokenizer import Tokenizer
 from palme_xt.captioner.training.distributed import Errors
 from palme_xt.captioner.training.run import EVALUATION, Run
 from palme_xt.captioner.training.task import Task, check_rows
+from palme_xt.captioner.turns import question_text
 from palme_xt.decoding.loop import evaluating
 from palme_xt.model import PalmE
 
@@ -35,6 +36,7 @@ class Evaluation(NamedTuple):
         predicted: The caption that the model generated for each image.
         skipped: Number of rows that could not be evaluated, by reason.
         interrupted: Whether a signal led to the evaluation, which an uninterrupted run would not have made.
+        questions: The question that each caption answers, with `<image>` for each image inside, or that alone.
     """
 
     step: int
@@ -43,6 +45,7 @@ class Evaluation(NamedTuple):
     predicted: list[str]
     skipped: dict[str, int]
     interrupted: bool = False
+    questions: Sequence[str] = ()
 
     @classmethod
     def saved(cls, run: Run) -> Self | None:
@@ -87,27 +90,29 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, step: int, batc
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
     hidden, tokenizer = not accelerator.is_main_process, task.tokenizer
-    parts: list[tuple[int, float, int, list[list[str]], list[str], list[str]]] = []
+    parts: list[tuple[int, float, int, list[list[str]], list[str], list[str], list[str]]] = []
     with Errors().shared(), evaluating(model):
         loaded = load_batches(task.held_out_rows, own, batches.__getitem__, model.config, 0)
         reading = tqdm(loaded, "evaluating", len(own), leave=False, unit="batch", delay=1, disable=hidden)
         for number, batch in zip(own, reading, strict=True):
             check_rows(batch.defects, task.data.strict)
-            loss, predicted = 0.0, list[str]()
+            loss, predicted, asked = 0.0, list[str](), list[str]()
             references = [[*map(tokenizer.round_trip, captions)] for captions in batch.references]
             if batch.targets:
+                image = model.config.image_token
+                asked = [question_text(prompt.tolist(), tokenizer, image) for prompt in batch.prompts]
                 shown, learned = task.inputs(batch, accelerator.device)
                 loss = model(**shown, **learned).item() * batch.targets
                 # A model that computes nan cannot decode. The loss reports it.
                 decodable = math.isfinite(loss)
                 predicted = answers(model, batch.prompts, tokenizer, shown) if decodable else [""] * len(references)
             reasons = [defect.reason for defect in batch.defects]
-            parts.append((number, loss, batch.targets, references, predicted, reasons))
-    _, losses, targets, true, generated, defects = zip(*sorted(gather_object(parts)), strict=True)
+            parts.append((number, loss, batch.targets, references, predicted, asked, reasons))
+    _, losses, targets, true, generated, questions, defects = zip(*sorted(gather_object(parts)), strict=True)
     if not sum(targets):
         raise DataError("no held-out row is usable any more: restore the data")
-    skipped = Counter(chain(*defects))
-    return Evaluation(step, sum(losses) / sum(targets), [*chain(*true)], [*chain(*generated)], dict(skipped))
+    loss, references, predicted = sum(losses) / sum(targets), [*chain(*true)], [*chain(*generated)]
+    return Evaluation(step, loss, references, predicted, dict(Counter(chain(*defects))), questions=[*chain(*questions)])
 
 
 def answers(model: PalmE, prompts: Sequence[Tensor], tokenizer: Tokenizer, shown: dict[str, Any]) -> list[str]:

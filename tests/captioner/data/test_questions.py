@@ -18,7 +18,7 @@ from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import Preprocessing
 from palme_xt.captioner.options import Data
 from palme_xt.captioner.tokenizer import ByteTokenizer
-from palme_xt.captioner.turns import Text, Turn, written
+from palme_xt.captioner.turns import Text, Turn, question_ids, question_text, written
 from tests.captioner.captioned import content, picture
 
 IMAGE_TOKEN = 258
@@ -140,6 +140,16 @@ def test_messages_may_be_strings(tmp_path: Path) -> None:
     *_, third = read(load(rows, tmp_path), 3)
     assert isinstance(third, Example)
     assert read_text(third.text)[0] == "^the first$# or #?\nthe first$"
+
+
+@pytest.mark.parametrize("question", ["what?", "<image>", "a <image><image>b <image>?", "<image>?"])
+def test_the_last_question_is_read_back(question: str) -> None:
+    def prompt(image_token: int | None) -> list[int]:
+        before = written([Turn("<image> first?", "yes")], TOKENIZER, image_token).ids
+        return before + question_ids(question, TOKENIZER, image_token)
+
+    assert question_text(prompt(258), TOKENIZER, 258) == question
+    assert question_text(prompt(None), TOKENIZER, None) == question.replace("<image>", "")
 
 
 def test_without_an_image_token_questions_are_their_text(tmp_path: Path) -> None:

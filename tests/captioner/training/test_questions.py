@@ -91,12 +91,13 @@ def test_the_loss_is_that_of_the_answers_of_each_row(config: PalmEConfig) -> Non
 def test_predicted_answers_are_what_each_row_alone_gives(config: PalmEConfig) -> None:
     task = task_of(config)
     model = model_of(task)
-    predicted = evaluate(task, Accelerator(cpu=True), model, 0, 3).predicted
-    expected = []
+    evaluation = evaluate(task, Accelerator(cpu=True), model, 0, 3)
+    predicted, expected = evaluation.predicted, []
     for number in range(3):
         shown, prompt, _, _ = alone(task, number)
         expected.append(TOKENIZER.decode(model.generate(prompts=prompt, temperature=0, **shown)[0].tolist()))
     assert predicted == expected
+    assert evaluation.questions == ["and?"] * 3  # the last ones, whose answers are generated
     assert len({*predicted}) == 3
     assert max(map(len, predicted)) > 5
     other = evaluate(task_of(config, Rows("where?", task.config)), Accelerator(cpu=True), model, 0, 3).predicted
