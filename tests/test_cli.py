@@ -538,7 +538,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--decoder_heads=0"], "decoder_heads=0 must be a positive int: use 1 or more"),
         (["--num_tokens=200"], "num_tokens=200 must be at least 258 to train on bytes: 256, BOS and EOS"),
         (["--max_seq_len=20"], "max_seq_len=20 must be at least 56 for the longest caption"),
-        (["--task=questions", "--max_seq_len=20"], "max_seq_len=20 must be at least 193 for the longest questions"),
+        (["--task=questions", "--max_seq_len=20"], "max_seq_len=20 must be at least 91 for the longest question"),
         (["--task=riddles"], "task=riddles must be captions or questions"),
         (["--task=questions", "--data=cats"], "task=questions has no effect with data=cats, only with digits: .*"),
         (["--image_size=4", "--patch_size=2"], "image_size=4 must be at least 8 pixels to show digits"),
@@ -698,8 +698,8 @@ def test_defaults_depend_on_the_task(task: str, capsys: pytest.CaptureFixture[st
     for option, (captions, questions) in {
         "image_token": ("null", "258"),
         "num_tokens": ("258", "259"),
-        "max_seq_len": ("64", "200"),
-        "steps": ("500", "800"),
+        "max_seq_len": ("64", "96"),
+        "steps": ("500", "1500"),
     }.items():
         assert f"\n{option}: {questions if asked else captions}\n" in printed
     with pytest.raises(SystemExit):

@@ -28,7 +28,8 @@ QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 ORDINALS = ("first", "second")
 EMPTY = -1  # instead of a label
 LONGEST_CAPTION = ", ".join(f"three {quarter}" for quarter in QUARTERS[1:])
-LONGEST_QUESTIONS = [Turn(f"what is in the second{of}?", LONGEST_CAPTION) for of in (f" of {IMAGE}{IMAGE}", "")]
+LONGEST_TURN = Turn(f"what is in the second of {IMAGE}{IMAGE}?", LONGEST_CAPTION)
+LESSONS = (300, 600)
 HELD_OUT_SHARE = 0.2
 
 
@@ -85,32 +86,27 @@ def describe(digits: Sequence[int]) -> str:
     return ", ".join(f"{NAMES[digit]} {quarter}" for digit, quarter in places if digit != EMPTY)
 
 
-def ask(scenes: Sequence[Sequence[int]], count: int, draw: random.Random) -> list[Turn]:
-    """Return `count` random questions, with their answers, about one or two scenes that have these digits.
+def ask(scenes: Sequence[Sequence[int]], draw: random.Random, *, whole: bool = False) -> Turn:
+    """Return a random question, with its answer, about one or two scenes that have these digits.
 
-    An `<image>` in the first question stands for each scene. If there are two, the answers depend on both of them and
-    on their order.
+    If there are two, the answer depends on their order. With `whole`, the question is what is in a scene, whose answer
+    has the words of a caption, but begins with the place, as other questions do.
     """
-    turns = []
-    for images in [IMAGE * len(scenes), *[""] * (count - 1)]:
-        which = draw.randrange(len(scenes))
-        place = f"the {ORDINALS[which]}{images and f' of {images}'}" if len(scenes) == 2 else images or "it"
-        digits = scenes[which]
-        taken = [quarter for quarter in range(len(QUARTERS)) if digits[quarter] != EMPTY]
-        quarter = draw.choice([*range(len(QUARTERS)), *taken])  # mostly one with a digit
-        name = NAMES[digits[quarter]] if quarter in taken else "nothing"
-        # To tell digits apart takes the longest to learn, and answers with all digits of a scene teach most of it.
-        kinds = [Turn(f"what is in {place}?", describe(digits))] * 3
-        kinds += [Turn(f"what is {QUARTERS[quarter]} in {place}?", name)]
-        kinds += [Turn(f"how many digits are in {place}?", NAMES[len(taken)])]
-        if quarter in taken and digits.count(digits[quarter]) == 1:
-            kinds.append(Turn(f"where is the {name} in {place}?", QUARTERS[quarter]))
-        if len(scenes) == 2:
-            empty = [scene.count(EMPTY) for scene in scenes]
-            more = ORDINALS[empty[0] > empty[1]] if empty[0] != empty[1] else "neither"
-            kinds.append(Turn(f"which has more digits{images and f', {IMAGE} or {IMAGE}'}?", more))
-        turns.append(draw.choice(kinds))
-    return turns
+    which, images = draw.randrange(len(scenes)), IMAGE * len(scenes)
+    place = f"the {ORDINALS[which]} of {images}" if len(scenes) == 2 else images
+    names = {QUARTERS[at]: NAMES[digit] for at, digit in enumerate(scenes[which]) if digit != EMPTY}
+    everything = Turn(f"what is in {place}?", ", ".join(map(" ".join, names.items())))
+    if whole:
+        return everything
+    quarter = draw.choice([*QUARTERS, *names])  # mostly one with a digit
+    # To tell digits apart takes the longest to learn, so most questions are about them.
+    kinds = [everything] * 2 + [Turn(f"what is {quarter} in {place}?", names.get(quarter, "nothing"))] * 4
+    kinds.append(Turn(f"how many digits are in {place}?", NAMES[len(names)]))
+    if len(scenes) == 2:
+        empty = [scene.count(EMPTY) for scene in scenes]
+        more = ORDINALS[empty[0] > empty[1]] if empty[0] != empty[1] else "neither"
+        kinds += [Turn(f"which has more digits, {IMAGE} or {IMAGE}?", more)] * 2
+    return draw.choice(kinds)
 
 
 def _draw(pixels: Tensor, size: int, jitter: float, generator: torch.Generator) -> Tensor:
@@ -130,41 +126,54 @@ class Scenes(Source):
         block: Number of rows composed at once.
         seed: Seed of the random choices.
         jitter: As in `compose`.
-        turns: Number of questions in each row, about one scene or two. 0 is a scene with its caption.
+        asked: Whether a row has a question about one scene or two, instead of a scene with its caption.
+        lessons: Of the questions in the blocks before the first number, all are what is in one scene; in those before
+            the second number, all are about one scene.
 
     Raises:
         ValueError: If the model's images are too small for digits, or its texts too short for the longest one.
     """
 
     def __init__(
-        self, scans: Scans, config: PalmEConfig, tokenizer: Tokenizer, block: int, seed: int, jitter: float, turns: int
+        self,
+        scans: Scans,
+        config: PalmEConfig,
+        tokenizer: Tokenizer,
+        *,
+        block: int,
+        seed: int,
+        jitter: float = 0.0,
+        asked: bool = False,
+        lessons: tuple[int, int] = (0, 0),
     ) -> None:
         self._write = partial(written, tokenizer=tokenizer, image_token=config.image_token)
-        longest = LONGEST_QUESTIONS[:turns] or [Turn(IMAGE, LONGEST_CAPTION)]
-        if config.max_seq_len < (least := positions(self._write(longest).ids, config)):
-            name = "longest questions" if turns else "longest caption"
-            raise ValueError(f"max_seq_len={config.max_seq_len} must be at least {least} for the {name}")
+        name, longest = ("question", LONGEST_TURN) if asked else ("caption", Turn(IMAGE, LONGEST_CAPTION))
+        if config.max_seq_len < (least := positions(self._write([longest]).ids, config)):
+            raise ValueError(f"max_seq_len={config.max_seq_len} must be at least {least} for the longest {name}")
         if config.image_size < 8:
             raise ValueError(f"image_size={config.image_size} must be at least 8 pixels to show digits")
-        self.block, self.seed, self.turns = block, seed, turns
-        count, size = block * (2 if turns else 1), config.image_size
+        self.block, self.seed, self.asked, self.lessons = block, seed, asked, lessons
+        count, size = block * (2 if asked else 1), config.image_size
         self._compose = partial(compose, scans, count, image_size=size, channels=config.channels, jitter=jitter)
-        self._drawn = -1, list[tuple[Tensor, list[Turn]]]()
+        self._drawn = -1, list[tuple[Tensor, Turn]]()
 
     def row(self, number: int) -> Example:
         """Return the scene with this number, or the scenes and their questions, as `Source.row` does."""
         block, place = divmod(number, self.block)
         if self._drawn[0] != block:
             self._drawn = block, self._rows(block)
-        imgs, turns = self._drawn[1][place]
-        return Example(imgs, f"scene {number}", [turns[-1].answer], [self._write(turns)])
+        imgs, turn = self._drawn[1][place]
+        return Example(imgs, f"scene {number}", [turn.answer], [self._write([turn])])
 
-    def _rows(self, block: int) -> list[tuple[Tensor, list[Turn]]]:
+    def _rows(self, block: int) -> list[tuple[Tensor, Turn]]:
         # Each block has its own generator: numpy mixes the two numbers into a seed that hardly any other pair has.
         seed = int(np.random.SeedSequence([self.seed, block]).generate_state(1, np.uint64)[0]) % 2**63
         img, found = self._compose(generator=torch.Generator().manual_seed(seed))
         digits, draw = found.tolist(), random.Random(seed)
-        if not self.turns:
-            return [(scene[None], [Turn(IMAGE, describe(row))]) for scene, row in zip(img, digits, strict=True)]
-        shown = [slice(start, start + draw.choice((1, 1, 2))) for start in range(0, len(digits), 2)]
-        return [(img[scenes], ask(digits[scenes], self.turns, draw)) for scenes in shown]
+        if not self.asked:
+            return [(scene[None], Turn(IMAGE, describe(row))) for scene, row in zip(img, digits, strict=True)]
+        whole, one = (block < lesson for lesson in self.lessons)
+        shown = [
+            slice(start, start + (1 if one else draw.choice((1, 1, 1, 2, 2)))) for start in range(0, len(digits), 2)
+        ]
+        return [(img[scenes], ask(digits[scenes], draw, whole=whole)) for scenes in shown]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palme_xt.captioner.data.batches import Batch, DataError, Defect, Source
-from palme_xt.captioner.data.digits import Scenes, load_scans
+from palme_xt.captioner.data.digits import LESSONS, Scenes, load_scans
 from palme_xt.captioner.data.rows import load_data
 from palme_xt.captioner.images import PREPROCESSING, Preprocessing, read_preprocessing
 from palme_xt.captioner.options import DIGITS, Data, Training
@@ -100,9 +100,10 @@ def open_task(
         if training.encoder is not None:
             raise ValueError(f"encoder={training.encoder} needs images: choose others than data={DIGITS}")
         preprocessing = Preprocessing.plain(config)
-        asked, (scans, held_out_scans) = int(data.task == "questions"), load_scans()
-        scenes = Scenes(scans, config, tokenizer, training.batch_size, training.seed, training.jitter, 2 * asked)
-        held_out_scenes = Scenes(held_out_scans, config, tokenizer, count, seed=0, jitter=0.0, turns=asked)
+        asked, (scans, held_out_scans) = data.task == "questions", load_scans()
+        how: dict[str, Any] = {"block": training.batch_size, "jitter": training.jitter, "lessons": LESSONS}
+        scenes = Scenes(scans, config, tokenizer, seed=training.seed, asked=asked, **how)
+        held_out_scenes = Scenes(held_out_scans, config, tokenizer, block=count, seed=0, asked=asked)
         return Task(config, training, data, tokenizer, preprocessing, scenes, held_out_scenes, count)
     preprocessing = Preprocessing.like_clip(config, data.fit)
     if training.encoder is not None and resumed is None:
