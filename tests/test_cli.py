@@ -699,7 +699,7 @@ def test_defaults_depend_on_the_task(task: str, capsys: pytest.CaptureFixture[st
         "image_token": ("null", "258"),
         "num_tokens": ("258", "259"),
         "max_seq_len": ("64", "96"),
-        "steps": ("500", "1500"),
+        "steps": ("500", "1600"),
     }.items():
         assert f"\n{option}: {questions if asked else captions}\n" in printed
     with pytest.raises(SystemExit):

@@ -29,7 +29,7 @@ ORDINALS = ("first", "second")
 EMPTY = -1  # instead of a label
 LONGEST_CAPTION = ", ".join(f"three {quarter}" for quarter in QUARTERS[1:])
 LONGEST_TURN = Turn(f"what is in the second of {IMAGE}{IMAGE}?", LONGEST_CAPTION)
-LESSONS = (300, 600)
+LESSONS = (250, 500)
 HELD_OUT_SHARE = 0.2
 
 
@@ -100,12 +100,12 @@ def ask(scenes: Sequence[Sequence[int]], draw: random.Random, *, whole: bool = F
         return everything
     quarter = draw.choice([*QUARTERS, *names])  # mostly one with a digit
     # To tell digits apart takes the longest to learn, so most questions are about them.
-    kinds = [everything] * 2 + [Turn(f"what is {quarter} in {place}?", names.get(quarter, "nothing"))] * 4
-    kinds.append(Turn(f"how many digits are in {place}?", NAMES[len(names)]))
+    kinds = [everything] * 3 + [Turn(f"what is {quarter} in {place}?", names.get(quarter, "nothing"))] * 6
+    kinds += [Turn(f"how many digits are in {place}?", NAMES[len(names)])] * 2
     if len(scenes) == 2:
         empty = [scene.count(EMPTY) for scene in scenes]
         more = ORDINALS[empty[0] > empty[1]] if empty[0] != empty[1] else "neither"
-        kinds += [Turn(f"which has more digits, {IMAGE} or {IMAGE}?", more)] * 2
+        kinds += [Turn(f"which has more digits, {IMAGE} or {IMAGE}?", more)] * 3
     return draw.choice(kinds)
 
 
