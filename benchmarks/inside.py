@@ -1,6 +1,6 @@
 """Compare images that the text cross-attends to with images inside the sentence, for about the same CPU time.
 
-`python -m benchmarks inside` prints a table in about 70 minutes. All models learn the same scenes of digits, written
+`python -m benchmarks inside` prints a table in about 60 minutes. All models learn the same scenes of digits, written
 as images. The pretrained parts are those of `python -m benchmarks.pretrained DIR`; `python -m benchmarks.inside
 --models DIR` reads them there, and `--task captions` or `--task questions` runs half of the table.
 """
