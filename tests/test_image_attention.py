@@ -174,6 +174,32 @@ def test_errors() -> None:
     assert again.config.image_attention == "full"
 
 
+def test_upstream_still_does_not_combine_masks_with_memories_and_caches() -> None:
+    ids = torch.arange(6)[None]
+    mask = torch.ones(6, 6).tril().bool().index_put((torch.tensor([1]), torch.tensor([2])), torch.tensor(True))
+    how = {"attn_mask": mask[None, None], "causal": False}
+
+    def net(memories: int = 0, **keywords: Any) -> Any:
+        torch.manual_seed(0)
+        layers = Decoder(dim=16, depth=2, heads=2, attn_dim_head=8, **keywords)
+        return TransformerWrapper(num_tokens=8, max_seq_len=8, num_memory_tokens=memories, attn_layers=layers).eval()
+
+    plain = net()
+    with torch.no_grad():
+        assert not close(plain(ids, **how), plain(ids))  # the mask alone works
+        for memories in net(1), net(attn_num_mem_kv=1):
+            with pytest.raises(RuntimeError, match="size of tensor a"):
+                memories(ids, **how)
+        for keyword in "attn_add_zero_kv", "attn_l2_distance":
+            flash = net(attn_flash=True, **{keyword: True})
+            assert torch.equal(flash(ids, **how), flash(ids))  # still causal
+        _, cache = plain(ids[:, :3], return_intermediates=True)
+        with pytest.raises(AssertionError):
+            plain(ids, cache=cache, **how)
+        assert plain(ids[:, 3:], cache=cache, input_not_include_cache=True).shape[1] == 1  # reads one of three
+        assert plain(ids[:, 3:], cache=cache, input_not_include_cache=True, cache_age=0).shape[1] == 3
+
+
 @pytest.mark.slow
 def test_training_compiles_at_most_thrice() -> None:
     torch._dynamo.reset()

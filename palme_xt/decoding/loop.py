@@ -72,7 +72,8 @@ class Texts:
 
             logits, self.cache = compiled_step(self.net, ids, self.cache, inputs)
             return logits
-        # Of several tokens after the cache, upstream reads only the last `cache_age`, unless it is 0.
+        # x-transformers 2.26.0 to 2.31.10 reads only the last `cache_age` of several tokens after the cache, by default
+        # 1, and all of them if it is 0.
         how = {"cache": self.cache, "input_not_include_cache": past > 0, "cache_age": 0, "return_intermediates": True}
         logits, cache = self.net(ids, **inputs, **how)
         if self.cache_kv and beyond < 0:
