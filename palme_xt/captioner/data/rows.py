@@ -64,13 +64,13 @@ class Reader:
         Raises:
             DataError: If a text column does not hold text, or the image column does not hold images.
         """
-        images, conversations = self._images(row), self.conversations(row)
+        images, conversations = self.images(row), self.conversations(row)
         name = next((path for path, _ in images if path), None) or row.get("__key__") or f"row {number}"
         answer, whole = ("answer", "conversation") if self.asks else ("caption", "caption")
         if not conversations:
             return Defect(f"empty {answer}", f"{name} has no {answer}", name)
         try:
-            texts, lengths = self.texts(row)
+            texts, lengths = self.texts(conversations, len(images))
         except ValueError as error:
             return Defect("unmatched image", f"{name}: {error}", name)
         usable = [text for text, length in zip(texts, lengths, strict=True) if length <= self.config.max_seq_len]
@@ -90,14 +90,14 @@ class Reader:
         """Whether rows have questions. Otherwise, they have captions."""
         return len(self.text_columns) > 1 or self.text_columns == (MESSAGES,)
 
-    def texts(self, row: Mapping[str, Any]) -> tuple[list[Text], list[int]]:
-        """Return the conversations of a row as token ids, and how many positions each of them takes.
+    def texts(self, conversations: Iterable[Sequence[Turn]], images: int) -> tuple[list[Text], list[int]]:
+        """Return conversations about a number of images as token ids, and how many positions each of them takes.
 
         Raises:
-            ValueError: If questions have `<image>`, but not as many as the row has images.
+            ValueError: If questions have `<image>`, but not as many as there are images.
         """
-        texts, images = list[Text](), len(self._images(row))
-        for turns in self.conversations(row):
+        texts = list[Text]()
+        for turns in conversations:
             questions = with_images([turn.question for turn in turns], images)
             turns = [*map(Turn, questions, (turn.answer for turn in turns))]
             texts.append(written(turns, self.tokenizer, self.config.image_token))
@@ -133,7 +133,7 @@ class Reader:
 
     def identity(self, row: Mapping[str, Any]) -> tuple[object, ...]:
         """Return what tells the images of a row from others: the content of an embedded one, otherwise the path."""
-        found = self._images(row) or [(None, None)]
+        found = self.images(row) or [(None, None)]
         return tuple(sha256(each).digest() if isinstance(each, bytes) else path or object() for path, each in found)
 
     def merged(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -141,7 +141,7 @@ class Reader:
         name = self.text_columns[-1]
         return rows if self.asks else [{**rows[0], name: [text for row in rows for text in self.column(row, name)]}]
 
-    def _images(self, row: Mapping[str, Any]) -> list[tuple[str | None, Any]]:
+    def images(self, row: Mapping[str, Any]) -> list[tuple[str | None, Any]]:
         """Return the path of each image, if it has one, and its content, or else the path once more."""
         without: list[Any] = [] if self.asks else [None]  # a caption needs an image
         found = next((row[column] for column in self.image_columns if row[column] not in (None, [])), without)
@@ -364,7 +364,7 @@ def _check_usable(rows: Iterable[Any], reader: Reader, data: Data) -> None:
             return
         defects.append(found)
         with contextlib.suppress(ValueError):
-            lengths += reader.texts(row)[1]
+            lengths += reader.texts(reader.conversations(row), len(reader.images(row)))[1]
     if defects:
         reasons = [defect.reason for defect in defects]
         detail = max(defects, key=lambda defect: reasons.count(defect.reason)).detail
