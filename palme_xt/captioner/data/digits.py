@@ -89,8 +89,8 @@ def describe(digits: Sequence[int]) -> str:
 def ask(scenes: Sequence[Sequence[int]], draw: random.Random, *, whole: bool = False) -> Turn:
     """Return a random question, with its answer, about one or two scenes that have these digits.
 
-    If there are two, the answer depends on their order. With `whole`, the question is what is in a scene, whose answer
-    has the words of a caption, but begins with the place, as other questions do.
+    If there are two, their order decides which of them a question is about. With `whole`, the question asks for all
+    digits in a scene. Its answer names each place before the digit, unlike a caption, because questions do so too.
     """
     which, images = draw.randrange(len(scenes)), IMAGE * len(scenes)
     place = f"the {ORDINALS[which]} of {images}" if len(scenes) == 2 else images
@@ -99,7 +99,7 @@ def ask(scenes: Sequence[Sequence[int]], draw: random.Random, *, whole: bool = F
     if whole:
         return everything
     quarter = draw.choice([*QUARTERS, *names])  # mostly one with a digit
-    # To tell digits apart takes the longest to learn, so most questions are about them.
+    # Telling digits apart takes the longest to learn, so most questions are about them.
     kinds = [everything] * 3 + [Turn(f"what is {quarter} in {place}?", names.get(quarter, "nothing"))] * 6
     kinds += [Turn(f"how many digits are in {place}?", NAMES[len(names)])] * 2
     if len(scenes) == 2:
@@ -127,8 +127,8 @@ class Scenes(Source):
         seed: Seed of the random choices.
         jitter: As in `compose`.
         asked: Whether a row has a question about one scene or two, instead of a scene with its caption.
-        lessons: Of the questions in the blocks before the first number, all are what is in one scene; in those before
-            the second number, all are about one scene.
+        lessons: Two numbers of blocks. Before the first, all questions ask for all digits in one scene; before the
+            second, all questions are about one scene.
 
     Raises:
         ValueError: If the model's images are too small for digits, or its texts too short for the longest one.
@@ -158,7 +158,7 @@ class Scenes(Source):
         self._drawn = -1, list[tuple[Tensor, Turn]]()
 
     def row(self, number: int) -> Example:
-        """Return the scene with this number, or the scenes and their questions, as `Source.row` does."""
+        """Return the row with this number, as `Source.row` does."""
         block, place = divmod(number, self.block)
         if self._drawn[0] != block:
             self._drawn = block, self._rows(block)
@@ -173,7 +173,6 @@ class Scenes(Source):
         if not self.asked:
             return [(scene[None], Turn(IMAGE, describe(row))) for scene, row in zip(img, digits, strict=True)]
         whole, one = (block < lesson for lesson in self.lessons)
-        shown = [
-            slice(start, start + (1 if one else draw.choice((1, 1, 1, 2, 2)))) for start in range(0, len(digits), 2)
-        ]
+        sizes = [1 if one else draw.choice((1, 1, 1, 2, 2)) for _ in range(self.block)]
+        shown = [slice(2 * row, 2 * row + size) for row, size in enumerate(sizes)]
         return [(img[scenes], ask(digits[scenes], draw, whole=whole)) for scenes in shown]

@@ -36,7 +36,7 @@ class Evaluation(NamedTuple):
         predicted: The caption that the model generated for each image.
         skipped: Number of rows that could not be evaluated, by reason.
         interrupted: Whether a signal led to the evaluation, which an uninterrupted run would not have made.
-        questions: The question that each caption answers, with `<image>` for each image inside, or that alone.
+        questions: The question that each text answers, as in `palme_xt.captioner.turns.Turn`.
     """
 
     step: int
@@ -89,7 +89,7 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, step: int, batc
     size, count = min(batch_size, LARGEST_BATCH), task.held_out_images
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     own = range(accelerator.process_index, len(batches), accelerator.num_processes)
-    hidden, tokenizer = not accelerator.is_main_process, task.tokenizer
+    hidden, tokenizer, image_token = not accelerator.is_main_process, task.tokenizer, task.config.image_token
     parts: list[tuple[int, float, int, list[list[str]], list[str], list[str], list[str]]] = []
     with Errors().shared(), evaluating(model):
         loaded = load_batches(task.held_out_rows, own, batches.__getitem__, model.config, 0)
@@ -99,8 +99,7 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, step: int, batc
             loss, predicted, asked = 0.0, list[str](), list[str]()
             references = [[*map(tokenizer.round_trip, captions)] for captions in batch.references]
             if batch.targets:
-                image = model.config.image_token
-                asked = [question_text(prompt.tolist(), tokenizer, image) for prompt in batch.prompts]
+                asked = [question_text(prompt.tolist(), tokenizer, image_token) for prompt in batch.prompts]
                 shown, learned = task.inputs(batch, accelerator.device)
                 loss = model(**shown, **learned).item() * batch.targets
                 # A model that computes nan cannot decode. The loss reports it.
@@ -116,7 +115,7 @@ def evaluate(task: Task, accelerator: Accelerator, model: PalmE, step: int, batc
 
 
 def answers(model: PalmE, prompts: Sequence[Tensor], tokenizer: Tokenizer, shown: dict[str, Any]) -> list[str]:
-    """Return what a model answers to prompts `(t_i,)`, greedily, each as if it was alone.
+    """Return what a model answers to prompts `(t_i,)`, greedily, the same as for each prompt alone.
 
     Args:
         model: The model.
