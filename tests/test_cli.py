@@ -328,7 +328,7 @@ def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line | {"text": "字" * 42}) + "\n" for line in lines))
     train = ["train", f"--data={folder}", "--steps=2", "--batch_size=4", *TINY, f"--run={tmp_path / 'run'}"]
-    message = r"data=\S+ has no usable row among its first 11: .* has 128 tokens, more than max_seq_len=52"
+    message = r"data=\S+ has no usable row among its first 11: .* has 128 tokens, more than max_seq_len=80"
     fails(capsys, train, f"{message}; 99% of the captions need --max_seq_len=128")
     assert not (tmp_path / "run").exists()
     assert main([*train, "--max_seq_len=128"]) == 0

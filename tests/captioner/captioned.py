@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
-SHAPES = ("square", "wide stripe", "tall stripe, from the top to the bottom")
+SHAPES = ("square", "wide stripe", "tall stripe, all the way from the top to the bottom")
 KINDS_OF_DEFECTS = (
     *("broken image", "caption longer than the model", "empty caption", "missing image", "unusable image"),
 )
 TINY = [
-    *("--image_size=16", "--patch_size=8", "--max_seq_len=52", "--eval_images=6", "--num_workers=0"),
+    *("--image_size=16", "--patch_size=8", "--max_seq_len=80", "--eval_images=6", "--num_workers=0"),
     *("--encoder_dim=16", "--decoder_dim=16", "--encoder_depth=2", "--decoder_depth=2"),
 ]
 

@@ -104,8 +104,8 @@ MARKS = {variant: [pytest.mark.slow] for variant in SLOW} | {"some parameters ha
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     variant: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = ["--data=digits", "--max_seq_len=64"] if variant == "digits" else [f"--data={folder}", "--held_out=6"]
-    train = ["train", *(option for option in SHORT if option != "--held_out=6"), *data, *DROPOUT, *VARIANTS[variant]]
+    data = ["--data=digits"] if variant == "digits" else [f"--data={folder}", "--held_out=6"]
+    train = ["train", *data, *(option for option in SHORT if option != "--held_out=6"), *DROPOUT, *VARIANTS[variant]]
     assert main([*train, f"--run={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patch:
         crash_at(patch, 6, crash)
