@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from benchmarks.alone import Values, alone
 from benchmarks.device import CPU, Device
 from benchmarks.floors import flops_floor
@@ -52,7 +54,8 @@ def main(device: Device = CPU, runs: int = 1) -> None:
             against = ratio(found, name, theirs), ratio(found, name, HAND_WIRED)
             report.row(b, n, name, short(middle(found, name) * 1e3), *against)
     report.end()
-    models = build(PalmEConfig(), OURS, HAND_WIRED, device=device)
-    for name, step in training_steps(models, *draw_batch(PalmEConfig(), b, n, device)).items():
-        step()
-        report.profile(f"Where the time goes, {name}, batch {b}, {n} tokens", step)
+    models = build(PalmEConfig(), *COMPILED, device=device)
+    for (b, n), kind in itertools.product(SHAPES, ("", ", compiled")):
+        for name, step in training_steps(models, *draw_batch(PalmEConfig(), b, n, device), compile=bool(kind)).items():
+            step()
+            report.profile(f"Where the time goes, {name}{kind}, batch {b}, {n} tokens", step)

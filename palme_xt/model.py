@@ -278,7 +278,7 @@ class PalmE(nn.Module):
                 and decodes the same tokens. True does so as well if upstream's cache is wrong for the model, which the
                 first call finds out (`palme_xt.decoding.probe`).
             compile: Compile the step that reads one token, with `torch.compile`, on its first use. The graph serves all
-                lengths and later calls. Compiling takes about a minute, so it is worth it only for many tokens.
+                lengths and later calls. Compiling takes about 20 seconds, so it is worth it only for many tokens.
             context: The embeddings that `encode` returned, instead of `img`, to encode once for several calls.
             context_mask: `(b, p)`, bool, False where the context does not count.
             image_embeds: The same for a model with an `image_token`, as in `forward`.

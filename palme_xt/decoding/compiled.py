@@ -1,16 +1,73 @@
 """One decoding step with upstream's key-value cache, as one compiled graph for any length."""
 
+import copy
 import functools
+import inspect
+import sys
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from x_transformers.attend import Intermediates
-from x_transformers.x_transformers import LayerIntermediates
+from x_transformers.x_transformers import Attention, AttentionLayers, FeedForward, LayerIntermediates
 
 Inputs = Mapping[str, Any]  # the other inputs of the network: context, context_mask, ...
 Cached = list[tuple[Tensor, ...]]  # the keys and values of each attention
+
+# Attributes of upstream's layers by which an attention reads more of an earlier one than a region returns.
+READ_OTHERS = "residual_attn", "cross_residual_attn", "add_value_residual"
+
+
+def _traced_once(block: Callable[..., Any]) -> Callable[..., Any]:
+    region: Any = torch.compiler.nested_compile_region
+    # torch 2.12 to 2.15 raises a RuntimeError for the ninth block that differs from all others, unless it may keep
+    # more of them. torch 2.9 has no such limit.
+    kwargs = {"max_reuse_entries": sys.maxsize} if "max_reuse_entries" in inspect.signature(region).parameters else {}
+    return region(block, **kwargs)  # type: ignore[no-any-return]
+
+
+@_traced_once
+def _feed_forward(block: nn.Module, args: Any, kwargs: Any) -> Tensor:
+    return block(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+@_traced_once
+def _attention(block: nn.Module, kind: str, cached_kv: Any, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+    out, new = block(*args, cache=Intermediates(cached_kv=cached_kv, layer_type=kind), **kwargs)
+    return out, *new.cached_kv  # torch 2.15 traces every block again if the tuples are nested
+
+
+@dataclass
+class _Grown:
+    cached_kv: tuple[Tensor, ...]
+
+
+class _Region(nn.Module):
+    """A block that is traced and compiled once for all blocks that compute the same with other weights."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
+        if cache is None:
+            return _feed_forward(self.block, args, kwargs)
+        out, *cached_kv = _attention(self.block, cache.layer_type, cache.cached_kv, args, kwargs)
+        return out, _Grown(tuple(cached_kv))
+
+
+def in_regions(module: Any) -> Any:
+    """Return a view of a network with the same weights, in which blocks that are alike are compiled once."""
+    if isinstance(module, Attention | FeedForward):
+        return _Region(module)
+    if isinstance(module, AttentionLayers) and any(map(vars(module).get, READ_OTHERS)):
+        return module
+    view = copy.copy(module)
+    view._modules = {name: child and in_regions(child) for name, child in module._modules.items()}
+    return view
 
 
 def _step(net: Any, tokens: Tensor, kinds: tuple[str, ...], cached: Cached, inputs: Inputs) -> tuple[Tensor, Cached]:
@@ -27,14 +84,20 @@ def _matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 @functools.cache
-def _compiled(one_row_on_cpu: bool) -> Callable[..., tuple[Tensor, Cached]]:
+def _compiled(device: str, one_row: bool) -> Callable[..., tuple[Tensor, Cached]]:
     # torch 2.15: with `dynamic=True`, the scales of the modules are inputs of the graph, at first, and the step
     # is traced a second time to make them constants. There is no public setting. CUDA graphs are off, because torch
     # would record one for each length of the cache.
     traced_once: Callable[[Any], Any] = torch._dynamo.config.patch(specialize_float=True)
-    if not one_row_on_cpu:
+    if device == "cpu":
+        # torch 2.15 compiles a test program to find out which vector instructions it may use, which takes seconds.
+        # This does so while the step is traced, and the compiler later finds the result.
+        from torch._inductor.cpu_vec_isa import pick_vec_isa  # imported here, because it takes a while
+
+        threading.Thread(target=pick_vec_isa, daemon=True).start()
+    if device != "cpu" or not one_row:
         return traced_once(torch.compile(_step, fullgraph=True, dynamic=True))  # type: ignore[no-any-return]
-    from torch._inductor.custom_graph_pass import CustomGraphPass  # imported here, because it takes a while
+    from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class MatrixVector(CustomGraphPass):
         """Read each weight at the full memory bandwidth. MKL's product with one row reaches half of it."""
@@ -61,7 +124,7 @@ def compiled_step(net: Any, tokens: Tensor, cache: Any, inputs: Inputs) -> tuple
     """
     kinds = tuple(layer.layer_type for layer in cache.attn_intermediates)
     cached = [tuple(map(_as_returned, layer.cached_kv)) for layer in cache.attn_intermediates]
-    step = _compiled(len(tokens) == 1 and tokens.device.type == "cpu")
+    step = _compiled(tokens.device.type, len(tokens) == 1)
     logits, grown = step(net, tokens.clone(), kinds, cached, inputs)
     self_attentions = iter(grown)
     layers = [

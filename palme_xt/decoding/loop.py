@@ -56,6 +56,7 @@ class Texts:
         self.inputs: dict[str, Any] = {**inputs, "context_mask": request.context_mask, "seq_start_pos": seq_start_pos}
         self.of_samples = tree_map(lambda value: isinstance(value, Tensor) and len(value) == len(self.ids), self.inputs)
         self.cache: Any = None
+        self.regions: Any = None
 
     def next_logits(self) -> Tensor:
         """Return the logits `(b, v)` of the next token of each text."""
@@ -68,9 +69,10 @@ class Texts:
         ids = ids[:, past:]
         # The compiler treats a length of 1 as a constant: its graph would serve that one step only.
         if past > 1 and self.compile and ids.shape[1] == 1:
-            from palme_xt.decoding.compiled import compiled_step  # imported here, because few calls need it
+            from palme_xt.decoding.compiled import compiled_step, in_regions  # imported here, because few calls need it
 
-            logits, self.cache = compiled_step(self.net, ids, self.cache, inputs)
+            self.regions = in_regions(self.net) if self.regions is None else self.regions
+            logits, self.cache = compiled_step(self.regions, ids, self.cache, inputs)
             return logits
         # x-transformers 2.26.0 to 2.31.10 reads only the last `cache_age` of several tokens after the cache, by default
         # 1, and all of them if it is 0.

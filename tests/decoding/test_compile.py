@@ -19,6 +19,8 @@ from palme_xt.decoding import compiled as compiled_step
 from tests.devices import GPU
 from tests.models import batch, small
 
+LIMIT = "__marked_compile_region_max_reuse_entries__"
+AOT = "aot_eager"  # functionalizes the graph too
 LENGTHS = (2, 5, 9, 4, 3, 17, 30, 6, 4, 12)  # shorter and longer than the 4 patches
 
 
@@ -30,11 +32,11 @@ def loss_and_gradients(model: Any, module: PalmE, img: Tensor, text: Tensor) -> 
 
 
 @contextlib.contextmanager
-def traced_steps(*, constant_floats: bool = True) -> Iterator[None]:
+def traced_steps(*, constant_floats: bool = True, backend: Any = "eager") -> Iterator[None]:
     """Trace the steps of decoding as they are for the compiler, without generating code, and count from zero."""
     torch._dynamo.reset()
     counters.clear()
-    step = torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend="aot_eager")
+    step = torch.compile(compiled_step._step, fullgraph=True, dynamic=True, backend=backend)
     step = torch._dynamo.config.patch(specialize_float=constant_floats)(step)
     with mock.patch.object(compiled_step, "_compiled", return_value=step):
         yield
@@ -59,7 +61,7 @@ def test_training_compiles_at_most_thrice_for_ten_lengths() -> None:
 @pytest.mark.slow
 def test_decoding_compiles_at_most_thrice_for_ten_lengths() -> None:
     model = small()
-    with traced_steps():
+    with traced_steps(backend=AOT):
         for b in 3, 1:
             for n in LENGTHS:
                 img, prompts = batch(model, b=b, n=n)
@@ -71,24 +73,71 @@ def test_decoding_compiles_at_most_thrice_for_ten_lengths() -> None:
 
 @pytest.mark.slow
 def test_torch_still_traces_twice_unless_floats_are_constants() -> None:
-    model = small()
-    img, prompts = batch(model, b=2, n=4)
+    model = small(cross_attend=False)
+    _, prompts = batch(model, b=2, n=4)
     captured = {}
-    for constant in True, False:
-        with traced_steps(constant_floats=constant):
-            model.generate(img, prompts, 3, compile=True)
+    for constant in True, False:  # with regions, torch fails if floats are no constants
+        with (
+            traced_steps(constant_floats=constant, backend=AOT),
+            mock.patch.object(compiled_step, "in_regions", lambda net: net),
+        ):
+            model.generate(None, prompts, 3, compile=True)
         captured[constant] = counters["stats"]["calls_captured"]
     assert 0 < 1.9 * captured[True] < captured[False]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(compiled_step._attention, LIMIT), reason="torch 2.9 finds fewer of them")
+def test_blocks_that_are_alike_are_compiled_once() -> None:
+    regions: dict[int, int] = {}
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        regions[depth] = sum(isinstance(module, torch.fx.GraphModule) for module in graph.modules()) - 1
+        return graph.forward
+
+    for depth in 2, 3:
+        model = small(decoder_depth=depth)
+        img, prompts = batch(model, b=2, n=4)
+        with traced_steps(backend=count):
+            eager = model.generate(img, prompts, 5, temperature=0.0)
+            assert torch.equal(model.generate(img, prompts, 5, temperature=0.0, compile=True), eager)
+    assert regions == {2: 3, 3: 3}  # self-attention, cross-attention and feedforward
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_more_than_eight_blocks_that_differ() -> None:
+    blocks, x = nn.ModuleList(Scaled(number + 0.5) for number in range(9)), torch.arange(3.0)
+    region = compiled_step._feed_forward
+
+    def compiled() -> Any:
+        torch._dynamo.reset()
+        step = torch.compile(lambda x: torch.stack([region(block, (x,), {}) for block in blocks]), backend="eager")
+        return torch._dynamo.config.patch(specialize_float=True)(step)(x)
+
+    assert torch.equal(compiled(), torch.arange(0.5, 9)[:, None] * x)
+    if hasattr(region, LIMIT):
+        with mock.patch.object(region, LIMIT, 8), pytest.raises(RuntimeError, match="max_reuse_entries"):
+            compiled()
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
 @pytest.mark.parametrize("b", [1, 2])
 def test_compiled_decoding_gives_the_same_tokens(b: int, device: str) -> None:
     torch._dynamo.reset()
+    counters.clear()
     model = small(max_seq_len=64).to(device)
     img, prompts = (tensor.to(device) for tensor in batch(model, b=b, n=3))
     eager = model.generate(img, prompts, 40, temperature=0.0)
     assert torch.equal(model.generate(img, prompts, 40, temperature=0.0, compile=True), eager)
+    assert (not counters["aten_mm_info"]) == (b == 1 and device == "cpu")  # a row is not multiplied by MKL
     assert len(eager.unique()) > 2
     with torch.no_grad():  # the graph reads the weights as they are now
         model.decoder.net.to_logits.weight.neg_()
@@ -105,6 +154,8 @@ def test_compiled_decoding_gives_the_same_tokens(b: int, device: str) -> None:
         {"decoder_kwargs": {"attn_num_mem_kv": 2}, "rotary_xpos": False},
         {"decoder_kwargs": {"attn_kv_heads": 2}},
         {"transformer_kwargs": {"tie_embedding": True}, "attn_flash": False},
+        {"decoder_kwargs": {"add_value_residual": True, "learned_value_residual_mix": True}},
+        {"decoder_kwargs": {"residual_attn": True, "cross_residual_attn": True}, "attn_flash": False},
     ],
 )
 def test_the_step_that_is_compiled_is_the_eager_one(arguments: dict[str, Any]) -> None:
