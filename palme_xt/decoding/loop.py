@@ -56,7 +56,7 @@ class Texts:
         self.inputs: dict[str, Any] = {**inputs, "context_mask": request.context_mask, "seq_start_pos": seq_start_pos}
         self.of_samples = tree_map(lambda value: isinstance(value, Tensor) and len(value) == len(self.ids), self.inputs)
         self.cache: Any = None
-        self.regions: Any = None
+        self.regions: Any = None  # the same network, as it is compiled
 
     def next_logits(self) -> Tensor:
         """Return the logits `(b, v)` of the next token of each text."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from palme_xt.decoding import compiled as compiled_step
 from tests.devices import GPU
 from tests.models import batch, small
 
-LIMIT = "__marked_compile_region_max_reuse_entries__"
+REUSES = "max_reuse_entries" in inspect.signature(torch.compiler.nested_compile_region).parameters  # not in torch 2.9
 AOT = "aot_eager"  # functionalizes the graph too
 LENGTHS = (2, 5, 9, 4, 3, 17, 30, 6, 4, 12)  # shorter and longer than the 4 patches
 
@@ -87,9 +89,10 @@ def test_torch_still_traces_twice_unless_floats_are_constants() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(compiled_step._attention, LIMIT), reason="torch 2.9 finds fewer of them")
+@pytest.mark.skipif(not REUSES, reason="this release of torch finds fewer of them")
 def test_blocks_that_are_alike_are_compiled_once() -> None:
     regions: dict[int, int] = {}
+    captured: dict[int, int] = {}
 
     def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         regions[depth] = sum(isinstance(module, torch.fx.GraphModule) for module in graph.modules()) - 1
@@ -101,7 +104,9 @@ def test_blocks_that_are_alike_are_compiled_once() -> None:
         with traced_steps(backend=count):
             eager = model.generate(img, prompts, 5, temperature=0.0)
             assert torch.equal(model.generate(img, prompts, 5, temperature=0.0, compile=True), eager)
+        captured[depth] = counters["stats"]["calls_captured"]
     assert regions == {2: 3, 3: 3}  # self-attention, cross-attention and feedforward
+    assert captured[3] - captured[2] < captured[2] / 3, captured  # what is between the blocks of the third layer
 
 
 class Scaled(nn.Module):
@@ -123,9 +128,20 @@ def test_more_than_eight_blocks_that_differ() -> None:
         return torch._dynamo.config.patch(specialize_float=True)(step)(x)
 
     assert torch.equal(compiled(), torch.arange(0.5, 9)[:, None] * x)
-    if hasattr(region, LIMIT):
-        with mock.patch.object(region, LIMIT, 8), pytest.raises(RuntimeError, match="max_reuse_entries"):
+    if REUSES:
+        region = torch.compiler.nested_compile_region(region.__marked_compile_region_fn__)  # type: ignore[attr-defined]
+        with pytest.raises(RuntimeError, match="max_reuse_entries"):
             compiled()
+
+
+def test_the_vector_instructions_are_found_while_the_step_is_traced() -> None:
+    assert torch._inductor.config.cpp.vec_isa_ok is None  # torch still compiles a program for this
+    found = threading.Event()
+    with mock.patch("torch._inductor.cpu_vec_isa.pick_vec_isa", side_effect=found.set):
+        compiled_step._compiled.__wrapped__("cuda", True)
+        assert not found.wait(0.1)
+        compiled_step._compiled.__wrapped__("cpu", True)
+        assert found.wait(60)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), GPU])
@@ -136,7 +152,8 @@ def test_compiled_decoding_gives_the_same_tokens(b: int, device: str) -> None:
     model = small(max_seq_len=64).to(device)
     img, prompts = (tensor.to(device) for tensor in batch(model, b=b, n=3))
     eager = model.generate(img, prompts, 40, temperature=0.0)
-    assert torch.equal(model.generate(img, prompts, 40, temperature=0.0, compile=True), eager)
+    with torch._inductor.config.patch(fx_graph_cache=False):  # the counters know nothing of what is on disk
+        assert torch.equal(model.generate(img, prompts, 40, temperature=0.0, compile=True), eager)
     assert (not counters["aten_mm_info"]) == (b == 1 and device == "cpu")  # a row is not multiplied by MKL
     assert len(eager.unique()) > 2
     with torch.no_grad():  # the graph reads the weights as they are now

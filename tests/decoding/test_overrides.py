@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from palme_xt import PalmE, PalmEConfig
+from palme_xt.decoding import compiled, probe
 from palme_xt.mapping import upstream_keywords
 from tests.decoding.overrides import FLAGS, KEYWORDS, NO_XPOS, Arguments, built, pairs, texts, variants
 from tests.models import small
@@ -82,6 +83,21 @@ def assert_promises(model: PalmE) -> None:
     assert torch.equal(tokens[0], expected[0].argmax(dim=-1))
 
 
+def assert_step_that_is_compiled(model: PalmE) -> None:
+    """Assert that the step that is compiled decodes the same tokens, or that the model cannot use the cache."""
+    ids, context = texts()
+    arguments: dict[str, Any] = {"context": context, "temperature": 0.0}
+    if not probe.is_right(model.decoder.net, model.config, cached=True, padded=False):
+        with pytest.raises(ValueError, match="compile=True needs the key-value cache"):
+            model.generate(None, ids, 1 + STEPS, compile=True, **arguments)
+        return
+    step = mock.Mock(wraps=compiled._step)
+    with mock.patch.object(compiled, "_compiled", return_value=step):
+        tokens = model.generate(None, ids, 1 + STEPS, compile=True, **arguments)
+    assert step.call_count == STEPS
+    assert torch.equal(tokens, model.generate(None, ids, 1 + STEPS, **arguments))
+
+
 def first_that_runs(part: str, name: str, flags: list[Arguments] = FLAGS) -> tuple[Arguments, PalmE]:
     for arguments in variants(part, name, flags):
         if name not in RANDOM and (model := built(arguments)) is not None:
@@ -91,7 +107,9 @@ def first_that_runs(part: str, name: str, flags: list[Arguments] = FLAGS) -> tup
 
 @pytest.mark.parametrize(("part", "name"), SOME)
 def test_promises_are_kept_under_every_keyword(part: str, name: str) -> None:
-    assert_promises(first_that_runs(part, name)[1])
+    _, model = first_that_runs(part, name)
+    assert_promises(model)
+    assert_step_that_is_compiled(model)
 
 
 @torch.no_grad()
