@@ -13,6 +13,7 @@ from benchmarks.memory import measure_each
 from benchmarks.peers import HAND_WIRED, HUGGING_FACE, OURS, build, draw_batch, installed, training_steps
 from benchmarks.report import Report, ratio, short
 from benchmarks.timing import medians
+from benchmarks.training import profile
 from palme_xt import PalmEConfig
 
 CONTESTANTS = {OURS: "palme_xt", HAND_WIRED: "hand-wired", HUGGING_FACE: "Hugging Face"}
@@ -75,3 +76,4 @@ def main(device: Device = CPU, runs: int = 1) -> None:
     against = [{name: ratio(found, name, HUGGING_FACE) for name in names} for found in (times, long)]
     row(f"relative to Hugging Face, {runs} runs", LONG, *against)
     report.end()
+    profile(report, PalmEConfig(**ARGUMENTS, max_seq_len=LONG), 1, LONG, device)

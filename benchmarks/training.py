@@ -43,6 +43,15 @@ def measure(device: Device, b: int, n: int) -> Values:
     return seconds | {f"{name}, compiled": value for name, value in medians(compiled, ROUNDS, device).items()}
 
 
+def profile(report: Report, config: PalmEConfig, b: int, n: int, device: Device, *, compile: bool = False) -> None:
+    """Print where the time goes in a step of this project's model and of Hugging Face's."""
+    models = build(config, *COMPILED, device=device)
+    for name, step in training_steps(models, *draw_batch(config, b, n, device), compile=compile).items():
+        step()
+        kind = ", compiled" if compile else ""
+        report.profile(f"Where the time goes, {name}{kind}, batch {b}, {n} tokens", step)
+
+
 def main(device: Device = CPU, runs: int = 1) -> None:
     installed(*CONTESTANTS)
     title = f"Training step: default configuration, {device.dtype_name}, forward and backward"
@@ -54,8 +63,5 @@ def main(device: Device = CPU, runs: int = 1) -> None:
             against = ratio(found, name, theirs), ratio(found, name, HAND_WIRED)
             report.row(b, n, name, short(middle(found, name) * 1e3), *against)
     report.end()
-    models = build(PalmEConfig(), *COMPILED, device=device)
-    for (b, n), kind in itertools.product(SHAPES, ("", ", compiled")):
-        for name, step in training_steps(models, *draw_batch(PalmEConfig(), b, n, device), compile=bool(kind)).items():
-            step()
-            report.profile(f"Where the time goes, {name}{kind}, batch {b}, {n} tokens", step)
+    for (b, n), compile in itertools.product(SHAPES, (False, True)):
+        profile(report, PalmEConfig(), b, n, device, compile=compile)

@@ -165,6 +165,7 @@ def test_each_table_is_printed_for_any_device(
     monkeypatch.setattr(Cuda, "describe", lambda self: "a GPU")
     monkeypatch.setattr(Cuda, "place", lambda self, value: value)
     monkeypatch.setattr(report.Report, "profile", lambda self, title, action: action())
+    monkeypatch.setattr(torch, "compile", lambda loss: loss)
     for patched in module, memory:
         monkeypatch.setattr(patched, "alone", values, raising=False)
     for patch, value in {
