@@ -166,6 +166,7 @@ def test_each_table_is_printed_for_any_device(
     monkeypatch.setattr(Cuda, "place", lambda self, value: value)
     monkeypatch.setattr(report.Report, "profile", lambda self, title, action: action())
     monkeypatch.setattr(torch, "compile", lambda loss: loss)
+    monkeypatch.setattr(growth, "profile", lambda report, config, b, n, device: None)
     for patched in module, memory:
         monkeypatch.setattr(patched, "alone", values, raising=False)
     for patch, value in {
