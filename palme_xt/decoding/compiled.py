@@ -35,7 +35,7 @@ def _layer(kind: str, cached: Sequence[Tensor | None]) -> Intermediates:
     return Intermediates(layer_type=kind, **_fields(cached))
 
 
-def _traced_once(block: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_once(block: Callable[..., Any]) -> Callable[..., Any]:
     region: Any = torch.compiler.nested_compile_region
     # torch 2.12 to 2.15 raises a RuntimeError for the ninth block that differs from all others, unless it may keep
     # more of them. torch 2.9 has no such limit.
@@ -43,12 +43,12 @@ def _traced_once(block: Callable[..., Any]) -> Callable[..., Any]:
     return region(block, **kwargs)  # type: ignore[no-any-return]
 
 
-@_traced_once
+@_compiled_once
 def _feed_forward(block: nn.Module, args: Any, kwargs: Any) -> Tensor:
     return block(*args, **kwargs)  # type: ignore[no-any-return]
 
 
-@_traced_once
+@_compiled_once
 def _attention(block: nn.Module, kind: str, cached: Any, args: Any, kwargs: Any) -> tuple[Tensor | None, ...]:
     out, new = block(*args, cache=_layer(kind, cached), **kwargs)
     return out, *_cached(new)
@@ -56,6 +56,7 @@ def _attention(block: nn.Module, kind: str, cached: Any, args: Any, kwargs: Any)
 
 @dataclass
 class _Grown:
+    # In upstream's `Intermediates`, all else would be None, and a layer that reads it would be silently wrong.
     cached_kv: tuple[Tensor | None, ...]
     hybrid_hidden: Tensor | None
 

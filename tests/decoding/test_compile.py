@@ -22,7 +22,6 @@ from tests.devices import GPU
 from tests.models import batch, small
 
 REUSES = "max_reuse_entries" in inspect.signature(torch.compiler.nested_compile_region).parameters  # not in torch 2.9
-AOT = "aot_eager"  # functionalizes the graph too
 LENGTHS = (2, 5, 9, 4, 3, 17, 30, 6, 4, 12)  # shorter and longer than the 4 patches
 
 
@@ -34,7 +33,7 @@ def loss_and_gradients(model: Any, module: PalmE, img: Tensor, text: Tensor) -> 
 
 
 @contextlib.contextmanager
-def traced_steps(*, constant_floats: bool = True, backend: Any = "eager") -> Iterator[None]:
+def traced_steps(*, constant_floats: bool = True, backend: Any = "aot_eager") -> Iterator[None]:
     """Trace the steps of decoding as they are for the compiler, without generating code, and count from zero."""
     torch._dynamo.reset()
     counters.clear()
@@ -63,7 +62,7 @@ def test_training_compiles_at_most_thrice_for_ten_lengths() -> None:
 @pytest.mark.slow
 def test_decoding_compiles_at_most_thrice_for_ten_lengths() -> None:
     model = small()
-    with traced_steps(backend=AOT):
+    with traced_steps():
         for b in 3, 1:
             for n in LENGTHS:
                 img, prompts = batch(model, b=b, n=n)
@@ -80,7 +79,7 @@ def test_torch_still_traces_twice_unless_floats_are_constants() -> None:
     captured = {}
     for constant in True, False:  # with regions, torch fails if floats are no constants
         with (
-            traced_steps(constant_floats=constant, backend=AOT),
+            traced_steps(constant_floats=constant),
             mock.patch.object(compiled_step, "in_regions", lambda net: net),
         ):
             model.generate(None, prompts, 3, compile=True)
